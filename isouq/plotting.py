@@ -1,0 +1,134 @@
+"""One style for every figure of the book: tables go in, Axes come out, nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 7.0
+"""Width of a full-width figure in inches: the text column of the book."""
+
+
+class Method(NamedTuple):
+    """How one method looks in every chapter."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+# Okabe and Ito's colours, darkened where they were too pale for white paper. No two neighbours in this
+# list share a lightness, and no two methods share a marker, so that nothing is told by colour alone.
+METHODS: dict[str, Method] = {
+    "p_true": Method("#009E73", "^", "P(True)"),
+    "semantic_entropy": Method("#B87700", "v", "semantic entropy"),
+    "naive_entropy": Method("#8C5A2B", "P", "naive entropy"),
+    "aleatoric": Method("#D55E00", "s", "aleatoric"),
+    "epistemic": Method("#0072B2", "o", "epistemic"),
+    "combined": Method("#7B3294", "D", "epistemic & aleatoric"),
+    "likelihood": Method("#555555", "X", "negative log-likelihood"),
+    "log_gradient": Method("#4DA3D9", "<", "log G"),
+    "mcmc": Method("#000000", "*", "MCMC"),
+    "laplace": Method("#CC79A7", "h", "Laplace"),
+    "taylor": Method("#3B7D3B", ">", "Taylor"),
+    "ensemble": Method("#222222", "d", "ensemble"),
+    "length": Method("#999999", "p", "answer length"),
+}
+
+
+def use_style() -> None:
+    """Set the book's style: SVG output without dates, the same white page in light and dark mode.
+
+    Call it once at the top of a notebook. Outside IPython it only sets matplotlib's parameters.
+    """
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.85)
+    plt.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 0.5 * WIDTH),
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "axes.prop_cycle": plt.cycler(color=[method.colour for method in METHODS.values()]),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "font.family": ["DejaVu Sans"],  # matplotlib ships it: no machine's fonts decide the layout
+            "legend.frameon": False,
+            "lines.markersize": 6,
+            "svg.fonttype": "path",  # a page needs no font of ours
+            "svg.hashsalt": "isouq",  # the same figure gives the same bytes
+        }
+    )
+    _show_as_svg()
+
+
+def _show_as_svg() -> None:
+    from IPython.core.getipython import get_ipython
+
+    if get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def panels(n_columns: int, n_rows: int = 1, *, aspect: float = 0.8, **kwargs) -> tuple[Figure, np.ndarray]:
+    """A grid of panels as wide as the text column, each `aspect` times as high as it is wide.
+
+    Returns the figure and an array of Axes of shape (n_rows, n_columns).
+    """
+    size = (WIDTH, n_rows * aspect * WIDTH / n_columns)
+    return plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
+
+
+def intervals(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    reference: float | None = None,
+    published: str = "the paper",
+) -> Axes:
+    """One row per method: its value as a marker, its interval as a line, the paper's value hollow beside it.
+
+    `table` has the columns method (a key of METHODS), value, low, high and, if wanted, paper; rows are drawn
+    from top to bottom. An absent value (NaN) leaves its row empty, so that panels stay aligned. `reference`
+    draws a dashed line, for example at chance.
+
+    Raises:
+        ValueError: a column is missing, or a method is not in METHODS.
+    """
+    _require(table, ("method", "value", "low", "high"))
+    ax = plt.gca() if ax is None else ax
+    if reference is not None:
+        ax.axvline(reference, color="#777777", linestyle="--", linewidth=1, zorder=0)
+    for row, entry in enumerate(table.to_dict("records")):
+        colour, marker, _ = _method(entry["method"])
+        ax.plot([entry["low"], entry["high"]], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
+        ax.plot(entry["value"], row, marker, color=colour, markersize=7)
+    if "paper" in table.columns:
+        rows = np.arange(len(table)) + 0.3
+        ax.plot(table["paper"], rows, "o", mfc="white", mec="#444444", markersize=5, label=published)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0.1)
+    ax.set_yticks(range(len(table)), [_method(name).label for name in table["method"]])
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_xlabel(xlabel)
+    return ax
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method: {name!r} has no place in METHODS; wanted one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    for name in columns:
+        if name not in table.columns:
+            raise ValueError(f"table: column {name!r} is missing; it has {', '.join(map(str, table.columns))}")
