@@ -1,7 +1,7 @@
 """How well an uncertainty estimate does its work: correlations, AUROC, and intervals for both.
 
-Orientation, everywhere: a score is an uncertainty, so high means "the answer is wrong". Every statistic refuses
-NaN, and refuses input on which it is not defined, rather than return a number that means nothing.
+Orientation, everywhere: a score is an uncertainty, so high means "the answer is wrong". Every statistic
+refuses NaN, and input on which it is not defined, rather than return a number that means nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def auroc(score: ArrayLike, wrong: ArrayLike) -> float:
     `score`: (example,), high = uncertain. `wrong`: (example,), true where the answer is wrong. This is the
     Mann-Whitney U statistic divided by the number of pairs.
 
-    Raises ValueError when a score is NaN, when lengths differ, and when all answers are right or all are wrong.
+    Raises ValueError when a score is NaN, when lengths differ, and when all answers are right or all wrong.
     """
     score, wrong = _score_and_wrong(score, wrong)
     concordant, pairs = _concordant_pairs(score, wrong)
@@ -72,8 +72,8 @@ def auroc(score: ArrayLike, wrong: ArrayLike) -> float:
 def stratified_auroc(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike) -> float:
     """Return the AUROC over the pairs of answers that lie in the same stratum.
 
-    Comparing only within strata of, say, the answer's probability asks what the score adds once that is known:
-    0.5 means nothing. `stratum`: (example,) labels. A stratum of one class has no pairs and does not count.
+    Comparing only within strata of, say, the answer's probability asks what the score adds once that is
+    known: 0.5 means nothing. `stratum`: (example,) labels. A stratum of one class has no pairs.
 
     Raises ValueError as `auroc` does, and when no stratum holds both classes.
     """
@@ -120,7 +120,7 @@ def bootstrap_interval(
             break
     if len(draws) < n_resamples:
         raise UndefinedStatisticError(
-            f"the statistic is undefined on more than half of the resamples of {n} rows"
+            f"the statistic is undefined on more than half of the resamples ({n} rows)"
         )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)
@@ -129,7 +129,7 @@ def bootstrap_interval(
 def auroc_interval(
     score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return the AUROC for "the answer is wrong" with its 95 % percentile bootstrap interval over questions."""
+    """Return the AUROC for "the answer is wrong" with its 95 % bootstrap interval over questions."""
     return bootstrap_interval(auroc, score, wrong, n_resamples=n_resamples, seed=seed)
 
 
@@ -138,7 +138,7 @@ def auroc_difference(
 ) -> Interval:
     """Return AUROC(score) − AUROC(control) on the same questions, with its paired 95 % bootstrap interval."""
 
-    def difference(score: Column, control: Column, wrong: Column) -> float:
+    def difference(score: ArrayLike, control: ArrayLike, wrong: ArrayLike) -> float:
         return auroc(score, wrong) - auroc(control, wrong)
 
     return bootstrap_interval(difference, score, control, wrong, n_resamples=n_resamples, seed=seed)
@@ -157,8 +157,10 @@ def out_of_fold_scores(
 ) -> NDArray[np.float64]:
     """Return each example's log-odds of being wrong from a logistic regression that never saw it.
 
-    `features`: (example, feature). Folds are stratified and shuffled by `seed`; the features are standardised with the
-    training folds' mean and spread; the regression has scikit-learn's default ridge penalty (C = 1).
+    `features`: (example, feature). Folds are stratified and shuffled by `seed`; the features are standardised
+    with the training folds' mean and spread; the ridge penalty is scikit-learn's default (C = 1). Without any
+    signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more wrong answers in
+    training has fewer in its test part.
 
     Raises ValueError on a feature that is not finite and when a class has fewer examples than folds.
     """
@@ -176,13 +178,13 @@ def out_of_fold_scores(
 
 
 def enough_of_both(wrong: ArrayLike, minimum: int = MIN_PER_CLASS) -> bool:
-    """Return whether there are at least `minimum` right and `minimum` wrong answers, so that an AUROC is reported."""
+    """Return whether there are `minimum` right and `minimum` wrong answers: the rule for reporting an AUROC."""
     wrong = np.asarray(wrong, dtype=bool)
     return bool(min(wrong.sum(), (~wrong).sum()) >= minimum)
 
 
 def _concordant_pairs(score: Column, wrong: NDArray[np.bool_]) -> tuple[float, int]:
-    """Return how many (wrong, right) pairs the score orders rightly (ties one half), and how many there are."""
+    """Return how many (wrong, right) pairs the score orders rightly (ties one half), and of how many."""
     n_wrong = int(wrong.sum())
     concordant = stats.rankdata(score)[wrong].sum() - n_wrong * (n_wrong + 1) / 2
     return float(concordant), n_wrong * (len(wrong) - n_wrong)
@@ -191,9 +193,7 @@ def _concordant_pairs(score: Column, wrong: NDArray[np.bool_]) -> tuple[float, i
 def _score_and_wrong(score: ArrayLike, wrong: ArrayLike) -> tuple[Column, NDArray[np.bool_]]:
     score, labels = np.asarray(score, dtype=np.float64), np.asarray(wrong)
     if score.ndim != 1 or score.shape != labels.shape:
-        raise ValueError(
-            f"score and wrong must be columns of one length, got {score.shape} and {labels.shape}"
-        )
+        raise ValueError(f"score and wrong must be columns of one length, got {score.shape}, {labels.shape}")
     if np.isnan(score).any():
         raise ValueError(f"score is NaN at {int(np.isnan(score).sum())} of {len(score)} examples")
     if not np.isin(labels, (0, 1)).all():
