@@ -1,0 +1,225 @@
+"""What a profile may say: one schema per notebook, and errors that name the nearest valid word.
+
+A profile (`profiles/*.yml`) sets the size of a run. Each notebook has a class below whose fields are exactly
+the names of the notebook's `parameters` cell, with that cell's values as defaults.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
+
+FOLDER = Path(__file__).resolve().parents[1] / "profiles"
+SET_BY_PIPELINE = {"profile", "results_path"}
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Engine = Literal["auto", "ghost", "autograd"]
+Aggregation = Literal["sequence", "geometric", "token_mean"]
+DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ProfileError(ValueError):
+    """A profile or a notebook's parameters say something that the schema does not allow."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Parameters(_Strict):
+    """What every notebook takes: the profile's name, a seed, and where its named results go ("": nowhere)."""
+
+    profile: str = "embedded"
+    seed: Seed = 0
+    results_path: str = ""
+
+
+class LlmQa(Parameters):
+    """04_llm_qa: real language models on real questions."""
+
+    store_dir: str = "build/store"
+    models: list[str] = Field(default=["smollm2-135m-instruct"], min_length=1)
+    data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
+    n_questions: Count = 60
+    n_shots: Annotated[int, Field(ge=0, le=32)] = 5
+    aggregations: list[Aggregation] = Field(default=["sequence", "geometric", "token_mean"], min_length=1)
+    engine: Engine = "auto"
+    batch_size: Count = 8
+    max_new_tokens: Count = 24
+    n_resamples: Count = 300
+    n_folds: Annotated[int, Field(ge=2)] = 5
+
+    def scoring(self) -> dict[str, Any]:
+        """Return the parameters that scoring depends on; the others only shape the analysis of its store."""
+        return self.model_dump(exclude=SET_BY_PIPELINE | {"n_resamples", "n_folds"})
+
+
+# The notebooks that a profile can name; they run in the order of their numbers.
+SCHEMAS: dict[str, type[Parameters]] = {"04_llm_qa": LlmQa}
+
+# No default that validates: a section is there, as a mapping, or the notebook does not run.
+Notebooks = create_model(
+    "Notebooks", __base__=_Strict, **cast(Any, {k: (v, None) for k, v in SCHEMAS.items()})
+)
+
+
+class Profile(_Strict):
+    """The size of a run: what each notebook gets, and what the whole costs on 2 cores, as measured."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    description: Annotated[str, Field(min_length=1)]
+    minutes: Annotated[float, Field(gt=0)]
+    memory_gb: Annotated[float, Field(gt=0)]
+    seed: Seed = 0
+    notebooks: Notebooks  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _pipeline_sets_the_rest(self) -> "Profile":
+        for chapter in self.chapters():
+            taken = SET_BY_PIPELINE & getattr(self.notebooks, chapter).model_fields_set
+            if taken:
+                raise ValueError(f"notebooks.{chapter}.{min(taken)} is set by the pipeline; remove it")
+        return self
+
+    def chapters(self) -> list[str]:
+        """Return the names of the notebooks that this profile runs, in order."""
+        return sorted(self.notebooks.model_fields_set)  # type: ignore[attr-defined]
+
+    def parameters(self, chapter: str, *, results_path: str = "") -> Parameters:
+        """Return one notebook's parameters, with the profile's name, and its seed unless the section has one."""
+        if chapter not in self.chapters():
+            raise ProfileError(
+                f"profile {self.name!r} does not run {chapter!r}{_nearest(chapter, self.chapters())}"
+            )
+        section: Parameters = getattr(self.notebooks, chapter)
+        seed = section.seed if "seed" in section.model_fields_set else self.seed
+        return section.model_copy(update={"profile": self.name, "seed": seed, "results_path": results_path})
+
+
+def load(path_or_name: str | Path) -> Profile:
+    """Read a profile: a name ("smoke", from `profiles/`) or the path of a YAML file named after its profile.
+
+    Raises:
+        ProfileError: no such profile, not YAML, a key twice, or anything that the schema does not allow; one
+            line a problem, each with the nearest valid name.
+    """
+    path = _find(path_or_name)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path.name}: {error}") from None
+    if not isinstance(content, dict):
+        raise ProfileError(f"{path.name}: {content!r} given; wanted a mapping with name, notebooks, ...")
+    profile = _checked(Profile, content, where=path.name)
+    if profile.name != path.stem:
+        raise ProfileError(
+            f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}"
+        )
+    return profile
+
+
+def validate(chapter: str, namespace: Mapping[str, Any]) -> Parameters:
+    """Check a notebook's parameters, called as `validate("04_llm_qa", globals())` right after their cell.
+
+    A plain value that the schema does not know is refused too: that is how a name misspelt after papermill's
+    `-p`, of which papermill only warns, is caught before anything runs.
+
+    Raises:
+        ProfileError: a name, type or value that the notebook's schema does not allow, or a parameter not set.
+    """
+    if chapter not in SCHEMAS:
+        raise ProfileError(f"no schema for notebook {chapter!r}{_nearest(chapter, SCHEMAS)}")
+    plain = (bool, int, float, str, list, dict, tuple, set, type(None))
+    given = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in {"In", "Out"}
+    }
+    unset = sorted(SCHEMAS[chapter].model_fields.keys() - given.keys())
+    if unset:
+        raise ProfileError(
+            f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}"
+        )
+    return _checked(SCHEMAS[chapter], given, where=chapter)
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.suffix not in {".yml", ".yaml"}:
+        path = FOLDER / f"{path_or_name}.yml"
+    if not path.is_file():
+        names = sorted(p.stem for p in FOLDER.glob("*.yml"))
+        advice = _nearest(path.stem, names) or f"; profiles: {', '.join(names)}"
+        raise ProfileError(f"no profile {str(path_or_name)!r}{advice}")
+    return path
+
+
+def _checked(schema: type[Model], content: Mapping[str, Any], *, where: str) -> Model:
+    try:
+        return schema.model_validate(dict(content))
+    except ValidationError as error:
+        problems = [f"{where}: {_readable(schema, e)}" for e in error.errors(include_url=False)]
+        raise ProfileError("\n".join(problems)) from None
+
+
+def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
+    """Return one line: where, what was given, what is wanted, and the nearest valid word."""
+    loc, kind, given = error["loc"], error["type"], error["input"]
+    where = ".".join(map(str, loc))
+    context = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields_at(schema, loc[:-1])
+        return f"{where} is not a known name{_nearest(str(loc[-1]), known) or '; known: ' + ', '.join(known)}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{where}: {given!r} given; wanted one of {', '.join(choices)}{_nearest(str(given), choices)}"
+    if given is None:
+        return f"{where}: nothing given; wanted a value" + (
+            " ({} takes the defaults)" if "model" in kind else ""
+        )
+    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if isinstance(given, str) and kind == "float_type" and _is_number(given):
+        wanted += "; YAML reads this as text: write a point, as in 1.0e-3"
+    return f"{where}: {given!r} given; wanted {wanted}"
+
+
+def _fields_at(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        schema = cast(type[BaseModel], schema.model_fields[str(part)].annotation)
+    return list(schema.model_fields)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key given twice, of which YAML itself would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, each key once."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            problem = f"given twice: {', '.join(twice)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep=deep)
