@@ -64,9 +64,8 @@ class LlmQa(Parameters):
 SCHEMAS: dict[str, type[Parameters]] = {"04_llm_qa": LlmQa}
 
 # No default that validates: a section is there, as a mapping, or the notebook does not run.
-Notebooks = create_model(
-    "Notebooks", __base__=_Strict, **cast(Any, {k: (v, None) for k, v in SCHEMAS.items()})
-)
+_SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}
+Notebooks = create_model("Notebooks", __base__=_Strict, **cast(Any, _SECTIONS))
 
 
 class Profile(_Strict):
@@ -92,11 +91,10 @@ class Profile(_Strict):
         return sorted(self.notebooks.model_fields_set)  # type: ignore[attr-defined]
 
     def parameters(self, chapter: str, *, results_path: str = "") -> Parameters:
-        """Return one notebook's parameters, with the profile's name, and its seed unless the section has one."""
+        """Return one notebook's parameters, with the profile's name and, unless it has its own, its seed."""
         if chapter not in self.chapters():
-            raise ProfileError(
-                f"profile {self.name!r} does not run {chapter!r}{_nearest(chapter, self.chapters())}"
-            )
+            advice = _nearest(chapter, self.chapters())
+            raise ProfileError(f"profile {self.name!r} does not run {chapter!r}{advice}")
         section: Parameters = getattr(self.notebooks, chapter)
         seed = section.seed if "seed" in section.model_fields_set else self.seed
         return section.model_copy(update={"profile": self.name, "seed": seed, "results_path": results_path})
@@ -184,9 +182,10 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return f"{where}: {given!r} given; wanted one of {', '.join(choices)}{_nearest(str(given), choices)}"
     if given is None:
-        return f"{where}: nothing given; wanted a value" + (
-            " ({} takes the defaults)" if "model" in kind else ""
-        )
+        advice = " ({} takes the defaults)" if "model" in kind else ""
+        return f"{where}: nothing given; wanted a value{advice}"
+    if kind == "too_short":
+        return f"{where}: {given!r} given; wanted at least {context['min_length']} of them"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     if isinstance(given, str) and kind == "float_type" and _is_number(given):
         wanted += "; YAML reads this as text: write a point, as in 1.0e-3"
