@@ -1,0 +1,347 @@
+"""What ran, on what, from what: named results, the record of each notebook's run, and their collection.
+
+A notebook ends with `save_results({KEY: Result(...)}, results_path)`. The pipeline runs it with
+`python -m isouq.provenance run`, which keeps a record, and joins all of them with `... collect`.
+"""
+
+import argparse
+import ast
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class ResultError(ValueError):
+    """A result without a proper name or a finite value, or a name used twice."""
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not run to its end, with the traceback of its own code and the cause last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One number that a page may quote, with its 95 % interval (`low`, `high`) and the `n` it rests on.
+
+    `claim` is the paper's claim it answers (C1 to C10, see the claims page), `unit` is "" for a pure number.
+
+    Raises:
+        ResultError: a value that is not a finite number, half an interval, or an unknown claim.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    unit: str = ""
+    claim: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("value", "low", "high"):
+            number = getattr(self, name)
+            if number is None and name != "value":
+                continue
+            if isinstance(number, bool) or not _is_finite(number):
+                raise ResultError(f"{name}: {number!r} given; wanted a finite number")
+        if (self.low is None) != (self.high is None):
+            raise ResultError(f"low={self.low}, high={self.high} given; wanted both or neither")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ResultError(f"low={self.low} is above high={self.high}")
+        if self.n is not None and (isinstance(self.n, bool) or int(self.n) != self.n or self.n < 1):
+            raise ResultError(f"n: {self.n!r} given; wanted a positive whole number")
+        if self.claim is not None and not re.fullmatch(r"C([1-9]|10)", self.claim):
+            raise ResultError(f"claim: {self.claim!r} given; wanted C1 to C10, or None")
+
+
+def save_results(results: Mapping[str, Result], path: str | Path) -> None:
+    """Write a notebook's named results as JSON; an empty path writes nothing.
+
+    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`.
+
+    Raises:
+        ResultError: a key of another form.
+    """
+    for key in results:
+        _check_key(key)
+    if str(path):
+        content = {key: _plain(result) for key, result in sorted(results.items())}
+        write_json({"results": content}, Path(path))
+
+
+def module_files(path: str | Path) -> list[Path]:
+    """Return the files of isouq that a notebook or module imports, directly or through others.
+
+    Found by reading the sources, imports inside functions included, so that a change of a module re-runs just
+    the notebooks that can reach it. Importing any module runs the `__init__` of the packages around it.
+    """
+    found: set[Path] = set()
+    waiting = _imported(Path(path))
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting |= _imported(file)
+    return sorted(found)
+
+
+def run_notebook(
+    source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path
+) -> None:
+    """Execute a notebook with papermill, keep the executed copy, and record what ran.
+
+    A copy that fails never becomes `output`: it goes to the folder `failed`, its traceback beside it as text.
+
+    Raises:
+        NotebookError: a cell raised, the kernel died, or the notebook did not write `results_path`.
+    """
+    import papermill  # of the pipeline's extra, which who only saves results does not need
+
+    for folder in (output.parent, failed):
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = failed / source.name
+    for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
+        stale.unlink(missing_ok=True)
+    inputs = [source, *module_files(source), PACKAGE / "assets.toml", PACKAGE.parent / "requirements.lock"]
+    run = {"notebook": source.stem, "started": _now(), "parameters": dict(parameters), **environment()}
+    hashes = {"inputs": _hashes(inputs)}
+    partial = output.with_suffix(".running.ipynb")
+    try:
+        papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".")
+        if not results.is_file():
+            raise NotebookError("it ran to its end without save_results(..., results_path)")
+    except Exception as error:  # whatever it was: keep the copy, pass on the cause
+        message = _failure(error, source, kept)
+        kept.with_suffix(".txt").write_text(message + "\n", encoding="utf-8")
+        if partial.exists():
+            os.replace(partial, kept)
+        raise NotebookError(message) from None
+    os.replace(partial, output)
+    write_json({**run, **hashes, "outputs": _hashes([output, results])}, record)
+
+
+def collect(
+    results: Sequence[Path],
+    out: Path,
+    *,
+    profile: str,
+    records: Sequence[Path] = (),
+    timings: Sequence[Path] = (),
+) -> None:
+    """Join the notebooks' named results into `results.json`, with the record of the run as its `meta`.
+
+    `timings` are Snakemake's benchmark tables, one a job: seconds and peak memory. What a notebook's record
+    (`meta.runs`) shares with the whole, such as the commit, is not said twice.
+
+    Raises:
+        ResultError: a key that two notebooks write, or an entry that `Result` refuses.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for path in results:
+        for key, entry in _read_json(path)["results"].items():
+            _check_key(key)
+            if key in origin:
+                raise ResultError(f"{key} is written by {origin[key]} and by {path.stem}")
+            origin[key], merged[key] = path.stem, _plain(Result(**entry))
+    runs = {run.pop("notebook"): run for run in map(_read_json, records)}
+    measured = {path.stem: _timing(path) for path in timings}
+    meta = {
+        "profile": profile,
+        "created": _now(),
+        **environment(),
+        "seeds": {name: run["parameters"]["seed"] for name, run in runs.items()},
+        "durations": {name: seconds for name, (seconds, _) in measured.items()},
+        "peak_memory_mb": {name: peak for name, (_, peak) in measured.items()},
+    }
+    own = {
+        name: {k: v for k, v in run.items() if k not in meta or meta[k] != v} for name, run in runs.items()
+    }
+    write_json({"meta": {**meta, "runs": own}, "results": dict(sorted(merged.items()))}, out)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run depends on besides its inputs: commit, versions, hardware; no host name, no path."""
+    status = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+    }
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON whole or not at all; NaN and infinity, which JSON does not know, are refused."""
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ResultError(f"given twice: {', '.join(sorted(twice))}")
+    return dict(pairs)
+
+
+def _check_key(key: str) -> None:
+    if not KEY.fullmatch(key):
+        raise ResultError(
+            f"key {key!r}; wanted dotted lower-case parts, as in cost.gemma-3-270m.epistemic.peak_bytes"
+        )
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except TypeError:
+        return False
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """Return a result's fields as JSON's own types, which numpy's numbers are not."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in asdict(result).items()}
+
+
+def _imported(path: Path) -> set[Path]:
+    """Return the files of isouq that one notebook's or module's own import statements name."""
+    package = list(path.resolve().relative_to(PACKAGE.parent).parts[:-1]) if path.suffix == ".py" else []
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_code(path), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
+    return {file for name in names for file in _files_of(name)}
+
+
+def _code(path: Path) -> str:
+    if path.suffix == ".py":
+        return path.read_text(encoding="utf-8")
+    cells = [cell for cell in _read_json(path)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def _files_of(name: str) -> Iterator[Path]:
+    """Yield the files that importing a dotted name runs: its packages' `__init__` and the module itself."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE.name:
+        return
+    for depth in range(1, len(parts) + 1):
+        stem = PACKAGE.parent.joinpath(*parts[:depth])
+        yield from (file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file())
+
+
+def _failure(error: Exception, source: Path, kept: Path) -> str:
+    """Return what a reader needs: which notebook, its own traceback without colours, the cause in the end."""
+    trace = getattr(error, "traceback", None)  # a cell's own, of papermill's PapermillExecutionError
+    cause = ANSI.sub("", "\n".join(trace)) if trace else f"{type(error).__name__}: {error}"
+    return f"{source.as_posix()} failed; the executed part is {kept.as_posix()}\n{cause}"
+
+
+def _timing(path: Path) -> tuple[float, float | None]:
+    """Return seconds and peak resident megabytes (None for a job too short to be seen) of a benchmark table."""
+    header, row = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
+    fields = dict(zip(header, row, strict=True))
+    peak = fields["max_rss"]
+    return float(fields["s"]), None if peak in {"-", "NA"} else float(peak)
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file under its name relative to the project."""
+    return {
+        Path(os.path.relpath(file, PACKAGE.parent)).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says of the project, or None where there is no git or no repository."""
+    try:
+        run = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    """Return the installed versions of isouq and of the packages that it declares."""
+    declared = {re.split(r"[^\w.-]", text)[0] for text in importlib.metadata.requires("isouq") or []}
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in ["isouq", *sorted(declared)] if name in installed}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one notebook, or collect the results of all: the pipeline's two commands."""
+    parser = argparse.ArgumentParser(prog="python -m isouq.provenance", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute a notebook and record what ran")
+    run.add_argument("source", type=Path)
+    run.add_argument("output", type=Path)
+    run.add_argument("--parameters", type=json.loads, required=True, help="a JSON object")
+    run.add_argument("--record", type=Path, required=True)
+    run.add_argument("--failed", type=Path, required=True, help="the folder for a copy that fails")
+    join = commands.add_parser("collect", help="join named results into results.json")
+    join.add_argument("results", type=Path, nargs="+")
+    join.add_argument("--out", type=Path, required=True)
+    join.add_argument("--profile", required=True)
+    join.add_argument("--records", type=Path, nargs="*", default=[])
+    join.add_argument("--timings", type=Path, nargs="*", default=[])
+    options = vars(parser.parse_args(arguments))
+    command = {"run": run_notebook, "collect": collect}[options.pop("command")]
+    try:
+        command(**options)
+    except (NotebookError, ResultError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
