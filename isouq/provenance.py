@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,7 @@ def _failure(error: Exception, source: Path, kept: Path) -> str:
 
 
 def _timing(path: Path) -> tuple[float, float | None]:
-    """Return seconds and peak resident megabytes (None for a job too short to be seen) of a benchmark table."""
+    """Return seconds and peak resident megabytes (None: too short to be seen) of a benchmark table."""
     header, row = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
     fields = dict(zip(header, row, strict=True))
     peak = fields["max_rss"]
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     join.add_argument("--records", type=Path, nargs="*", default=[])
     join.add_argument("--timings", type=Path, nargs="*", default=[])
     options = vars(parser.parse_args(arguments))
-    command = {"run": run_notebook, "collect": collect}[options.pop("command")]
+    command: Callable[..., None] = {"run": run_notebook, "collect": collect}[options.pop("command")]
     try:
         command(**options)
     except (NotebookError, ResultError) as error:
