@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
+
+from isouq import assets
 
 FOLDER = Path(__file__).resolve().parents[1] / "profiles"
 SET_BY_PIPELINE = {"profile", "results_path"}
@@ -39,6 +49,10 @@ class Parameters(_Strict):
     seed: Seed = 0
     results_path: str = ""
 
+    def assets(self) -> list[str]:
+        """Return the names of the models and data sets of the manifest that the notebook needs."""
+        return []
+
 
 class LlmQa(Parameters):
     """04_llm_qa: real language models on real questions."""
@@ -54,6 +68,21 @@ class LlmQa(Parameters):
     max_new_tokens: Count = 24
     n_resamples: Count = 300
     n_folds: Annotated[int, Field(ge=2)] = 5
+
+    @field_validator("models")
+    @classmethod
+    def _known(cls, models: list[str]) -> list[str]:
+        known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
+        for model in models:
+            if model not in known and "/" not in model and not Path(model).is_dir():
+                advice = _nearest(model, known) or f"; models: {', '.join(known)}"
+                raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
+        return models
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, and the data sets'."""
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*self.models, *(name.removesuffix("_choose") for name in self.data_sets)})
 
     def scoring(self) -> dict[str, Any]:
         """Return the parameters that scoring depends on; the others only shape the analysis of its store."""
@@ -109,9 +138,10 @@ def load(path_or_name: str | Path) -> Profile:
     """
     path = _find(path_or_name)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        with path.open(encoding="utf-8") as stream:
+            content = yaml.load(stream, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
-        raise ProfileError(f"{path.name}: {error}") from None
+        raise ProfileError(str(error)) from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name}: {content!r} given; wanted a mapping with name, notebooks, ...")
     profile = _checked(Profile, content, where=path.name)
@@ -177,7 +207,7 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
     if kind == "missing":
         return f"{where} is missing"
     if kind == "value_error":
-        return str(context["error"])
+        return f"{where}: {context['error']}" if where else str(context["error"])
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return f"{where}: {given!r} given; wanted one of {', '.join(choices)}{_nearest(str(given), choices)}"

@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_key(key: str) -> None:
     if not KEY.fullmatch(key):
-        raise ResultError(
-            f"key {key!r}; wanted dotted lower-case parts, as in cost.gemma-3-270m.epistemic.peak_bytes"
-        )
+        wanted = "dotted lower-case parts, as qa.gemma-3-270m.triviaqa.accuracy"
+        raise ResultError(f"key {key!r} given; wanted {wanted}")
 
 
 def _is_finite(number: Any) -> bool:
@@ -320,21 +319,23 @@ def _processor() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one notebook, or collect the results of all: the pipeline's two commands."""
     parser = argparse.ArgumentParser(prog="python -m isouq.provenance", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="execute a notebook and record what ran")
     run.add_argument("source", type=Path)
     run.add_argument("output", type=Path)
     run.add_argument("--parameters", type=json.loads, required=True, help="a JSON object")
     run.add_argument("--record", type=Path, required=True)
     run.add_argument("--failed", type=Path, required=True, help="the folder for a copy that fails")
+    run.set_defaults(command=run_notebook)
     join = commands.add_parser("collect", help="join named results into results.json")
     join.add_argument("results", type=Path, nargs="+")
     join.add_argument("--out", type=Path, required=True)
     join.add_argument("--profile", required=True)
     join.add_argument("--records", type=Path, nargs="*", default=[])
     join.add_argument("--timings", type=Path, nargs="*", default=[])
+    join.set_defaults(command=collect)
     options = vars(parser.parse_args(arguments))
-    command: Callable[..., None] = {"run": run_notebook, "collect": collect}[options.pop("command")]
+    command = options.pop("command")
     try:
         command(**options)
     except (NotebookError, ResultError) as error:
