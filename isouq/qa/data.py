@@ -1,0 +1,111 @@
+"""Questions with their accepted answers, which of them are asked, and the prompt that asks them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `answers` are accepted, the canonical one first, `false_answers` known to be wrong."""
+
+    item_id: str
+    question: str
+    answers: tuple[str, ...]
+    false_answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """All questions of a set, and its way of asking: `template` is filled with a question and an answer."""
+
+    name: str
+    questions: tuple[Question, ...]
+    template: str
+    prefix: str = ""  # a set with an official prefix is asked with it, not with few-shot examples
+
+    def prompt(self, question: Question, shots: Sequence[Question] = ()) -> str:
+        """Return prefix, answered `shots` and the open `question`; an answer follows with a leading space."""
+        solved = "".join(self._line(shot.question, f" {shot.answers[0]}") for shot in shots)
+        return self.prefix + solved + self._line(question.question, "").rstrip()
+
+    def _line(self, question: str, answer: str) -> str:
+        return self.template.format(question=question, answer=answer)
+
+
+def load(name: str, path: Path) -> DataSet:
+    """Return the data set `name` read from its asset at `path`: triviaqa, wikidata or truthfulqa."""
+    readers = {"triviaqa": _triviaqa, "wikidata": _wikidata, "truthfulqa": _truthfulqa}
+    if name not in readers:
+        raise ValueError(f"name must be one of {', '.join(readers)}, got {name!r}")
+    return readers[name](path)
+
+
+def sample(
+    data_set: DataSet, n_questions: int, *, n_shots: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """Return the questions to ask and the few-shot examples, drawn by `seed` without replacement.
+
+    The draw is one shuffle of the whole set: questions come from its front and examples from its back. So the
+    first 60 of 100 questions are the 60 of a smaller run, and no example is ever asked.
+
+    Raises ValueError when the set is too small for both.
+    """
+    n_all = len(data_set.questions)
+    if not 0 < n_questions <= n_all - n_shots:
+        raise ValueError(
+            f"n_questions must be between 1 and {n_all - n_shots} ({data_set.name} has {n_all} questions, "
+            f"{n_shots} of them serve as examples), got {n_questions}"
+        )
+    order = np.random.default_rng(seed).permutation(n_all)
+    pick = [data_set.questions[i] for i in order]
+    return pick[:n_questions], pick[n_all - n_shots :]
+
+
+def _triviaqa(path: Path) -> DataSet:
+    """Read TriviaQA (rc.wikipedia.nocontext, validation) from its arrow stream: value first, then aliases."""
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all().select(["question_id", "question", "answer"])
+    questions = []
+    for row in table.to_pylist():
+        answers = dict.fromkeys([row["answer"]["value"], *row["answer"]["aliases"]])
+        questions.append(Question(row["question_id"], row["question"].strip(), tuple(answers)))
+    return DataSet("triviaqa", tuple(questions), "Q: {question}\nA:{answer}\n\n")
+
+
+def _wikidata(path: Path) -> DataSet:
+    """Read Wikidata recall; a statement that occurs twice becomes one question with both targets accepted."""
+    questions: dict[str, Question] = {}
+    for example in json.loads(path.read_text(encoding="utf-8"))["examples"]:
+        target = example["target"]
+        targets = [target] if isinstance(target, str) else target
+        text = example["input"].strip()
+        known = questions.get(text) or Question(_identify(text), text, ())
+        questions[text] = replace(known, answers=tuple(dict.fromkeys([*known.answers, *targets])))
+    # A statement to be completed, not a question: the set's own form, one statement a line.
+    return DataSet("wikidata", tuple(questions.values()), "{question}{answer}\n")
+
+
+def _truthfulqa(path: Path) -> DataSet:
+    """Read TruthfulQA with its official prompt prefix; the best answer comes first among the true ones."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    questions = []
+    for example in content["examples"]:
+        true = dict.fromkeys([example["Best answer"], *example["True answers"]])
+        text = example["Question"].strip()
+        questions.append(
+            Question(_identify(text), text, tuple(true), tuple(dict.fromkeys(example["False answers"])))
+        )
+    return DataSet("truthfulqa", tuple(questions), "Q: {question}\nA:{answer}\n\n", content["prefix"])
+
+
+def _identify(text: str) -> str:
+    """Return an id made of the question itself, for sets that have none: it survives any reordering."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,92 @@
+"""The draw of questions, the prompts, and each reader on a small file of the set's own form."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from isouq import assets
+from isouq.qa import data
+from isouq.qa.data import DataSet, Question
+
+
+@pytest.fixture
+def hundred() -> DataSet:
+    questions = tuple(Question(str(i), f"question {i}", (f"answer {i}",)) for i in range(100))
+    return DataSet("hundred", questions, "Q: {question}\nA:{answer}\n\n")
+
+
+def test_a_smaller_draw_is_the_front_of_a_larger_one(hundred: DataSet) -> None:
+    large, shots = data.sample(hundred, 90, n_shots=5, seed=3)
+    small, same_shots = data.sample(hundred, 20, n_shots=5, seed=3)
+    assert small == large[:20]
+    assert shots == same_shots
+    assert len({q.item_id for q in large}) == 90
+    assert not {q.item_id for q in large} & {q.item_id for q in shots}
+    assert data.sample(hundred, 20, n_shots=5, seed=4)[0] != small
+
+
+@pytest.mark.parametrize("n_questions", [0, 96])
+def test_a_draw_that_the_set_cannot_give_is_refused(hundred: DataSet, n_questions: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and 95 .* got {n_questions}"):
+        data.sample(hundred, n_questions, n_shots=5, seed=0)
+
+
+def test_the_prompt_ends_where_the_answer_begins(hundred: DataSet) -> None:
+    first, second = hundred.questions[:2]
+    assert hundred.prompt(second, [first]) == "Q: question 0\nA: answer 0\n\nQ: question 1\nA:"
+
+
+def test_triviaqa_puts_the_value_before_its_aliases(tmp_path) -> None:
+    rows = [{"question_id": "tc_1", "question": " Who? ", "answer": {"value": "Me", "aliases": ["I", "Me"]}}]
+    path = tmp_path / "data.arrow"
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert data.load("triviaqa", path).questions == (Question("tc_1", "Who?", ("Me", "I")),)
+
+
+def test_wikidata_merges_a_statement_that_occurs_twice(tmp_path) -> None:
+    examples = [
+        {"input": "The genre of X is", "target": ["pop", "rock"]},
+        {"input": "The capital of Y is", "target": "Z"},
+        {"input": "The genre of X is", "target": "jazz"},
+    ]
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"examples": examples}))
+    loaded = data.load("wikidata", path)
+    assert [q.answers for q in loaded.questions] == [("pop", "rock", "jazz"), ("Z",)]
+    assert (
+        loaded.prompt(loaded.questions[1], loaded.questions[:1])
+        == "The genre of X is pop\nThe capital of Y is"
+    )
+
+
+def test_truthfulqa_uses_its_official_prefix_and_no_label_twice(tmp_path) -> None:
+    example = {
+        "Question": "Why?",
+        "Best answer": "B.",
+        "True answers": ["A.", "B."],
+        "False answers": ["C.", "C."],
+    }
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"prefix": "Q: a\nA: b\n\n", "examples": [example]}))
+    loaded = data.load("truthfulqa", path)
+    (question,) = loaded.questions
+    assert (question.answers, question.false_answers) == (("B.", "A."), ("C.",))
+    assert loaded.prompt(question) == "Q: a\nA: b\n\nQ: Why?\nA:"
+
+
+def test_an_unknown_data_set_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(ValueError, match="triviaqa, wikidata, truthfulqa, got 'trivia'"):
+        data.load("trivia", tmp_path)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("name", "n"), [("triviaqa", 7993), ("wikidata", 20320), ("truthfulqa", 299)])
+def test_the_real_sets_are_whole_and_answerable(name: str, n: int) -> None:
+    questions = data.load(name, assets.path(name)).questions
+    assert len(questions) == len({q.item_id for q in questions}) == n
+    assert all(q.question and q.answers and all(q.answers) for q in questions)
+    assert all(bool(q.false_answers) == (name == "truthfulqa") for q in questions)
+    assert not any(set(q.answers) & set(q.false_answers) for q in questions)

@@ -1,0 +1,86 @@
+"""Batched, cached generation and choice against the plainest loop that recomputes everything."""
+
+import pytest
+import torch
+
+from isouq.qa import generation
+
+SHARED = list(range(10, 34))
+PROMPTS = [SHARED + rest for rest in ([40], [41, 42, 43, 44, 45], [46, 47, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9])]
+UNLIKE = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def plain_logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def plain_greedy(model, prompt: list[int], stops: set[int], n: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < n:
+        token = int(plain_logits(model, prompt + answer)[-1].argmax())
+        if token in stops:
+            break
+        answer.append(token)
+    return answer
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, UNLIKE, PROMPTS[:1]], ids=["shared", "unlike", "single"])
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, prompts) -> None:
+    stops = (frozenset({1, 2}), frozenset({0}))
+    answers = generation.generate(model, tokenizer, prompts, stops=stops, max_new_tokens=12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert list(answer.token_ids) == plain_greedy(model, prompt, {0, 1, 2}, 12)
+
+
+def test_generation_stops_at_a_token_that_contains_a_newline_and_drops_it(llama, tokenizer) -> None:
+    free = plain_greedy(llama, PROMPTS[0], set(), 12)
+    stop = free[5]
+    before = free[: free.index(stop)]
+    for stops, why in (
+        ((frozenset({stop}), frozenset()), "newline"),
+        ((frozenset(), frozenset({stop})), "eos"),
+    ):
+        (answer,) = generation.generate(llama, tokenizer, PROMPTS[:1], stops=stops, max_new_tokens=12)
+        assert (list(answer.token_ids), answer.ended_by) == (before, why)
+    (answer,) = generation.generate(
+        llama, tokenizer, PROMPTS[:1], stops=(frozenset(), frozenset()), max_new_tokens=3
+    )
+    assert (list(answer.token_ids), answer.ended_by) == (free[:3], "length")
+
+
+def test_an_answer_that_ends_at_once_is_empty(llama, tokenizer) -> None:
+    first = plain_greedy(llama, PROMPTS[0], set(), 1)[0]
+    (answer,) = generation.generate(
+        llama, tokenizer, PROMPTS[:1], stops=(frozenset({first}), frozenset()), max_new_tokens=4
+    )
+    assert answer.empty
+    assert answer.token_ids == ()
+    assert not generation.Generation((7,), "w", "eos").empty
+
+
+def test_stop_tokens_are_all_that_contain_a_newline_and_every_end_of_sequence(llama, tokenizer) -> None:
+    newline, eos = generation.stop_token_ids(tokenizer, llama)
+    assert newline == {1, 2}
+    assert eos == {0}
+
+
+def test_candidates_score_as_one_plain_forward_each(model) -> None:
+    many = [[i % 40 + 5, (7 * i) % 50, 3][: 1 + i % 3] for i in range(11)]  # more than one group of rows
+    candidates = [[[5], [6, 7, 8, 9, 10]], [[11, 12]], [[13], [14]], many]
+    found = generation.candidate_log_probs(model, PROMPTS, candidates)
+    for prompt, answers, scores in zip(PROMPTS, candidates, found, strict=True):
+        for answer, score in zip(answers, scores, strict=True):
+            log_p = plain_logits(model, prompt + answer).double().log_softmax(-1)
+            plain = sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+            assert score.item() == pytest.approx(plain, abs=1e-4)
+
+
+def test_an_empty_candidate_is_refused(llama) -> None:
+    with pytest.raises(ValueError, match="none of them empty"):
+        generation.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
