@@ -131,4 +131,5 @@ def _method(name: str) -> Method:
 def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
     for name in columns:
         if name not in table.columns:
-            raise ValueError(f"table: column {name!r} is missing; it has {', '.join(map(str, table.columns))}")
+            present = ", ".join(map(str, table.columns))
+            raise ValueError(f"table: column {name!r} is missing; it has {present}")

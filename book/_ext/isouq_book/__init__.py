@@ -1,0 +1,30 @@
+"""Sphinx extension of the book: every number on a page, and every verdict, is made from results.json."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from sphinx.application import Sphinx
+
+from . import provenance
+from .directives import ClaimsTable, IntervalFigure, Provenance
+from .roles import IntervalRole, ResultRole, load_results
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the roles, the directives and the footer."""
+    app.add_config_value("isouq_results_digest", "", "env")
+    app.connect("config-inited", load_results)
+    app.connect("html-page-context", _add_footer)
+    app.add_role("result", ResultRole())
+    app.add_role("interval", IntervalRole())
+    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("provenance", Provenance)
+    app.add_directive("interval-figure", IntervalFigure)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _add_footer(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    line = html.escape(provenance.footer(app.isouq_results.meta))
+    context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'

@@ -1,0 +1,160 @@
+"""The directives {claims-table}, {provenance} and {interval-figure}: what a page shows of results.json."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
+from sphinx import addnodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from . import claims, provenance, results
+from .claims import Check, Claim
+from .verdicts import Verdict
+
+_LOGGER = logging.getLogger(__name__)
+_COLUMNS = (("Claim", 30), ("Here", 34), ("In the paper", 16), ("Verdict", 20))
+
+
+class ClaimsTable(SphinxDirective):
+    """{claims-table} FILE: every claim with its chapter, the values here, the paper's, and a verdict."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Build the table, or warn that the file of claims is not in order."""
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        try:
+            rows = [self._row(claim) for claim in claims.load(path)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _LOGGER.warning("claims-table: %s", error, location=self.get_location())
+            return []
+        return [_table([name for name, _ in _COLUMNS], [width for _, width in _COLUMNS], rows)]
+
+    def _row(self, claim: Claim) -> list[list[nodes.Node]]:
+        entries = self.env.app.isouq_results.entries
+        target = nodes.target("", "", ids=[f"claim-{claim.id.lower()}"])
+        title = nodes.paragraph(
+            "", "", nodes.strong("", claim.id), nodes.Text(" "), *self._words(claim.claim)
+        )
+        chapter = nodes.paragraph("", "", *self._chapter(claim.chapter))
+        measured = [_measurements(claim.checks, entries) if claim.checks else _paragraph("–")]
+        if claim.note:
+            measured.append(nodes.paragraph("", "", *self._words(claim.note), classes=["claim-note"]))
+        return [
+            [target, title, chapter],
+            measured,
+            [nodes.paragraph("", "", *self._words(claim.paper))],
+            [nodes.paragraph("", "", _verdict(claim.judge(entries)))],
+        ]
+
+    def _words(self, text: str) -> list[nodes.Node]:
+        """The text read as Markdown, so that it may hold mathematics and links."""
+        content = nodes.Element()
+        self.state.nested_parse(StringList([text], self.arguments[0]), 0, content)
+        return list(content.children[0].children)
+
+    def _chapter(self, chapter: str) -> list[nodes.Node]:
+        if not chapter:
+            return [nodes.Text("no chapter yet")]
+        name = chapter.rsplit("/", 1)[-1]
+        if chapter not in self.env.found_docs:
+            return [nodes.literal("", name), nodes.Text(" (not in this book yet)")]
+        where = {"reftarget": f"/{chapter}", "refdoc": self.env.docname, "refexplicit": True}
+        shown = nodes.literal("", name)
+        return [addnodes.pending_xref("", shown, refdomain="std", reftype="doc", **where)]
+
+
+class Provenance(SphinxDirective):
+    """{provenance}: profile, commit, date, machine and versions behind the numbers of this book."""
+
+    def run(self) -> list[nodes.Node]:
+        """Build the box from the record in results.json."""
+        rows = provenance.rows(self.env.app.isouq_results.meta)
+        cells = [[[_paragraph(name)], [_paragraph(text)]] for name, text in rows]
+        return [_table(["Record", "This book"], [25, 75], cells)]
+
+
+class IntervalFigure(SphinxDirective):
+    """{interval-figure} PATTERN ...: values with their intervals, a panel for each pattern, a row per method.
+
+    A pattern is a key with {method} in it. The content is the caption; the text for screen readers is made
+    from the values.
+    """
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    has_content = True
+    option_spec: ClassVar[dict[str, Any]] = {
+        "name": directives.unchanged_required,
+        "titles": directives.unchanged_required,
+        "methods": directives.unchanged_required,
+        "xlabel": directives.unchanged_required,
+        "reference": float,
+    }
+
+    def run(self) -> list[nodes.Node]:
+        """Draw the figure into the build folder and refer to it from the page."""
+        from . import figure
+
+        entries = self.env.app.isouq_results.entries
+        titles = [title.strip() for title in self.options["titles"].split("|")]
+        methods = self.options["methods"].split()
+        panels = figure.read_panels(self.arguments[0].split(), titles, methods, entries)
+        if not panels:
+            return [_paragraph("This run has no results for this figure.", classes=["result-absent"])]
+        folder = Path(self.env.doctreedir) / "isouq_figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.options['name']}.svg"
+        axis = {"xlabel": self.options["xlabel"], "reference": self.options.get("reference")}
+        alt = figure.draw(panels, methods, file, **axis)
+        here = Path(self.env.doc2path(self.env.docname)).parent
+        image = nodes.image(uri=Path(os.path.relpath(file, here)).as_posix(), alt=alt)
+        caption = nodes.caption()
+        content = nodes.Element()
+        self.state.nested_parse(self.content, self.content_offset, content)
+        if content.children:
+            caption += content.children[0].children
+        shown = nodes.figure("", image, caption)
+        self.set_source_info(shown)
+        self.add_name(shown)
+        return [shown]
+
+
+def _measurements(checks: tuple[Check, ...], entries: dict[str, results.Entry]) -> nodes.Node:
+    listing = nodes.bullet_list(classes=["claim-checks"])
+    for check in checks:
+        entry, verdict = entries.get(check.key), check.judge(entries)
+        words = nodes.paragraph("", f"{check.label}: ")
+        if entry is not None:
+            shown = results.format_interval(entry)
+            words += nodes.abbreviation(shown, shown, explanation=check.key, classes=["result"])
+            words += nodes.Text("; ")
+        words += _verdict(verdict)
+        listing += nodes.list_item("", words)
+    return listing
+
+
+def _verdict(verdict: Verdict) -> nodes.Node:
+    style = "verdict-" + verdict.outcome.replace(" here", "").replace(" ", "-")
+    return nodes.inline("", str(verdict), classes=["verdict", style])
+
+
+def _paragraph(text: str, classes: list[str] | None = None) -> nodes.paragraph:
+    return nodes.paragraph("", text, classes=classes or [])
+
+
+def _table(header: list[str], widths: list[int], rows: list[list[list[nodes.Node]]]) -> nodes.table:
+    group = nodes.tgroup("", cols=len(header))
+    group += [nodes.colspec(colwidth=width) for width in widths]
+    top = nodes.row("", *[nodes.entry("", _paragraph(name)) for name in header])
+    body = nodes.tbody("", *[nodes.row("", *[nodes.entry("", *cell) for cell in row]) for row in rows])
+    group += [nodes.thead("", top), body]
+    style = "claims" if len(header) > 2 else "provenance"
+    return nodes.table("", group, classes=[f"{style}-table", "colwidths-given"])

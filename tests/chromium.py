@@ -1,0 +1,152 @@
+"""Real Chromium, driven through its DevTools protocol: what a reader's browser would do with a page."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import websocket
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--remote-debugging-port=0",
+    "--remote-allow-origins=*",
+)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def executable() -> str:
+    """The browser's path: CHROMIUM if that is set, else the first known name on PATH."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        raise FileNotFoundError(
+            "the book is tested in a real browser and none was found: install one (Debian and Ubuntu: "
+            "`apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
+        )
+    return found
+
+
+class Page:
+    """One tab: commands go out, and every event that comes back is kept in `events`."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = websocket.create_connection(address, timeout=60)
+        self._last = 0
+        self.events: list[dict] = []
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params) -> dict:
+        """Send one command and wait for its answer."""
+        self._last += 1
+        self._socket.send(json.dumps({"id": self._last, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv())
+            if message.get("id") == self._last:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']['message']}")
+                return message["result"]
+            self.events.append(message)
+
+    def evaluate(self, script: str):
+        """The value of a JavaScript expression; a promise is waited for."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{answer['exceptionDetails']} in {script}")
+        return answer["result"].get("value")
+
+    def open(self, url: str, *, seconds: float = 60) -> None:
+        """Load a page and wait until it is complete and its mathematics is set; forgets earlier events."""
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        ready = (
+            f"location.href.split('#')[0] === {json.dumps(url)} && document.readyState === 'complete'"
+            " && (!document.querySelector('script[src*=mathjax]')"
+            " || Boolean(window.MathJax && MathJax.startup && MathJax.startup.promise))"
+        )
+        end = time.monotonic() + seconds
+        while not self.evaluate(ready):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{url} was not complete after {seconds} s")
+            time.sleep(0.05)
+        self.evaluate("window.MathJax && MathJax.startup ? MathJax.startup.promise.then(() => true) : true")
+
+    def screenshot(self, file: Path) -> None:
+        """Save the whole page as PNG."""
+        image = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        Path(file).write_bytes(base64.b64decode(image["data"]))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def browse(profile: Path) -> Iterator[Page]:
+    """A fresh browser with an empty profile in the folder `profile`; it is gone afterwards."""
+    process = subprocess.Popen(
+        [executable(), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    page = None
+    try:
+        page = Page(_first_tab(process))
+        yield page
+    finally:
+        if page is not None:
+            page.close()
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve a folder on a free port of this machine; gives the address without a slash at its end."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args) -> None:
+        pass
+
+
+def _first_tab(process: subprocess.Popen) -> str:
+    """The DevTools address of the first tab; Chromium prints its port on stderr."""
+    import urllib.request
+
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if match := re.search(r"DevTools listening on ws://127\.0\.0\.1:(\d+)/", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # an unread pipe would fill up
+            with urllib.request.urlopen(f"http://127.0.0.1:{match[1]}/json") as answer:
+                tabs = json.load(answer)
+            return next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+    raise RuntimeError("Chromium ended before it listened:\n" + "".join(lines[-20:]))
