@@ -10,6 +10,7 @@ Everything is written under `.partial/` and renamed into place when complete, by
 the next one.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib.metadata
@@ -25,7 +26,6 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -274,7 +274,7 @@ def _is_good(asset: Asset, folder: Path) -> bool:
     return True
 
 
-@contextmanager
+@contextlib.contextmanager
 def _scratch_folder(progress: bool) -> Iterator[Path]:
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
@@ -402,18 +402,17 @@ def _watch(process: subprocess.Popen[bytes], package: Package, folder: Path, pro
     with tqdm(total=package.size, unit="B", unit_scale=True, desc=package.name, disable=not progress) as bar:
         while process.poll() is None:
             time.sleep(0.1)
-            bar.update(min(package.size, _largest(folder, package.file)) - bar.n)
+            bar.update(min(package.size, _bytes_on_disk(folder, package.file)) - bar.n)
         if process.returncode == 0:
             bar.update(package.size - bar.n)
 
 
-def _largest(folder: Path, file: str) -> int:
+def _bytes_on_disk(folder: Path, file: str) -> int:
+    """Return how much of a file pip has: in its own temporary folder first, then in `folder`."""
     sizes = [0]
-    for found in folder.rglob(file):
-        try:
-            sizes.append(found.stat().st_size)
-        except FileNotFoundError:  # pip has moved it since
-            continue
+    for candidate in (folder / file, *(entry / file for entry in folder.iterdir())):
+        with contextlib.suppress(OSError):  # pip moves files and folders while we look
+            sizes.append(candidate.stat().st_size)
     return max(sizes)
 
 
