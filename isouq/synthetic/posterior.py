@@ -1,0 +1,248 @@
+"""NUTS draws of a problem's posterior, the gate that a posterior must pass, and its variance maps.
+
+The gate looks at functions, not weights: the weights of a network cannot mix over its symmetries, while
+p(y|x, θ), the only thing that the study uses, can and must.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer import HMC, MCMC, NUTS
+from scipy.stats import norm, rankdata
+
+from isouq.synthetic.problems import Model, Problem, float64, one_of
+
+MAX_RHAT = 1.01  # Vehtari et al. (2021)
+MIN_ESS = 400
+MIN_EFMI = 0.3  # Betancourt (2016)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to sample: the algorithm ("nuts" or "hmc", both with dual averaging), its chains and its draws."""
+
+    sampler: str = "nuts"
+    n_chains: int = 8
+    n_warmup: int = 500
+    n_draws: int = 1000
+    target_accept: float = 0.9
+    max_tree_depth: int = 8
+    trajectory_length: float = 3.0  # of "hmc" only, in units of the prior's scale
+    step_size: float | None = None  # None: adapted; a number fixes it (used to break the sampler on purpose)
+    memory_gb: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self):
+        one_of("sampler", self.sampler, ("nuts", "hmc"))
+        for name, least in (("n_chains", 4), ("n_warmup", 1), ("n_draws", 4), ("max_tree_depth", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least {least}")
+        if not 0 < self.target_accept < 1:
+            raise ValueError(f"target_accept is {self.target_accept}; wanted a number between 0 and 1")
+
+    def require_memory(self, problem: Problem) -> None:
+        """Raise ValueError when the draws and their functions would take more than `memory_gb`."""
+        model = problem.model
+        per_draw = model.network.n_parameters + 4 * len(problem.grid) * model.network.n_outputs
+        need = 8 * self.n_chains * self.n_draws * per_draw / 1e9
+        if need > self.memory_gb:
+            raise ValueError(
+                f"{self.n_chains} chains x {self.n_draws} draws need {need:.2g} GB, over memory_gb = "
+                f"{self.memory_gb:.2g}; wanted fewer draws, a smaller network or a coarser grid"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """The worst of each diagnostic over all grid points and classes (rhat, ess) or chains (efmi)."""
+
+    rhat: float
+    rhat_folded: float
+    ess: float
+    n_divergent: int
+    efmi: float
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What fails the gate, in words; empty when the posterior passes."""
+        checks = (
+            (self.rhat <= MAX_RHAT, f"split R-hat {self.rhat:.3f} > {MAX_RHAT}"),
+            (self.rhat_folded <= MAX_RHAT, f"folded R-hat {self.rhat_folded:.3f} > {MAX_RHAT}"),
+            (self.ess >= MIN_ESS, f"ESS {self.ess:.0f} < {MIN_ESS}"),
+            (self.n_divergent == 0, f"{self.n_divergent} divergent transitions"),
+            (self.efmi >= MIN_EFMI, f"E-FMI {self.efmi:.2f} < {MIN_EFMI}"),
+        )
+        # `not ok` also catches NaN, which compares false with everything
+        return tuple(text for ok, text in checks if not ok)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the posterior passes the gate."""
+        return not self.failures
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Posterior:
+    """Draws (chain, draw, param) of θ with the sampler's statistics (chain, draw) and the gate's verdict."""
+
+    problem: Problem
+    settings: Settings
+    draws: np.ndarray
+    divergent: np.ndarray
+    energy: np.ndarray
+    n_steps: np.ndarray
+    diagnostics: Diagnostics
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """What the draws say at each grid point; all arrays are (point,), variances in units of p².
+
+    `variance` = `within` + `between`: the mean of the chains' variances and the variance of their means. A
+    Taylor expansion at one mode can only see the first. `mcse`: Monte Carlo standard error of `variance`.
+    `aleatoric` is E_θ[p(1−p)], None for a regression.
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    within: np.ndarray
+    between: np.ndarray
+    mcse: np.ndarray
+    aleatoric: np.ndarray | None
+
+
+def _density(model: Model, inputs, targets):
+    # Sampled in units of the prior's scale: one step size then suits all layers.
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([model.network.n_parameters]).to_event(1))
+    numpyro.factor("likelihood", model.log_likelihood(model.scales() * z, inputs, targets))
+
+
+@functools.lru_cache(maxsize=64)
+def _sampler(model: Model, settings: Settings) -> MCMC:
+    # Cached, with the data as traced arguments: other data seeds of the same shape are not compiled again.
+    density = functools.partial(_density, model)
+    common = {"target_accept_prob": settings.target_accept}
+    if settings.step_size is not None:
+        common |= {"step_size": settings.step_size, "adapt_step_size": False}
+    if settings.sampler == "nuts":
+        kernel = NUTS(density, max_tree_depth=settings.max_tree_depth, **common)
+    else:
+        kernel = HMC(density, trajectory_length=settings.trajectory_length, **common)
+    return MCMC(
+        kernel,
+        num_warmup=settings.n_warmup,
+        num_samples=settings.n_draws,
+        num_chains=settings.n_chains,
+        chain_method="vectorized",
+        jit_model_args=True,
+        progress_bar=False,
+    )
+
+
+@float64
+def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
+    """Draw from the posterior of θ with chains that each start at a draw of the prior, and judge the draws.
+
+    A posterior that fails the gate is returned all the same: look at `diagnostics.failures`.
+    Raises ValueError before sampling when the draws would not fit in memory.
+    """
+    settings = settings or Settings()
+    settings.require_memory(problem)
+    begun = time.perf_counter()
+    start_key, run_key = jax.random.split(jax.random.key(settings.seed))
+    n_parameters = problem.model.network.n_parameters
+    start = jax.random.normal(start_key, (settings.n_chains, n_parameters))
+    mcmc = _sampler(problem.model, settings)
+    mcmc.run(
+        run_key,
+        jnp.asarray(problem.inputs),
+        jnp.asarray(problem.targets),
+        init_params={"z": start},
+        extra_fields=("diverging", "energy", "num_steps"),
+    )
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["z"]) * problem.model.scales()
+    fields = {key: np.asarray(value) for key, value in mcmc.get_extra_fields(group_by_chain=True).items()}
+    diagnostics = judge(
+        functions(problem, draws),
+        divergent=fields["diverging"],
+        energy=fields["energy"],
+        seconds=time.perf_counter() - begun,
+    )
+    return Posterior(
+        problem=problem,
+        settings=settings,
+        draws=draws,
+        divergent=fields["diverging"],
+        energy=fields["energy"],
+        n_steps=fields["num_steps"],
+        diagnostics=diagnostics,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict_all(model: Model, thetas, inputs):
+    return jax.lax.map(lambda theta: model.predict(theta, inputs), thetas, batch_size=64)
+
+
+@float64
+def functions(problem: Problem, draws: np.ndarray) -> np.ndarray:
+    """Return p(y|x, θ) (or the mean) of every draw at every grid point: (chain, draw, point, class)."""
+    flat = _predict_all(problem.model, draws.reshape(-1, draws.shape[-1]), problem.grid)
+    return np.asarray(flat).reshape(*draws.shape[:2], *flat.shape[1:])
+
+
+def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seconds: float) -> Diagnostics:
+    """Diagnose the functions (chain, draw, point, class): rank-normalised split and folded R-hat, bulk ESS.
+
+    Folded: the same R-hat on |value − median|, which catches chains that differ in spread and not in place.
+    E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
+    """
+    values = values.reshape(*values.shape[:2], -1)
+    folded = np.abs(values - np.median(values, axis=(0, 1)))
+    ranked = _rank_normalised(values)
+    half = ranked.shape[1] // 2
+    split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
+    return Diagnostics(
+        rhat=float(np.max(split_gelman_rubin(ranked))),
+        rhat_folded=float(np.max(split_gelman_rubin(_rank_normalised(folded)))),
+        ess=float(np.min(effective_sample_size(split))),
+        n_divergent=int(divergent.sum()),
+        efmi=float(np.min(np.square(np.diff(energy, axis=1)).mean(axis=1) / energy.var(axis=1))),
+        seconds=seconds,
+    )
+
+
+def _rank_normalised(values: np.ndarray) -> np.ndarray:
+    # Vehtari et al. (2021), eq. 14: ranks over all chains together, then the normal quantile.
+    flat = values.reshape(-1, values.shape[-1])
+    return norm.ppf((rankdata(flat, axis=0) - 0.375) / (len(flat) + 0.25)).reshape(values.shape)
+
+
+def reference(posterior: Posterior, classes: np.ndarray) -> Reference:
+    """Return mean, variance (within and between chains, with its Monte Carlo error) and E[p(1−p)].
+
+    `classes` (point,): the class whose probability is meant at each grid point (zeros unless multiclass).
+    """
+    values = functions(posterior.problem, posterior.draws)
+    values = np.take_along_axis(values, classes[None, None, :, None], axis=-1)[..., 0]
+    within = values.var(axis=1).mean(axis=0)
+    between = values.mean(axis=1).var(axis=0)
+    squares = np.square(values - values.mean(axis=(0, 1)))
+    mcse = squares.std(axis=(0, 1)) / np.sqrt(effective_sample_size(squares))
+    is_regression = posterior.problem.model.kind == "regression"
+    return Reference(
+        mean=values.mean(axis=(0, 1)),
+        variance=within + between,
+        within=within,
+        between=between,
+        mcse=mcse,
+        aleatoric=None if is_regression else (values * (1 - values)).mean(axis=(0, 1)),
+    )

@@ -1,0 +1,348 @@
+"""The paper's eight synthetic problems: data, network, prior, likelihood and evaluation grid.
+
+The paper's sample sizes, widths and priors are not known to us. Those in ``SPECS`` are our own choices,
+made so that NUTS converges in function space; none of them is the paper's.
+"""
+
+import difflib
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("binary", "multiclass", "regression")
+ACTIVATIONS: dict[str, Callable] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+SCALINGS = ("fixed", "fan_in")
+
+
+def float64(function: Callable) -> Callable:
+    """Run `function` with jax in float64 and leave jax's global setting as it was."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def one_of(name: str, given: object, allowed) -> None:
+    """Raise ValueError unless `given` is among `allowed`; the message names the nearest allowed value."""
+    if given not in allowed:
+        near = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is {given!r}; wanted one of {', '.join(allowed)}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A fully connected network whose parameters are one flat vector; depth counts the hidden layers."""
+
+    n_inputs: int
+    n_outputs: int
+    width: int = 8
+    depth: int = 1
+    activation: str = "tanh"
+
+    def __post_init__(self):
+        for name, least in (("n_inputs", 1), ("n_outputs", 1), ("width", 1), ("depth", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted an integer of at least {least}")
+        one_of("activation", self.activation, ACTIVATIONS)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(fan_in, fan_out) of each layer, from the inputs on."""
+        sizes = (self.n_inputs, *([self.width] * self.depth), self.n_outputs)
+        return tuple(itertools.pairwise(sizes))
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights and biases of all layers."""
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in self.shapes)
+
+    def layers(self, theta):
+        """Cut the flat vector into [(weight (fan_in, fan_out), bias (fan_out,)), ...], in order."""
+        layers, start = [], 0
+        for fan_in, fan_out in self.shapes:
+            stop = start + fan_in * fan_out
+            weight = theta[start:stop].reshape(fan_in, fan_out)
+            layers.append((weight, theta[stop : stop + fan_out]))
+            start = stop + fan_out
+        return layers
+
+    def __call__(self, theta, inputs):
+        """Outputs (example, output) at the flat parameters `theta` (param,)."""
+        *hidden, (weight, bias) = self.layers(theta)
+        for hidden_weight, hidden_bias in hidden:
+            inputs = ACTIVATIONS[self.activation](inputs @ hidden_weight + hidden_bias)
+        return inputs @ weight + bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network with its Gaussian prior and its likelihood; hashable, so that jax compiles it once.
+
+    Prior: independent N(0, s²) with s = `prior_scale` everywhere ("fixed"), or prior_scale/√fan_in for the
+    weights and prior_scale for the biases ("fan_in"). A binary problem has one output, the logit of class 1.
+    `noise` is the known standard deviation of a regression's targets.
+    """
+
+    kind: str
+    network: Network
+    prior_scale: float = 1.0
+    prior_scaling: str = "fan_in"
+    noise: float = 0.1
+
+    def __post_init__(self):
+        one_of("kind", self.kind, KINDS)
+        one_of("prior_scaling", self.prior_scaling, SCALINGS)
+        for name in ("prior_scale", "noise"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; wanted a finite number above 0")
+
+    def scales(self) -> np.ndarray:
+        """The prior's standard deviation of every parameter (param,)."""
+        parts = []
+        for fan_in, fan_out in self.network.shapes:
+            shrink = np.sqrt(fan_in) if self.prior_scaling == "fan_in" else 1.0
+            parts += [np.full(fan_in * fan_out, 1 / shrink), np.ones(fan_out)]
+        return self.prior_scale * np.concatenate(parts)
+
+    def predict(self, theta, inputs):
+        """Return p(class 1), p of every class, or the mean, after the kind of problem: (example, class)."""
+        outputs = self.network(theta, inputs)
+        if self.kind == "binary":
+            return jax.nn.sigmoid(outputs)
+        return jax.nn.softmax(outputs) if self.kind == "multiclass" else outputs
+
+    def quantity(self, theta, inputs, classes):
+        """Return what the estimates are about: p(y_c|x, θ) of the class given, or the mean: (example,)."""
+        return jnp.take_along_axis(self.predict(theta, inputs), classes[:, None], axis=1)[:, 0]
+
+    def log_likelihood(self, theta, inputs, targets):
+        """Sum over the examples of log p(target | input, θ), in nats, up to a constant for a regression."""
+        outputs = self.network(theta, inputs)
+        if self.kind == "binary":
+            return -jax.nn.softplus((1 - 2 * targets) * outputs[:, 0]).sum()
+        if self.kind == "multiclass":
+            return jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[:, None], axis=1).sum()
+        return -0.5 * jnp.square((targets - outputs[:, 0]) / self.noise).sum()
+
+    def energy(self, theta, inputs, targets):
+        """Return the negative log posterior in nats, up to a constant: what MAP minimises."""
+        prior = 0.5 * jnp.square(theta / self.scales()).sum()
+        return prior - self.log_likelihood(theta, inputs, targets)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """One problem with its data (numpy, float64; integer targets for classes) and its evaluation grid."""
+
+    name: str
+    seed: int
+    model: Model
+    inputs: np.ndarray
+    targets: np.ndarray
+    grid: np.ndarray
+    limits: tuple[float, float]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The grid's shape: (y, x) for two inputs, (x,) for one."""
+        resolution = round(len(self.grid) ** (1 / self.inputs.shape[1]))
+        return (resolution,) * self.inputs.shape[1]
+
+    def near_data(self) -> np.ndarray:
+        """Grid points (point,) bool where data lie.
+
+        A point counts when its nearest example is no farther than the 95 % quantile of the distances between
+        examples and their nearest neighbours.
+        """
+        between = np.linalg.norm(self.inputs[:, None] - self.inputs[None], axis=-1)
+        np.fill_diagonal(between, np.inf)
+        reach = np.quantile(between.min(axis=1), 0.95)
+        return np.linalg.norm(self.grid[:, None] - self.inputs[None], axis=-1).min(axis=1) <= reach
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the posterior depends on: model, data and grid."""
+        digest = hashlib.sha256(repr((self.name, self.seed, self.model)).encode())
+        for array in (self.inputs, self.targets, self.grid):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def _linear(rng, n):
+    inputs = rng.uniform(-2, 2, (n, 2))
+    logits = 1.5 * inputs[:, 0] - 1.0 * inputs[:, 1] + 0.5
+    return inputs, (rng.uniform(size=n) < 1 / (1 + np.exp(-logits))).astype(np.int64)
+
+
+def _xor(rng, n):
+    corners = rng.integers(0, 2, (n, 2))
+    return 2.0 * corners - 1 + rng.normal(0, 0.45, (n, 2)), corners.sum(axis=1) % 2
+
+
+def _rings(radii, noise):
+    def generate(rng, n):
+        classes, angle = np.arange(n) % len(radii), rng.uniform(0, 2 * np.pi, n)
+        radius = np.asarray(radii)[classes] + rng.normal(0, noise, n)
+        return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), classes
+
+    return generate
+
+
+def _clusters(rng, n):
+    classes = np.arange(n) % 3
+    angle = np.pi / 2 + 2 * np.pi * classes / 3
+    centres = 1.2 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return centres + rng.normal(0, 0.6, (n, 2)), classes
+
+
+def _spirals(rng, n):
+    classes, along = np.arange(n) % 3, rng.uniform(0.15, 1.0, n)
+    angle = 2 * np.pi * classes / 3 + 3.0 * along
+    inputs = 2 * along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return inputs + rng.normal(0, 0.15, (n, 2)), classes
+
+
+def _line(noise):
+    def generate(rng, n):
+        inputs = rng.uniform(-1, 1, (n, 1))
+        return inputs, 0.8 * inputs[:, 0] - 0.2 + rng.normal(0, noise, n)
+
+    return generate
+
+
+def _wave(noise):
+    def generate(rng, n):
+        # two stretches of data with a gap between: uncertainty has somewhere to grow inside the data's range
+        inputs = np.where(rng.uniform(size=n) < 0.5, rng.uniform(-2, -0.5, n), rng.uniform(0.7, 2, n))
+        return inputs[:, None], np.sin(2 * inputs) + 0.3 * inputs + rng.normal(0, noise, n)
+
+    return generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How a named problem is made: generator (rng, n) -> (inputs, targets), sample size, model, limits."""
+
+    title: str
+    generate: Callable
+    n_examples: int
+    model: Model
+    limits: tuple[float, float] = (-3.0, 3.0)
+
+
+def _net(n_inputs: int, n_outputs: int, width: int = 8, depth: int = 1) -> Network:
+    return Network(n_inputs=n_inputs, n_outputs=n_outputs, width=width, depth=depth)
+
+
+SPECS: dict[str, Spec] = {
+    "binary_linear": Spec(
+        title="binary: linear",
+        generate=_linear,
+        n_examples=80,
+        model=Model(kind="binary", network=_net(2, 1, depth=0)),
+    ),
+    "binary_xor": Spec(
+        title="binary: XOR",
+        generate=_xor,
+        n_examples=80,
+        model=Model(kind="binary", network=_net(2, 1), prior_scale=1.5),
+    ),
+    "binary_rings": Spec(
+        title="binary: rings",
+        generate=_rings((0.6, 1.7), 0.25),
+        n_examples=80,
+        model=Model(kind="binary", network=_net(2, 1), prior_scale=1.5),
+    ),
+    "multiclass_clusters": Spec(
+        title="multiclass: clusters",
+        generate=_clusters,
+        n_examples=90,
+        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.0),
+    ),
+    "multiclass_spirals": Spec(
+        title="multiclass: spirals",
+        generate=_spirals,
+        n_examples=120,
+        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.5),
+    ),
+    "multiclass_rings": Spec(
+        title="multiclass: rings",
+        generate=_rings((0.4, 1.2, 2.0), 0.2),
+        n_examples=120,
+        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.5),
+    ),
+    "regression_linear": Spec(
+        title="regression: linear",
+        generate=_line(0.3),
+        n_examples=30,
+        model=Model(kind="regression", network=_net(1, 1, depth=0), noise=0.3),
+        limits=(-2.0, 2.0),
+    ),
+    "regression_nonlinear": Spec(
+        title="regression: nonlinear",
+        generate=_wave(0.25),
+        n_examples=40,
+        model=Model(kind="regression", network=_net(1, 1), prior_scale=1.5, noise=0.25),
+        limits=(-3.0, 3.0),
+    ),
+}
+
+
+def make(
+    name: str,
+    *,
+    seed: int = 0,
+    n_examples: int | None = None,
+    model: Model | None = None,
+    resolution: int | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Problem:
+    """Make the problem `name` with the data of `seed`; what is None is as in ``SPECS``.
+
+    The grid has `resolution` points a side (20 for two inputs, 100 for one) between `limits`.
+    Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid.
+    """
+    one_of("name", name, SPECS)
+    spec = SPECS[name]
+    model, limits = model or spec.model, limits or spec.limits
+    n = spec.n_examples if n_examples is None else n_examples
+    if n < 3:
+        raise ValueError(f"n_examples is {n}; wanted at least 3")
+    expected = (spec.model.kind, spec.model.network.n_inputs, spec.model.network.n_outputs)
+    given = (model.kind, model.network.n_inputs, model.network.n_outputs)
+    if given != expected:
+        raise ValueError(f"model has (kind, n_inputs, n_outputs) {given}; {name} wants {expected}")
+    # a fixed number per problem, so that two problems of one seed do not share their random numbers
+    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    inputs, targets = spec.generate(np.random.default_rng([seed, stream]), n)
+    grid = _grid(inputs, limits, resolution or (20 if inputs.shape[1] == 2 else 100))
+    data = {"inputs": inputs, "targets": targets, "grid": grid, "limits": limits}
+    return Problem(name=name, seed=seed, model=model, **data)
+
+
+def _grid(inputs: np.ndarray, limits: tuple[float, float], resolution: int) -> np.ndarray:
+    low, high = limits
+    if resolution < 2 or not low < high:
+        raise ValueError(f"grid of {resolution} points in {limits}; wanted at least 2 points and low < high")
+    least, most = inputs.min(), inputs.max()
+    span = most - least
+    if high < least or low > most or low < least - 2 * span or high > most + 2 * span:
+        raise ValueError(
+            f"limits {limits} lie outside the data, which span {least:.2f} to {most:.2f}; "
+            "wanted a grid that meets the data and reaches no more than two spans beyond them"
+        )
+    axis = np.linspace(low, high, resolution)
+    if inputs.shape[1] == 1:
+        return axis[:, None]
+    x, y = np.meshgrid(axis, axis)
+    return np.stack([x.ravel(), y.ravel()], axis=1)
