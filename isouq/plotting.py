@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 WIDTH = 7.0
 """Width of a full-width figure in inches: the text column of the book."""
@@ -120,6 +121,70 @@ def intervals(
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xlabel(xlabel)
     return ax
+
+
+def plane(problem, values: np.ndarray, ax: Axes, *, diverging: bool = False, data: bool = True) -> Axes:
+    """One map: `values` (point,) over the grid of a synthetic problem with two inputs, its examples on top.
+
+    A diverging map is symmetric about 0. The examples' classes differ by marker, so that no colour is needed.
+    """
+    reach = np.abs(values).max() if diverging else None
+    look = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
+    x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
+    mesh = ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
+    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.75, pad=0.02)
+    bar.ax.tick_params(labelsize="x-small")
+    if data:
+        for label, marker in zip(np.unique(problem.targets), "o^s", strict=False):
+            examples = problem.inputs[problem.targets == label]
+            ax.scatter(*examples.T, s=7, marker=marker, color="white", edgecolors="black", linewidths=0.5)
+    ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
+    return ax
+
+
+def maps(problem, values: Mapping[str, np.ndarray]) -> Figure:
+    """A row of maps over the input plane, titled by the keys of `values`, each array (point,)."""
+    figure, axes = panels(len(values), aspect=0.85)
+    for ax, (title, array) in zip(axes[0], values.items(), strict=True):
+        plane(problem, array, ax).set_title(title)
+    return figure
+
+
+def error_sweep(sweep: pd.DataFrame, *, parting: float, ax: Axes | None = None) -> Axes:
+    """Relative errors against σ on logarithmic axes, a dotted line at `parting`.
+
+    Columns: sigma, median and q90 (of the straight line's error over inputs), aleatoric.
+    """
+    _require(sweep, ("sigma", "median", "q90", "aleatoric"))
+    ax = plt.gca() if ax is None else ax
+    lines = (("median", "epistemic", "-"), ("q90", "epistemic", "--"), ("aleatoric", "aleatoric", "-"))
+    names = (r"$\sigma^2\|g\|^2$, median", r"$\sigma^2\|g\|^2$, 90 % quantile", "$U_A$, median")
+    for (column, method, style), name in zip(lines, names, strict=True):
+        colour, marker, _ = _method(method)
+        ax.loglog(sweep["sigma"], sweep[column], style, marker=marker, color=colour, markersize=4, label=name)
+    ax.axhline(0.1, color="#777777", linewidth=1, zorder=0)
+    ax.axvline(parting, color="#777777", linestyle=":", zorder=0)
+    ax.set(xlabel=r"$\sigma$ (units of the weights)", ylabel="relative error")
+    ax.legend()
+    return ax
+
+
+def stepwise(chain: Mapping[str, np.ndarray]) -> Figure:
+    """Each array of `chain` (point,) against the one before it, logarithmic, with a line of slope one.
+
+    The line passes through the geometric means, so that a quantity known up to a factor can be shown too.
+    """
+    names, arrays = list(chain), list(chain.values())
+    figure, axes = panels(len(chain) - 1, aspect=1.0)
+    for ax, x, y, xlabel, ylabel in zip(axes[0], arrays, arrays[1:], names, names[1:], strict=False):
+        ax.loglog(x, y, ".", color=_method("epistemic").colour, markersize=4, alpha=0.6)
+        factor = np.exp(np.mean(np.log(y / x)))
+        ends = np.array([x.min(), x.max()])
+        ax.plot(ends, factor * ends, "--", color="black", linewidth=1)
+        ax.set(xlabel=f"{xlabel} (units of $p^2$)", ylabel=ylabel)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+    return figure
 
 
 def _method(name: str) -> Method:

@@ -31,6 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Engine = Literal["auto", "ghost", "autograd"]
 Aggregation = Literal["sequence", "geometric", "token_mean"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
+MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -52,6 +53,18 @@ class Parameters(_Strict):
     def assets(self) -> list[str]:
         """Return the names of the models and data sets of the manifest that the notebook needs."""
         return []
+
+
+class Derivation(Parameters):
+    """01_derivation: both approximations, one after the other, on a small classifier."""
+
+    problem_name: MulticlassProblem = "multiclass_clusters"
+    width: Count = 8
+    n_samples: Annotated[int, Field(ge=100)] = 4000
+    n_sigmas: Annotated[int, Field(ge=5)] = 17
+    n_chains: Annotated[int, Field(ge=4)] = 8
+    n_warmup: Count = 500
+    n_draws: Count = 1000
 
 
 class LlmQa(Parameters):
@@ -85,12 +98,12 @@ class LlmQa(Parameters):
         return sorted(known & {*self.models, *(name.removesuffix("_choose") for name in self.data_sets)})
 
     def scoring(self) -> dict[str, Any]:
-        """Return the parameters that scoring depends on; the others only shape the analysis of its store."""
-        return self.model_dump(exclude=SET_BY_PIPELINE | {"n_resamples", "n_folds"})
+        """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
+        return self.model_dump(exclude=SET_BY_PIPELINE | {"models", "data_sets", "n_resamples", "n_folds"})
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {"04_llm_qa": LlmQa}
+SCHEMAS: dict[str, type[Parameters]] = {"01_derivation": Derivation, "04_llm_qa": LlmQa}
 
 # No default that validates: a section is there, as a mapping, or the notebook does not run.
 _SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}
