@@ -30,6 +30,10 @@ class Check:
         """The verdict on this check alone."""
         return judge(self.rule, self.key, results, exact=self.exact)
 
+    def others(self) -> list[str]:
+        """The key that this result is compared with, if it is compared with one."""
+        return [self.rule["greater_than"]] if "greater_than" in self.rule else []
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -58,7 +62,7 @@ def _claim(entry: dict[str, Any]) -> Claim:
     _refuse_unknown(name, entry, _CLAIM_FIELDS)
     fields = {key: value for key, value in entry.items() if key not in ("each", "checks")}
     names = _products(entry.get("each", {}))
-    checks = [_check(name, check, values) for check in entry.get("checks", []) for values in names]
+    checks = [_check(name, check, values) for values in names for check in entry.get("checks", [])]
     return Claim(**fields, checks=tuple(checks))
 
 

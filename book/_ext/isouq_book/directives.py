@@ -13,8 +13,10 @@ from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from . import claims, provenance, results
+from . import claims, provenance
 from .claims import Check, Claim
+from .results import Entry, format_interval
+from .roles import quote
 from .verdicts import Verdict
 
 _LOGGER = logging.getLogger(__name__)
@@ -127,14 +129,14 @@ class IntervalFigure(SphinxDirective):
         return [shown]
 
 
-def _measurements(checks: tuple[Check, ...], entries: dict[str, results.Entry]) -> nodes.Node:
+def _measurements(checks: tuple[Check, ...], entries: dict[str, Entry]) -> nodes.Node:
     listing = nodes.bullet_list(classes=["claim-checks"])
     for check in checks:
-        entry, verdict = entries.get(check.key), check.judge(entries)
+        verdict = check.judge(entries)
         words = nodes.paragraph("", f"{check.label}: ")
-        if entry is not None:
-            shown = results.format_interval(entry)
-            words += nodes.abbreviation(shown, shown, explanation=check.key, classes=["result"])
+        if verdict.outcome != "not yet run":
+            for place, key in enumerate([check.key, *check.others()]):
+                words += [nodes.Text(" against " if place else ""), quote(key, format_interval(entries[key]))]
             words += nodes.Text("; ")
         words += _verdict(verdict)
         listing += nodes.list_item("", words)

@@ -37,6 +37,11 @@ def load_results(app: Sphinx, config: Config) -> None:
         _LOGGER.warning("%s: %s", SOURCE, error)
 
 
+def quote(key: str, shown: str) -> nodes.Node:
+    """A number as it stands in a page: text, with the key of its result under the pointer."""
+    return nodes.abbreviation(shown, shown, explanation=key, classes=["result"])
+
+
 class ResultRole(SphinxRole):
     """{result}`key`, {result}`key:.3f` or {result}`key|text when absent`: the value alone."""
 
@@ -51,7 +56,7 @@ class ResultRole(SphinxRole):
             entry = self.env.app.isouq_results.entries.get(request.key)
             if entry is not None:
                 shown = self.write(entry, request.spec)
-                return [nodes.abbreviation(shown, shown, explanation=request.key, classes=["result"])], []
+                return [quote(request.key, shown)], []
         except ValueError as error:
             return self._fail(f"{self.name}: {error}")
         if request.absent is not None:

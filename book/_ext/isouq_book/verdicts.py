@@ -50,8 +50,8 @@ def judge(
         raise ValueError(f"rule: {dict(rule)} given; wanted exactly one of {', '.join(RULES)}")
     ((name, operand),) = rule.items()
     needed = [key, operand] if name == "greater_than" else [key]
-    if absent := [one for one in needed if one not in results]:
-        return Verdict("not yet run", _why_absent(absent[0], results))
+    if any(one not in results for one in needed):
+        return Verdict("not yet run")
     bounds = [_bounds(results[one], exact) for one in needed]
     if None in bounds:
         return Verdict("undecided", "too few examples for an interval")
@@ -124,11 +124,6 @@ def _bounds(result: Measured, exact: bool) -> tuple[float, float] | None:
     if result.low is None or result.high is None:
         return None
     return result.low, result.high
-
-
-def _why_absent(key: str, results: Mapping[str, Measured]) -> str:
-    subject = key.rsplit(".", 2)[0] + "."
-    return "not among this run's results" if any(name.startswith(subject) for name in results) else ""
 
 
 def _shared_reason(verdicts: Sequence[Verdict]) -> str:
