@@ -13,21 +13,15 @@ the next one.
 import contextlib
 import difflib
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
-import time
-import tomllib
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,99 +29,24 @@ import filelock
 import platformdirs
 from tqdm import tqdm
 
+from isouq import _manifest, _pip
+from isouq._manifest import Asset, AssetError
+
+_Digest = Callable[[Path], str]
 _CONVERSION = "conversion.json"
-
-
-class AssetError(ValueError):
-    """An asset or a model that cannot be had; the message names the cause and the way out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """An archive on PyPI: `sha256` and `size` (bytes) are those of its file."""
-
-    name: str
-    version: str
-    file: str
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """A file that is kept: the concatenation of `parts`, each (package name, path in its archive)."""
-
-    file: str
-    sha256: str
-    size: int
-    parts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asset:
-    """A model (`kind` "causal-lm", "encoder") or data set ("data") of the manifest."""
-
-    name: str
-    kind: str
-    title: str
-    licence: str
-    notice: str
-    used_for: str
-    hub: str
-    packages: tuple[Package, ...]
-    members: tuple[Member, ...]
-
-    @property
-    def version(self) -> str:
-        """The packages and their versions, as pip writes them."""
-        return ", ".join(f"{package.name}=={package.version}" for package in self.packages)
-
-    @property
-    def size(self) -> int:
-        """Bytes to download; assets out of one package share its download."""
-        return sum(package.size for package in self.packages)
-
-
-# ---- the manifest -------------------------------------------------------------------------------------
+# What a tokenizer may get wrong on its way through a file: leading and double spaces, digits, scripts, bytes.
+_PROBE = " Q: Who wrote  'Don Quixote' in 1605?\nA:\tMiguel de Cervantes\n\n naïve café – 数学 🙂 \u200b"
 
 
 def list_assets() -> list[Asset]:
     """Return every asset of the manifest, in its order."""
-    return list(_manifest().values())
-
-
-@cache
-def _manifest() -> dict[str, Asset]:
-    table = tomllib.loads(Path(__file__).with_name("assets.toml").read_text(encoding="utf-8"))
-    packages = {name: Package(name=name, **entry) for name, entry in table["packages"].items()}
-    return {name: _asset_entry(name, entry, packages) for name, entry in table["assets"].items()}
-
-
-def _asset_entry(name: str, entry: dict[str, Any], packages: dict[str, Package]) -> Asset:
-    members = tuple(
-        Member(**{**member, "parts": tuple((package, path) for package, path in member["parts"])})
-        for member in entry["members"]
-    )
-    used = dict.fromkeys(package for member in members for package, _ in member.parts)
-    optional = {"notice": "", "hub": ""}
-    return Asset(
-        name=name, packages=tuple(packages[p] for p in used), **{**optional, **entry, "members": members}
-    )
-
-
-def _asset(name: str) -> Asset:
-    known = _manifest()
-    if name in known:
-        return known[name]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the assets are {', '.join(known)}"
-    raise AssetError(f"unknown asset {name!r}; {hint}")
+    return list(_manifest.assets().values())
 
 
 def _selected(names: str | Iterable[str] | None) -> list[Asset]:
     if names is None:
         return list_assets()
-    return [_asset(name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
+    return [_manifest.asset(name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
 
 
 # ---- what is in the cache -----------------------------------------------------------------------------
@@ -144,7 +63,7 @@ def is_cached(name: str) -> bool:
 
     Raises AssetError when the manifest has no such asset.
     """
-    asset = _asset(name)
+    asset = _manifest.asset(name)
     return all(folder.is_dir() for folder in _folders(asset))
 
 
@@ -156,12 +75,12 @@ def path(name: str, file: str | None = None) -> Path:
 
     Raises AssetError for an unknown name or file, for corrupt bytes, and when the asset cannot be fetched.
     """
-    asset = _asset(name)
+    asset = _manifest.asset(name)
     if not is_cached(name):
         fetch(name)
     folder = _folders(asset)[-1]
     expected = _expected(asset, folder)
-    _check_files(asset, folder, expected, _sha256_once)
+    _check_files(asset, folder, expected, digest=_sha256_once)
     if file is None:
         return folder / asset.members[0].file if asset.kind == "data" else folder
     if file not in expected:
@@ -179,7 +98,7 @@ def verify(names: str | Iterable[str] | None = None) -> dict[str, str]:
         states[asset.name] = "verified" if is_cached(asset.name) else "absent"
         for folder in filter(Path.is_dir, _folders(asset)):
             try:
-                _check_files(asset, folder, _expected(asset, folder), _sha256)
+                _check_files(asset, folder, _expected(asset, folder), digest=_sha256)
             except AssetError as error:
                 corrupt.append(str(error))
     if corrupt:
@@ -208,7 +127,7 @@ def _expected(asset: Asset, folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def _check_files(
-    asset: Asset, folder: Path, expected: dict[str, tuple[str, int]], digest: Callable[[Path], str]
+    asset: Asset, folder: Path, expected: dict[str, tuple[str, int]], *, digest: _Digest
 ) -> None:
     for file, (sha256, size) in expected.items():
         target = folder / file
@@ -268,7 +187,7 @@ def _is_good(asset: Asset, folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        _check_files(asset, folder, _expected(asset, folder), _sha256_once)
+        _check_files(asset, folder, _expected(asset, folder), digest=_sha256_once)
     except AssetError:
         return False
     return True
@@ -277,7 +196,12 @@ def _is_good(asset: Asset, folder: Path) -> bool:
 @contextlib.contextmanager
 def _scratch_folder(progress: bool) -> Iterator[Path]:
     root = cache_folder()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AssetError(
+            f"cannot make the cache folder {root}: {error}; ISOUQ_CACHE names another"
+        ) from error
     lock = filelock.FileLock(root / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -298,57 +222,25 @@ def _scratch_folder(progress: bool) -> Iterator[Path]:
 def _download(assets: list[Asset], scratch: Path, progress: bool) -> None:
     for asset in assets:
         _say(progress, f"{asset.name}: {asset.title}")
-        _say(progress, f"  licence {asset.licence}; {human_size(asset.size)} from {asset.version}")
+        _say(progress, f"  licence {asset.licence}; {_bytes(asset.size)} from {asset.version}")
         if asset.notice:
             _say(progress, f"  {asset.notice}")
     packages = {package.name: package for asset in assets for package in asset.packages}
     if len(assets) > 1:
-        _say(progress, f"{human_size(sum(p.size for p in packages.values()))} to download in all")
+        _say(progress, f"{_bytes(sum(p.size for p in packages.values()))} to download in all")
     pending = list(assets)
     for package in packages.values():
-        archive = _pip_download(package, scratch, progress)
-        _extract(archive, package, assets, scratch)
+        archive = _pip.download(package, scratch, progress)
+        needed = {inside for asset in assets for name, inside in asset.parts if name == package.name}
+        _pip.read_members(archive, {inside: _part(scratch, package.name, inside) for inside in needed})
         shutil.rmtree(archive.parent)
-        for asset in [a for a in pending if all(_part(scratch, p, m).exists() for p, m in _parts(a))]:
+        for asset in [a for a in pending if all(_part(scratch, p, m).exists() for p, m in a.parts)]:
             _assemble(asset, scratch)
             pending.remove(asset)
 
 
-def _parts(asset: Asset) -> list[tuple[str, str]]:
-    return [part for member in asset.members for part in member.parts]
-
-
 def _part(scratch: Path, package: str, inside: str) -> Path:
     return scratch / "parts" / package / inside
-
-
-def _extract(archive: Path, package: Package, assets: list[Asset], scratch: Path) -> None:
-    """Read the members that `assets` need out of an archive, in one pass over it."""
-    wanted = {inside for asset in assets for name, inside in _parts(asset) if name == package.name}
-    for name, stream in _members(archive):
-        if name in wanted:
-            target = _part(scratch, package.name, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with stream, target.open("wb") as out:
-                shutil.copyfileobj(stream, out, 1 << 20)
-            wanted.remove(name)
-        if not wanted:
-            return
-    raise AssetError(
-        f"{package.file} has no member {', '.join(sorted(wanted))}; assets.toml names it wrongly"
-    )
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Any]]:
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                yield name, wheel.open(name)
-    else:
-        with tarfile.open(archive) as sdist:
-            for entry in sdist:
-                if entry.isfile():
-                    yield entry.name, sdist.extractfile(entry)
 
 
 def _assemble(asset: Asset, scratch: Path) -> None:
@@ -360,91 +252,24 @@ def _assemble(asset: Asset, scratch: Path) -> None:
             for package, inside in member.parts:
                 with _part(scratch, package, inside).open("rb") as part:
                     shutil.copyfileobj(part, out, 1 << 20)
-    _check_files(asset, folder, _expected(asset, _folders(asset)[0]), _sha256)
+    _check_files(asset, folder, _expected(asset, _folders(asset)[0]), digest=_sha256)
     _move_into_place(folder, _folders(asset)[0], scratch)
 
 
 def _move_into_place(folder: Path, target: Path, scratch: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # corrupt: a folder cannot be renamed onto one that has files
-        os.replace(target, tempfile.mkdtemp(dir=scratch))
-    os.replace(folder, target)
+    if target.exists():  # corrupt: and a folder cannot be renamed onto one that has files
+        target.rename(Path(tempfile.mkdtemp(dir=scratch)) / "corrupt")
+    folder.rename(target)
 
 
-def _pip_download(package: Package, scratch: Path, progress: bool) -> Path:
-    """Download one archive with the user's own pip settings; pip refuses it unless it has the pinned hash."""
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    requirement, log = folder / "requirement.txt", folder / "pip.log"
-    requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    options = ["--no-deps", "--require-hashes", "--no-cache-dir", "--progress-bar=off"]
-    # Nothing is installed, so the Python version that a package asks for does not matter.
-    options += ["--ignore-requires-python", "--disable-pip-version-check"]
-    options += ["--only-binary=:all:"] if package.file.endswith(".whl") else []
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(requirement)]
-    # TMPDIR: pip's own temporary files go where a later process cleans up. One retry: say soon that there is
-    # no network (PIP_RETRIES overrides).
-    environment = {"PIP_RETRIES": "1", **os.environ, "TMPDIR": str(folder)}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _watch(process, package, folder, progress)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    if process.returncode != 0 or not (folder / package.file).is_file():
-        raise _pip_failure(package, log.read_text(encoding="utf-8", errors="replace"))
-    return folder / package.file
-
-
-def _watch(process: subprocess.Popen[bytes], package: Package, folder: Path, progress: bool) -> None:
-    """Wait for pip; the bar follows the growing file, since pip's own bar needs a terminal."""
-    with tqdm(total=package.size, unit="B", unit_scale=True, desc=package.name, disable=not progress) as bar:
-        while process.poll() is None:
-            time.sleep(0.1)
-            bar.update(min(package.size, _bytes_on_disk(folder, package.file)) - bar.n)
-        if process.returncode == 0:
-            bar.update(package.size - bar.n)
-
-
-def _bytes_on_disk(folder: Path, file: str) -> int:
-    """Return how much of a file pip has: in its own temporary folder first, then in `folder`."""
-    sizes = [0]
-    for candidate in (folder / file, *(entry / file for entry in folder.iterdir())):
-        with contextlib.suppress(OSError):  # pip moves files and folders while we look
-            sizes.append(candidate.stat().st_size)
-    return max(sizes)
-
-
-def _pip_failure(package: Package, log: str) -> AssetError:
-    if found := re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", log):
-        cause = f"is corrupt: expected SHA-256 {found[1]}, got {found[2]}; it was refused: try another index"
-        return AssetError(f"{package.file} {cause} (PIP_INDEX_URL) or an intact copy (PIP_FIND_LINKS)")
-    if "No module named pip" in log:
-        return AssetError(f"{sys.executable} has no pip to download with; `python -m ensurepip` adds it")
-    if re.search(r"(?i)NewConnectionError|NameResolution|ConnectTimeout|Max retries|connection broken", log):
-        cause = "no network: pip cannot reach the package index"
-    else:
-        errors = re.findall(r"ERROR: (.*)", log) or [log.strip() or "no message"]
-        cause = f"pip failed: {errors[-1]}"
-    return AssetError(
-        f"{package.name}: {cause}; way out: set PIP_FIND_LINKS to a folder that holds {package.file}, or copy "
-        f"the cache folder of a machine that has the asset to {cache_folder()} (ISOUQ_CACHE moves it)"
-    )
+def _bytes(size: int) -> str:
+    return f"{tqdm.format_sizeof(size)}B"
 
 
 def _say(progress: bool, line: str) -> None:
     if progress:
         print(line, file=sys.stderr, flush=True)
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes in decimal units: 93 MB."""
-    value, units = float(size), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while value >= 999.5:
-        value, unit = value / 1000, next(units)
-    return f"{value:.0f} {unit}" if value >= 9.95 or unit == "B" else f"{value:.1f} {unit}"
 
 
 # ---- language models ----------------------------------------------------------------------------------
@@ -453,114 +278,99 @@ def human_size(size: int) -> str:
 def load_causal_lm(name: str) -> tuple[Any, Any]:
     """Return (model, tokenizer): float32, in evaluation mode, on the CPU.
 
-    `name` is an asset, a local folder, or a Hugging Face Hub id, optionally at a revision: `owner/name@revision`.
+    `name` is an asset, a local folder, or a Hugging Face Hub id: `owner/name` or `owner/name@revision`.
     An asset's weights are a 4-bit checkpoint dequantised to float32: that is the model under study.
 
-    Raises AssetError when there is no such model, or no network to fetch it with.
+    Raises AssetError when there is no such model, and when there is no network to fetch it with.
     """
-    if name in _manifest():
-        return _load_asset(_asset(name))
-    if Path(name).expanduser().is_dir():
-        return _load_folder(Path(name).expanduser())
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith((".", "/")):
-        raise AssetError(
-            f"model {name!r} is no folder, no asset ({_offline_models()}) and no Hub id (owner/name)"
-        )
-    if "/" not in name:
-        nearest = difflib.get_close_matches(name.lower(), _manifest(), n=1, cutoff=0.6)
-        if nearest:
-            raise AssetError(f"unknown model {name!r}; did you mean the asset {nearest[0]!r}?")
-    return _load_hub(name)
+    models = ", ".join(asset.name for asset in list_assets() if asset.kind == "causal-lm")
+    if name in _manifest.assets():
+        if (kind := _manifest.asset(name).kind) != "causal-lm":
+            raise AssetError(f"{name} is no causal language model but {kind!r}; those are {models}")
+        return _from_pretrained(path(name), name, local_files_only=True)
+    if (folder := Path(name).expanduser()).is_dir():
+        return _from_pretrained(folder, name, local_files_only=True)
+    # One name without an owner can be a Hub id (gpt2), but is more often an asset's name misspelt.
+    nearest = [] if "/" in name else difflib.get_close_matches(name.lower(), _manifest.assets(), n=1)
+    if nearest:
+        raise AssetError(f"unknown model {name!r}; did you mean the asset {nearest[0]!r}?")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", name):
+        raise AssetError(f"{name!r} is no folder, no asset ({models}) and no Hub id (owner/name@revision)")
+    return _load_from_hub(name, f"an asset ({models}) or a local folder works without one")
 
 
-def _load_asset(asset: Asset) -> tuple[Any, Any]:
-    if asset.kind != "causal-lm":
-        raise AssetError(
-            f"{asset.name} is no causal language model (kind {asset.kind!r}); those are {_offline_models()}; "
-            f"its files are at isouq.assets.path({asset.name!r})"
-        )
-    return _from_pretrained(path(asset.name), local_files_only=True)
-
-
-def _load_folder(folder: Path) -> tuple[Any, Any]:
-    try:
-        return _from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise AssetError(
-            f"transformers cannot load a causal language model from {folder}: {error}"
-        ) from error
-
-
-def _load_hub(name: str) -> tuple[Any, Any]:
+def _load_from_hub(name: str, way_out: str) -> tuple[Any, Any]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, _, revision = name.partition("@")
     revision = revision or "main"
     try:
-        # One short request first: transformers would try many times before it gives up.
+        # One short request, since transformers tries for long before it gives up. It also pins the commit:
+        # model and tokenizer are of the same one.
         revision = HfApi().model_info(repository, revision=revision, timeout=10).sha or revision
-        offline = None
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         raise AssetError(
-            f"the Hub does not give {name!r}: {str(error).splitlines()[0]}; check the id and revision, and for a "
-            "gated model accept its terms on the Hub and run `hf auth login`"
+            f"the Hub has no {name!r} for you: {str(error).splitlines()[0]}; check the id and the revision; "
+            "a gated model needs its terms accepted on the Hub, then `hf auth login`"
         ) from error
-    except Exception as error:  # the HTTP client's own errors, by whatever name its version gives them
-        offline = error
-    try:
-        return _from_pretrained(repository, revision=revision, local_files_only=offline is not None)
-    except (OSError, ValueError) as error:
-        if offline is None:
+    except Exception as error:  # errors of the HTTP client, by whatever name its version gives them
+        try:
+            return _from_pretrained(repository, name, revision=revision, local_files_only=True)
+        except AssetError:
             raise AssetError(
-                f"transformers cannot load {name!r} as a causal language model: {error}"
+                f"no network: cannot reach the Hub for {name!r} ({error}) and its local cache has no copy; "
+                f"{way_out}"
             ) from error
-        raise AssetError(
-            f"no network: the Hub cannot be reached for {name!r} ({offline}) and it is not in the Hub's local "
-            f"cache; way out: an asset ({_offline_models()}) or a local folder"
-        ) from offline
+    return _from_pretrained(repository, name, revision=revision)
 
 
-def _offline_models() -> str:
-    return ", ".join(asset.name for asset in list_assets() if asset.kind == "causal-lm")
-
-
-def _from_pretrained(source: str | Path, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(source: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"transformers cannot load {name!r} as a causal language model: {error}") from error
     return model.eval(), tokenizer
 
 
 def _convert(asset: Asset, scratch: Path) -> None:
-    """Dequantise a GGUF checkpoint to float32 safetensors, with its tokenizer, and record the hashes."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """Make the float32 folder of a GGUF asset, with the record of hashes that `verify` holds it to."""
     source, target = _folders(asset)
-    options = {"gguf_file": asset.members[0].file, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    config = loaded.config
-    # It says how the file was quantised, which the float32 model no longer is; save_pretrained would refuse.
-    del config.quantization_config
-    config.name_or_path = asset.name
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
     folder = scratch / "converted" / asset.name
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+    _dequantise(source, asset.members[0].file, folder)
+    files = sorted(folder.iterdir())
     record = {
         "source": {member.file: member.sha256 for member in asset.members},
         "versions": {
-            p: importlib.metadata.version(p) for p in ("gguf", "tokenizers", "torch", "transformers")
+            name: metadata.version(name) for name in ("gguf", "tokenizers", "torch", "transformers")
         },
-        "files": {
-            file.name: {"sha256": _sha256(file), "size": file.stat().st_size}
-            for file in sorted(folder.iterdir())
-        },
+        "files": {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in files},
     }
     (folder / _CONVERSION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _move_into_place(folder, target, scratch)
+
+
+def _dequantise(source: Path, gguf_file: str, folder: Path) -> None:
+    """Write a GGUF checkpoint as float32 safetensors with its tokenizer, and read the tokenizer back."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": gguf_file, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    config = loaded.config
+    # It tells of the quantisation, which the float32 weights no longer have; save_pretrained would refuse.
+    del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    same_ids = saved(_PROBE)["input_ids"] == tokenizer(_PROBE)["input_ids"]
+    if not same_ids or saved.chat_template != tokenizer.chat_template:
+        raise AssetError(f"{gguf_file}: the tokenizer is not the same after it was saved and loaded again")

@@ -1,0 +1,96 @@
+"""The `isouq` command. A sub-command is a row of COMMANDS: its help, its arguments, what it does."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from isouq import assets
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: `run` returns the exit code, or raises ValueError or TypeError with what to print."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after printing the cause of a failure."""
+    parser = argparse.ArgumentParser(
+        prog="isouq", description="Exact squared gradient norms as epistemic uncertainty."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError) as error:
+        print(f"isouq: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("isouq: interrupted", file=sys.stderr)
+        return 130
+
+
+def _assets_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
+    actions.add_parser("list", help="show names, sizes, licences and sources")
+    for action, text in (
+        ("fetch", "download, verify and convert into the cache what is not there"),
+        ("verify", "hash again what the cache holds"),
+    ):
+        sub = actions.add_parser(action, help=text, description=f"{text}; all assets without NAME")
+        sub.add_argument("names", nargs="*", metavar="NAME", help="an asset, as `isouq assets list` shows it")
+
+
+def _assets(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        return _list()
+    if args.action == "fetch":
+        assets.fetch(args.names or None)
+        return 0
+    return _verify(args.names)
+
+
+def _list() -> int:
+    for asset in assets.list_assets():
+        state = "in the cache" if assets.is_cached(asset.name) else "not in the cache"
+        size = f"{tqdm.format_sizeof(asset.size)}B"
+        print(f"{asset.name:23}{asset.kind:11}{size:>7}  {asset.licence:19} {state}")
+        print(f"    {asset.title}")
+        print(f"    for {asset.used_for}")
+        print(f"    from {asset.version}" + (f"; on the Hub: {asset.hub}" if asset.hub else ""))
+        if asset.notice:
+            print(f"    {asset.notice}")
+    print(f"cache: {assets.cache_folder()} (ISOUQ_CACHE moves it)")
+    return 0
+
+
+def _verify(names: list[str]) -> int:
+    """Print a line for each asset; corrupt ones fail, and so do absent ones that were asked for by name."""
+    failed = False
+    for name in names or [asset.name for asset in assets.list_assets()]:
+        try:
+            state = assets.verify(name)[name]
+        except assets.AssetError as error:
+            print(f"isouq: {error}", file=sys.stderr)
+            state = "FAILED"
+        print(f"{name:23}{state}")
+        failed |= state == "FAILED" or (state == "absent" and bool(names))
+    return int(failed)
+
+
+COMMANDS = {
+    "assets": Command("pinned models and data: list, fetch, verify", _assets_arguments, _assets),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
