@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -97,11 +98,11 @@ def bootstrap_interval(
 ) -> Interval:
     """Return `statistic(*columns)` with its percentile bootstrap interval.
 
-    Rows are drawn with replacement, the same rows from every column, so a difference of two statistics on the
-    same questions is paired. A resample on which the statistic is undefined (one class) is drawn again.
+    Rows are drawn with replacement, the same rows from every column, so a difference of two statistics on
+    the same questions is paired. A resample on which the statistic is undefined (one class) is drawn again.
 
-    Raises ValueError when columns differ in length, when the statistic refuses the full sample, and when more
-    resamples are undefined than asked for.
+    Raises ValueError when columns differ in length, when the statistic refuses the full sample, and when
+    more resamples are undefined than asked for.
     """
     arrays = [np.asarray(column) for column in columns]
     n = len(arrays[0]) if arrays else 0
@@ -119,16 +120,12 @@ def bootstrap_interval(
         if len(draws) == n_resamples:
             break
     if len(draws) < n_resamples:
-        raise UndefinedStatisticError(
-            f"the statistic is undefined on more than half of the resamples ({n} rows)"
-        )
+        raise UndefinedStatisticError(f"the statistic is undefined on more than half of the resamples ({n} rows)")
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)
 
 
-def auroc_interval(
-    score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> Interval:
+def auroc_interval(score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
     """Return the AUROC for "the answer is wrong" with its 95 % bootstrap interval over questions."""
     return bootstrap_interval(auroc, score, wrong, n_resamples=n_resamples, seed=seed)
 
@@ -157,10 +154,10 @@ def out_of_fold_scores(
 ) -> NDArray[np.float64]:
     """Return each example's log-odds of being wrong from a logistic regression that never saw it.
 
-    `features`: (example, feature). Folds are stratified and shuffled by `seed`; the features are standardised
-    with the training folds' mean and spread; the ridge penalty is scikit-learn's default (C = 1). Without any
-    signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more wrong answers in
-    training has fewer in its test part.
+    `features`: (example, feature). Folds are stratified and shuffled by `seed`; the features are
+    standardised with the training folds' mean and spread; the ridge penalty is scikit-learn's default (C =
+    1). Without any signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more
+    wrong answers in training has fewer in its test part.
 
     Raises ValueError on a feature that is not finite and when a class has fewer examples than folds.
     """
@@ -177,8 +174,34 @@ def out_of_fold_scores(
     return cross_val_predict(classifier, features, wrong, cv=folds, method="decision_function")
 
 
+def likelihood_ratio_test(base: ArrayLike, extra: ArrayLike, wrong: ArrayLike) -> tuple[float, float]:
+    """Test whether `extra` features tell right from wrong once the `base` features are known.
+
+    Both: (example, feature). Two nested logistic regressions are fitted; twice the gain in log-likelihood
+    is χ² with as many degrees of freedom as there are extra features, when these say nothing. Returns χ²
+    and its p-value.
+
+    Raises ValueError on features that are not finite and when all answers are right or all are wrong.
+    """
+    base, extra = np.asarray(base, dtype=np.float64), np.asarray(extra, dtype=np.float64)
+    both = np.column_stack([base, extra])
+    if not np.isfinite(both).all():
+        raise ValueError("base and extra must be finite")
+    _, wrong = _score_and_wrong(both[:, 0], wrong)
+    if wrong.all() or not wrong.any():
+        raise UndefinedStatisticError("a logistic regression needs right and wrong answers")
+    statistic = 2 * (_log_likelihood(both, wrong) - _log_likelihood(base, wrong))
+    return statistic, float(stats.chi2.sf(statistic, extra.shape[1]))
+
+
+def _log_likelihood(features: Column, wrong: NDArray[np.bool_]) -> float:
+    """Return the maximised log-likelihood (nats); the ridge is only there to keep separable data finite."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e6, tol=1e-8, max_iter=10_000))
+    return float(-log_loss(wrong, model.fit(features, wrong).predict_proba(features), normalize=False))
+
+
 def enough_of_both(wrong: ArrayLike, minimum: int = MIN_PER_CLASS) -> bool:
-    """Return whether there are `minimum` right and `minimum` wrong answers: the rule for reporting an AUROC."""
+    """Return whether there are `minimum` right and `minimum` wrong answers: the rule for an AUROC."""
     wrong = np.asarray(wrong, dtype=bool)
     return bool(min(wrong.sum(), (~wrong).sum()) >= minimum)
 
@@ -207,9 +230,7 @@ def _two_columns(a: ArrayLike, b: ArrayLike) -> tuple[Column, Column]:
         raise ValueError(f"a and b must be columns of one length, got shapes {a.shape} and {b.shape}")
     for name, column in (("a", a), ("b", b)):
         if not np.isfinite(column).all():
-            raise ValueError(
-                f"{name} is not finite at {int((~np.isfinite(column)).sum())} of {len(column)} rows"
-            )
+            raise ValueError(f"{name} is not finite at {int((~np.isfinite(column)).sum())} of {len(column)} rows")
         if np.ptp(column) == 0:
             raise UndefinedStatisticError(f"{name} is constant; a correlation with it is not defined")
     return a, b

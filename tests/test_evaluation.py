@@ -134,6 +134,28 @@ def test_out_of_fold_scores_refuse_what_they_cannot_fit() -> None:
         evaluation.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)
 
 
+def test_likelihood_ratio_is_chi_squared_when_nothing_is_added() -> None:
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(300, 200, 1))
+    wrong = rng.random((300, 200)) < 1 / (1 + np.exp(-base[..., 0]))
+    p_values = [
+        evaluation.likelihood_ratio_test(base[i], rng.normal(size=(200, 1)), wrong[i])[1] for i in range(300)
+    ]
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_likelihood_ratio_finds_what_is_added_and_only_that() -> None:
+    rng = np.random.default_rng(5)
+    base, extra = rng.normal(size=(2, 400, 1))
+    wrong = rng.random(400) < 1 / (1 + np.exp(-(base + extra)[:, 0]))
+    statistic, p_value = evaluation.likelihood_ratio_test(base, extra, wrong)
+    assert p_value < 1e-6
+    assert p_value == pytest.approx(stats.chi2.sf(statistic, 1))
+    assert evaluation.likelihood_ratio_test(np.hstack([base, extra]), base + 2 * extra, wrong)[0] < 1e-3
+    with pytest.raises(ValueError, match="right and wrong"):
+        evaluation.likelihood_ratio_test(base, extra, np.ones(400))
+
+
 def test_enough_of_both_is_the_declared_rule() -> None:
     assert evaluation.enough_of_both([True] * 10 + [False] * 10)
     assert not evaluation.enough_of_both([True] * 50 + [False] * 9)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+SHOT_CHARACTERS = 80  # question and answer together
+
 
 @dataclass(frozen=True)
 class Question:
@@ -48,29 +50,30 @@ def load(name: str, path: Path) -> DataSet:
     return readers[name](path)
 
 
-def sample(
-    data_set: DataSet, n_questions: int, *, n_shots: int, seed: int
-) -> tuple[list[Question], list[Question]]:
+def sample(data_set: DataSet, n_questions: int, *, n_shots: int, seed: int) -> tuple[list[Question], list[Question]]:
     """Return the questions to ask and the few-shot examples, drawn by `seed` without replacement.
 
-    The draw is one shuffle of the whole set: questions come from its front and examples from its back. So the
+    The draw is one shuffle of the whole set: examples are the last in it that are at most SHOT_CHARACTERS
+    long (each costs its tokens in every prompt), and questions come from the front of what remains. So the
     first 60 of 100 questions are the 60 of a smaller run, and no example is ever asked.
 
     Raises ValueError when the set is too small for both.
     """
-    n_all = len(data_set.questions)
-    if not 0 < n_questions <= n_all - n_shots:
+    order = np.random.default_rng(seed).permutation(len(data_set.questions))
+    shuffled = [data_set.questions[i] for i in order]
+    short = [q for q in reversed(shuffled) if len(q.question) + len(q.answers[0]) <= SHOT_CHARACTERS]
+    shots = short[:n_shots]
+    rest = [question for question in shuffled if question not in shots]
+    if len(shots) < n_shots or not 0 < n_questions <= len(rest):
         raise ValueError(
-            f"n_questions must be between 1 and {n_all - n_shots} ({data_set.name} has {n_all} questions, "
-            f"{n_shots} of them serve as examples), got {n_questions}"
+            f"n_questions must be between 1 and {len(shuffled) - n_shots}, got {n_questions}: "
+            f"{data_set.name} has {len(shuffled)} questions, {len(short)} of them short, {n_shots} serve as examples"
         )
-    order = np.random.default_rng(seed).permutation(n_all)
-    pick = [data_set.questions[i] for i in order]
-    return pick[:n_questions], pick[n_all - n_shots :]
+    return rest[:n_questions], shots
 
 
 def _triviaqa(path: Path) -> DataSet:
-    """Read TriviaQA (rc.wikipedia.nocontext, validation) from its arrow stream: value first, then aliases."""
+    """Read TriviaQA (rc.wikipedia.nocontext, validation) from its arrow stream; the value comes first."""
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all().select(["question_id", "question", "answer"])
     questions = []
@@ -100,9 +103,7 @@ def _truthfulqa(path: Path) -> DataSet:
     for example in content["examples"]:
         true = dict.fromkeys([example["Best answer"], *example["True answers"]])
         text = example["Question"].strip()
-        questions.append(
-            Question(_identify(text), text, tuple(true), tuple(dict.fromkeys(example["False answers"])))
-        )
+        questions.append(Question(_identify(text), text, tuple(true), tuple(dict.fromkeys(example["False answers"]))))
     return DataSet("truthfulqa", tuple(questions), "Q: {question}\nA:{answer}\n\n", content["prefix"])
 
 

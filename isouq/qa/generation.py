@@ -1,8 +1,8 @@
 """What a model answers: greedy generation that ends with the line, and the choice among given answers.
 
 Conventions, the same everywhere in `qa`. An answer is the token ids that the model produced, without the
-token that ended it (the first whose text contains a newline, or an end-of-sequence token); exactly these ids
-are stored and scored. What the ending token costs is not part of log p, also not for reference answers.
+token that ended it (the first whose text contains a newline, or an end-of-sequence token); exactly these
+ids are stored and scored. What the ending token costs is not part of log p, also not for reference answers.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def candidate_log_probs(
 ) -> list[Float[Tensor, " candidate"]]:
     """Return log p (nats, the sum over tokens) of every candidate answer of every prompt.
 
-    Equal to one forward pass per candidate, but shared work is done once: the tokens that all prompts have in
-    common, then each prompt, then its candidates together, padded on the right.
+    Equal to one forward pass per candidate, but shared work is done once: the tokens that all prompts have
+    in common, then each prompt, then its candidates together, padded on the right.
     """
     shared = _shared_length(prompts)
     common = _read(model, prompts[0][:shared])[0] if shared else None
@@ -133,17 +133,13 @@ def _sum_log_probs(
     return (chosen * mask).sum(-1).cpu()
 
 
-def _read_prompts(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[Any, Tensor, Tensor]:
+def _read_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Any, Tensor, Tensor]:
     """Return the cache, the next-token logits and the attention mask after all prompts, left-padded."""
     longest = max(map(len, prompts))
     shared = _shared_length(prompts)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and longest + max_new_tokens > window:
-        shared = (
-            0  # padding between the shared part and the rest would push the shared part out of the window
-        )
+        shared = 0  # padding between the shared part and the rest would push the shared part out of the window
     rest = longest - shared
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(len(prompts), rest, dtype=torch.long, device=device)
@@ -172,9 +168,7 @@ def _read(model: Any, ids: Sequence[int], cache: Any = None, n_cached: int = 0) 
     """Return the cache and the next-token logits after one unpadded sequence that continues `cache`."""
     tokens = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
     position = torch.arange(n_cached, n_cached + len(ids), device=tokens.device)[None]
-    out = model(
-        input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    out = model(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.past_key_values, out.logits
 
 

@@ -23,7 +23,8 @@ def normalise_answer(text: str) -> str:
 def exact_match(answer: str, accepted: Iterable[str]) -> bool:
     """Return whether the answer equals one of the accepted ones after normalisation.
 
-    An answer with nothing left after normalisation (empty, or only punctuation and articles) is never right.
+    An answer with nothing left after normalisation (empty, or only punctuation and articles) is never
+    right.
     """
     normalised = normalise_answer(answer)
     return normalised != "" and any(normalised == normalise_answer(other) for other in accepted)

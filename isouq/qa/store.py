@@ -1,7 +1,8 @@
 """Every stage's records of one run, in one SQLite file that survives being killed at any moment.
 
-A stage (question, answer, verdict, estimate, …) is a table of its own, keyed by item_id; a record is written
-once and never edited. What is written of a question at once is one transaction: all of it or nothing.
+A stage (question, answer, verdict, estimate, …) is a table of its own, keyed by item_id; a record is
+written once and never edited. What is written of a question at once is one transaction: all of it or
+nothing.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ class Store:
             self._connection.execute("INSERT INTO meta VALUES ('identity', ?)", (wanted,))
         elif self._connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreError(f"{self.path} is some other program's database; move it away")
-        found = json.loads(
-            self._connection.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0]
-        )
+        found = json.loads(self._connection.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0])
         self._connection.execute("COMMIT")
         if found != json.loads(wanted):
             keys = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(wanted).get(k))
@@ -80,9 +79,7 @@ class Store:
                 self._connection.execute(f"INSERT INTO {stage} VALUES (?, ?)", (item_id, row))
         except sqlite3.IntegrityError as error:
             self._connection.execute("ROLLBACK")
-            raise StoreError(
-                f"{item_id} already has one of {', '.join(rows)}; records are never edited"
-            ) from error
+            raise StoreError(f"{item_id} already has one of {', '.join(rows)}; records are never edited") from error
         except BaseException:
             self._connection.execute("ROLLBACK")
             raise
@@ -115,9 +112,7 @@ class Store:
     def _create(self, stage: str) -> None:
         if not _STAGE_NAME.fullmatch(stage):
             raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
-        self._connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {stage} (item_id TEXT PRIMARY KEY, record TEXT NOT NULL)"
-        )
+        self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} (item_id TEXT PRIMARY KEY, record TEXT NOT NULL)")
 
     def _exists(self, stage: str) -> bool:
         query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"

@@ -29,8 +29,12 @@ from isouq.qa import data, generation, judge
 from isouq.qa.data import DataSet, Question
 from isouq.qa.store import Store, code_digest, store_path
 
-# The study's data sets and the assets they read; in "truthfulqa_choose" the model picks a reference answer.
-DATA_SETS = {"triviaqa": "triviaqa", "wikidata": "wikidata", "truthfulqa_choose": "truthfulqa"}
+# The study's data sets with asset and file; in "truthfulqa_choose" the model picks a reference answer.
+DATA_SETS = {
+    "triviaqa": ("triviaqa", "data-00000-of-00001.arrow"),
+    "wikidata": ("wikidata", "task.json"),
+    "truthfulqa_choose": ("truthfulqa", "questions.json"),
+}
 CODE = ("estimate", "gradients", "causal_lm", "qa/data", "qa/generation", "qa/judge", "qa/study")
 
 
@@ -74,10 +78,9 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     if data_set not in DATA_SETS:
         raise ValueError(f"data_set must be one of {', '.join(DATA_SETS)}, got {data_set!r}")
     lm, tokenizer, fingerprint = _load_model(model)
-    asset = DATA_SETS[data_set]
-    subject = prepare(
-        lm, tokenizer, data.load(asset, assets.path(asset)), settings, choose=data_set.endswith("_choose")
-    )
+    asset, file = DATA_SETS[data_set]
+    content = data.load(asset, assets.path(asset, file))
+    subject = prepare(lm, tokenizer, content, settings, choose=data_set.endswith("_choose"))
     identity = {
         "model": model,
         "weights": fingerprint,
@@ -92,15 +95,11 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         return tabulate(store, subject.questions)
 
 
-def prepare(
-    model: Any, tokenizer: Any, data_set: DataSet, settings: Settings, *, choose: bool = False
-) -> Subject:
+def prepare(model: Any, tokenizer: Any, data_set: DataSet, settings: Settings, *, choose: bool = False) -> Subject:
     """Draw the questions and write their prompts; a set with an official prefix is asked without examples."""
     n_shots = 0 if data_set.prefix else settings.n_shots
     questions, shots = data.sample(data_set, settings.n_questions, n_shots=n_shots, seed=settings.seed)
-    prompts = generation.encode_prompts(
-        tokenizer, [data_set.prompt(question, shots) for question in questions]
-    )
+    prompts = generation.encode_prompts(tokenizer, [data_set.prompt(question, shots) for question in questions])
     return Subject(model, tokenizer, questions, prompts, choose)
 
 
@@ -138,23 +137,16 @@ def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bo
 
 
 def _score_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
-    answers = {
-        item_id: record["token_ids"] for item_id, record in store.get("answer").items() if record["text"]
-    }
+    answers = {item_id: record["token_ids"] for item_id, record in store.get("answer").items() if record["text"]}
     ids = [answers.get(question.item_id, []) for question in subject.questions]
-    lengths = [
-        len(prompt) + len(answer) if answer else 0
-        for prompt, answer in zip(subject.prompts, ids, strict=True)
-    ]
+    lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
 
     def score(rows: list[int], stage: str, aggregations: tuple[str, ...]) -> list[dict[str, dict[str, Any]]]:
         tokens = pad([subject.prompts[row] for row in rows], [ids[row] for row in rows])
         results = causal_lm.score_aggregations(
             subject.model, *tokens, aggregations=aggregations, engine=settings.engine, batch_size=len(rows)
         )
-        return [
-            {stage: {name: _record(found, i) for name, found in results.items()}} for i in range(len(rows))
-        ]
+        return [{stage: {name: _record(found, i) for name, found in results.items()}} for i in range(len(rows))]
 
     batches = _Batches(store, subject, settings.batch_size, progress)
     batches.fill("estimate", lambda rows: score(rows, "estimate", ("sequence", "geometric")), lengths)
@@ -171,9 +163,7 @@ class _Batches:
     batch_size: int
     progress: bool | None
 
-    def fill(
-        self, stage: str, work: Callable[[list[int]], list[dict[str, Any]]], lengths: Sequence[int]
-    ) -> None:
+    def fill(self, stage: str, work: Callable[[list[int]], list[dict[str, Any]]], lengths: Sequence[int]) -> None:
         """Call `work` on the rows that lack a record of `stage`; a row of length 0 has nothing to compute."""
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids))
@@ -214,9 +204,9 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
     Columns: item_id, question, reference (an accepted answer), answer, right, wrong, empty, ended_by,
     n_tokens; log_prob (nats), likelihood (its negative), log_gradient (log G); for A = sequence, geometric,
     token_mean: probability_A, aleatoric_A, log_aleatoric_A, log_epistemic_A; seconds_STAGE.
-    An empty answer is wrong and has no scores (NaN); nor has token_mean where it was not asked for. In a choice
-    also right_by_mean (the verdict, had the mean of log p per token chosen) and right_by_chance (the share of
-    true candidates).
+    An empty answer is wrong and has no scores (NaN); nor has token_mean where it was not asked for. In a
+    choice also right_by_mean (the verdict, had the mean of log p per token chosen) and right_by_chance (the
+    share of true candidates).
     """
     stages = {stage: store.get(stage) for stage in ("answer", "verdict", "estimate", "token_mean")}
     rows = []
@@ -240,9 +230,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
         }
         row |= _score_columns(scored)
         row |= {
-            f"seconds_{s}": stages[s].get(question.item_id, {}).get("seconds", np.nan)
-            for s in stages
-            if s != "verdict"
+            f"seconds_{s}": stages[s].get(question.item_id, {}).get("seconds", np.nan) for s in stages if s != "verdict"
         }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -333,9 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {"questions": len(table), "right": int(table["right"].sum()), "empty": int(table["empty"].sum())}
     partial = arguments.done.with_name(f"{arguments.done.name}.{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(
-        json.dumps({"model": arguments.model, "data_set": arguments.data_set, **counts}) + "\n"
-    )
+    partial.write_text(json.dumps({"model": arguments.model, "data_set": arguments.data_set, **counts}) + "\n")
     partial.replace(arguments.done)
 
 

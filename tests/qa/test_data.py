@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from isouq import assets
-from isouq.qa import data
+from isouq.qa import data, study
 from isouq.qa.data import DataSet, Question
 
 
@@ -26,9 +26,17 @@ def test_a_smaller_draw_is_the_front_of_a_larger_one(hundred: DataSet) -> None:
     assert data.sample(hundred, 20, n_shots=5, seed=4)[0] != small
 
 
+def test_examples_are_short_since_every_prompt_pays_for_them(hundred: DataSet) -> None:
+    long = tuple(Question(f"long {i}", "w" * data.SHOT_CHARACTERS, ("x",)) for i in range(300))
+    mixed = DataSet("mixed", long + hundred.questions, hundred.template)
+    assert {q.item_id for q in data.sample(mixed, 10, n_shots=5, seed=0)[1]} <= {str(i) for i in range(100)}
+    with pytest.raises(ValueError, match="0 of them short"):
+        data.sample(DataSet("long", long, hundred.template), 10, n_shots=1, seed=0)
+
+
 @pytest.mark.parametrize("n_questions", [0, 96])
 def test_a_draw_that_the_set_cannot_give_is_refused(hundred: DataSet, n_questions: int) -> None:
-    with pytest.raises(ValueError, match=f"between 1 and 95 .* got {n_questions}"):
+    with pytest.raises(ValueError, match=f"between 1 and 95, got {n_questions}"):
         data.sample(hundred, n_questions, n_shots=5, seed=0)
 
 
@@ -56,21 +64,13 @@ def test_wikidata_merges_a_statement_that_occurs_twice(tmp_path) -> None:
     path.write_text(json.dumps({"examples": examples}))
     loaded = data.load("wikidata", path)
     assert [q.answers for q in loaded.questions] == [("pop", "rock", "jazz"), ("Z",)]
-    assert (
-        loaded.prompt(loaded.questions[1], loaded.questions[:1])
-        == "The genre of X is pop\nThe capital of Y is"
-    )
+    assert loaded.prompt(loaded.questions[1], loaded.questions[:1]) == "The genre of X is pop\nThe capital of Y is"
 
 
 def test_truthfulqa_uses_its_official_prefix_and_no_label_twice(tmp_path) -> None:
-    example = {
-        "Question": "Why?",
-        "Best answer": "B.",
-        "True answers": ["A.", "B."],
-        "False answers": ["C.", "C."],
-    }
+    answers = {"Best answer": "B.", "True answers": ["A.", "B."], "False answers": ["C.", "C."]}
     path = tmp_path / "questions.json"
-    path.write_text(json.dumps({"prefix": "Q: a\nA: b\n\n", "examples": [example]}))
+    path.write_text(json.dumps({"prefix": "Q: a\nA: b\n\n", "examples": [{"Question": "Why?", **answers}]}))
     loaded = data.load("truthfulqa", path)
     (question,) = loaded.questions
     assert (question.answers, question.false_answers) == (("B.", "A."), ("C.",))
@@ -85,7 +85,8 @@ def test_an_unknown_data_set_is_refused_by_name(tmp_path) -> None:
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "n"), [("triviaqa", 7993), ("wikidata", 20320), ("truthfulqa", 299)])
 def test_the_real_sets_are_whole_and_answerable(name: str, n: int) -> None:
-    questions = data.load(name, assets.path(name)).questions
+    files = dict(study.DATA_SETS.values())
+    questions = data.load(name, assets.path(name, files[name])).questions
     assert len(questions) == len({q.item_id for q in questions}) == n
     assert all(q.question and q.answers and all(q.answers) for q in questions)
     assert all(bool(q.false_answers) == (name == "truthfulqa") for q in questions)

@@ -48,9 +48,7 @@ def test_generation_stops_at_a_token_that_contains_a_newline_and_drops_it(llama,
     ):
         (answer,) = generation.generate(llama, tokenizer, PROMPTS[:1], stops=stops, max_new_tokens=12)
         assert (list(answer.token_ids), answer.ended_by) == (before, why)
-    (answer,) = generation.generate(
-        llama, tokenizer, PROMPTS[:1], stops=(frozenset(), frozenset()), max_new_tokens=3
-    )
+    (answer,) = generation.generate(llama, tokenizer, PROMPTS[:1], stops=(frozenset(), frozenset()), max_new_tokens=3)
     assert (list(answer.token_ids), answer.ended_by) == (free[:3], "length")
 
 

@@ -1,0 +1,241 @@
+"""What the scores say about right and wrong answers: the chapter's tables and its named results.
+
+Declared before any result was seen: the headline aggregation is `sequence`, the literal reading of p(y|x),
+and its keys have no suffix. "epistemic" and "aleatoric" are the raw estimates, high = wrong (suffix _fitted
+for the same through a logistic regression); "combined" is the logistic regression on log U_E and log U_A,
+as a pair it has no raw form. Fitted scores are out of fold; their intervals are over questions, with the
+fits held fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from isouq import evaluation
+from isouq.evaluation import Interval
+from isouq.provenance import Result
+
+HEADLINE = "sequence"
+AGGREGATIONS = ("sequence", "geometric", "token_mean")
+N_BINS = 4  # quantile bins of probability and of length
+
+# The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
+PAPER_TABLE_2 = {
+    "triviaqa": {
+        "p_true": (0.69, 0.06),
+        "semantic_entropy": (0.55, 0.03),
+        "naive_entropy": (0.52, 0.04),
+        "aleatoric": (0.60, 0.04),
+        "epistemic": (0.52, 0.07),
+        "combined": (0.61, 0.05),
+    },
+    "truthfulqa": {
+        "p_true": (0.55, 0.06),
+        "semantic_entropy": (0.54, 0.08),
+        "naive_entropy": (0.51, 0.08),
+        "aleatoric": (0.60, 0.09),
+        "epistemic": (0.55, 0.07),
+        "combined": (0.63, 0.08),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """How intervals and fits are made: bootstrap resamples, folds of the logistic regression, seed."""
+
+    n_resamples: int = evaluation.N_RESAMPLES
+    n_folds: int = 5
+    seed: int = 0
+
+    def interval(self, statistic: Any, *columns: Any) -> Interval:
+        """Return `statistic(*columns)` with its percentile bootstrap interval over questions."""
+        return evaluation.bootstrap_interval(statistic, *columns, n_resamples=self.n_resamples, seed=self.seed)
+
+
+def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
+    """Return the rows that this aggregation scored: no empty answers, and for token_mean those it was asked."""
+    return table[table[f"log_epistemic_{aggregation}"].notna()]
+
+
+def score_columns(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[str, np.ndarray]:
+    """Return every score of an aggregation by name, high = wrong; `table` holds only scored rows.
+
+    Raw: aleatoric, epistemic. Fitted: aleatoric_fitted, epistemic_fitted, combined. With the headline also
+    the controls, which have no aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient (log
+    G), length (L).
+    """
+    features = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
+    scores = dict(zip(("aleatoric", "epistemic"), features.T, strict=True))
+    for name, used in (("aleatoric_fitted", [0]), ("epistemic_fitted", [1]), ("combined", [0, 1])):
+        scores[name] = evaluation.out_of_fold_scores(
+            features[:, used], table["wrong"], n_folds=analysis.n_folds, seed=analysis.seed
+        )
+    if aggregation == HEADLINE:
+        scores |= {
+            "likelihood": table["likelihood"].to_numpy(),
+            "likelihood_per_token": (table["likelihood"] / table["n_tokens"]).to_numpy(),
+            "log_gradient": table["log_gradient"].to_numpy(),
+            "length": table["n_tokens"].to_numpy(float),
+        }
+    return scores
+
+
+def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
+    """Return the AUROC for "the answer is wrong" of every score, one row each, with its interval.
+
+    Columns: method, aggregation, value, low, high, n, n_wrong, note, and versus_likelihood(_low, _high),
+    the paired difference to the AUROC of −S on the same questions. Where right or wrong answers are fewer
+    than `evaluation.MIN_PER_CLASS` the numbers are NaN and `note` says so.
+    """
+    rows = []
+    for aggregation in AGGREGATIONS:
+        used = scored(table, aggregation)
+        wrong = used["wrong"].to_numpy(bool)
+        row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
+        if not evaluation.enough_of_both(wrong):
+            row["note"] = f"too few right or wrong: {(~wrong).sum()} right, {wrong.sum()} wrong"
+            names = ("aleatoric", "epistemic", "combined")
+            rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
+            continue
+        for name, score in score_columns(used, aggregation, analysis).items():
+            found = analysis.interval(evaluation.auroc, score, wrong)
+            gain = analysis.interval(_auroc_gain, score, used["likelihood"], wrong)
+            rows.append(
+                {"method": name, **row, "value": found.value, "low": found.low, "high": found.high}
+                | dict(zip(_GAIN, (gain.value, gain.low, gain.high), strict=True))
+            )
+    return pd.DataFrame(rows)
+
+
+_GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")
+
+
+def _auroc_gain(score: Any, likelihood: Any, wrong: Any) -> float:
+    return evaluation.auroc(score, wrong) - evaluation.auroc(likelihood, wrong)
+
+
+def within_bins(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
+    """Return the AUROC among answers of like probability, and of like length: is anything left to say?
+
+    Bins are quartiles of log p and of L, fixed once on all answers; the value counts only pairs inside a
+    bin. Columns: method, within (probability or length), value, low, high, n. Empty when too few are right
+    or wrong.
+    """
+    used = scored(table)
+    wrong = used["wrong"].to_numpy(bool)
+    if not evaluation.enough_of_both(wrong):
+        return pd.DataFrame(columns=["method", "within", "value", "low", "high", "n"])
+    methods = {
+        "epistemic": "log_epistemic_sequence",
+        "log_gradient": "log_gradient",
+        "likelihood": "likelihood",
+    }
+    rows = []
+    for within, column in (("probability", "log_prob"), ("length", "n_tokens")):
+        bins = quantile_bins(used[column], N_BINS)
+        for method, score in methods.items():
+            found = analysis.interval(evaluation.stratified_auroc, used[score], wrong, bins)
+            rows.append({"method": method, "within": within, **_columns(found)})
+    return pd.DataFrame(rows)
+
+
+def quantile_bins(column: pd.Series, n_bins: int) -> np.ndarray:
+    """Return each row's quantile bin, 0 the lowest; equal values share a bin, so there may be fewer."""
+    edges = np.unique(np.quantile(column, np.linspace(0, 1, n_bins + 1)[1:-1]))
+    return np.searchsorted(edges, column, side="right")
+
+
+def added_signal(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the likelihood-ratio test of log U_E beside log p and log L, for each aggregation.
+
+    Columns: aggregation, statistic (χ², one degree of freedom), p_value, n; no row when too few are right
+    or wrong.
+    """
+    rows = []
+    for aggregation in AGGREGATIONS:
+        used = scored(table, aggregation)
+        if not evaluation.enough_of_both(used["wrong"]):
+            continue
+        log_p = np.log(used["probability_token_mean"]) if aggregation == "token_mean" else used["log_prob"]
+        log_p = log_p / used["n_tokens"] if aggregation == "geometric" else log_p
+        base = np.column_stack([log_p, np.log(used["n_tokens"])])
+        statistic, p_value = evaluation.likelihood_ratio_test(
+            base, used[[f"log_epistemic_{aggregation}"]], used["wrong"]
+        )
+        rows.append({"aggregation": aggregation, "statistic": statistic, "p_value": p_value, "n": len(used)})
+    return pd.DataFrame(rows)
+
+
+def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval]:
+    """Return how far U_E and G follow p (Spearman's ρ with log p), and the share of answers with p < ½."""
+    used = scored(table)
+    log_p = used["log_prob"]
+    return {
+        "epistemic": analysis.interval(evaluation.spearman, used["log_epistemic_sequence"], log_p),
+        "log_gradient": analysis.interval(evaluation.spearman, used["log_gradient"], log_p),
+        "below_half": evaluation.wilson_interval(int((log_p < np.log(0.5)).sum()), len(used)),
+    }
+
+
+def accuracy(table: pd.DataFrame, column: str = "right") -> Interval:
+    """Return the share of right answers with Wilson's 95 % interval."""
+    return evaluation.wilson_interval(int(table[column].sum()), len(table))
+
+
+def named_results(table: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
+    """Return the named results of one `subject`, "<model>.<data set>"; what is undefined has no key."""
+    prefix = f"qa.{subject}"
+    results = {f"{prefix}.accuracy": _result(accuracy(table), note="Wilson")}
+    if "right_by_mean" in table:
+        results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note="Wilson")
+        chance = float(table["right_by_chance"].mean())
+        results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
+    results[f"{prefix}.empty.count"] = Result(value=int(table["empty"].sum()), n=len(table))
+    for row in auroc_table(table, analysis).dropna(subset=["value"]).to_dict("records"):
+        suffix = "" if row["aggregation"] == HEADLINE else f"_{row['aggregation']}"
+        key = f"{prefix}.{row['method'].removesuffix('_fitted')}{suffix}"
+        key += "_fitted" if row["method"].endswith("_fitted") else ""
+        claim = {"truthfulqa_choose": "C6", "triviaqa": "C7"}.get(subject.split(".")[-1])
+        results[f"{key}.auroc"] = Result(
+            **{name: row[name] for name in ("value", "low", "high", "n")}, claim=claim, note=_INTERVAL
+        )
+        value, low, high = (row[name] for name in _GAIN)
+        if row["method"] != "likelihood":
+            results[f"{key}.auroc_gain"] = Result(
+                value=value, low=low, high=high, n=row["n"], note="paired with likelihood"
+            )
+    for row in within_bins(table, analysis).to_dict("records"):
+        key = f"{prefix}.{row['method']}.auroc_within_{row['within']}"
+        results[key] = Result(**{name: row[name] for name in ("value", "low", "high", "n")}, note=_INTERVAL)
+    for row in added_signal(table).to_dict("records"):
+        key = f"{prefix}.epistemic_{row['aggregation']}.added_signal_p_value"
+        results[key] = Result(value=row["p_value"], n=row["n"], note="likelihood-ratio test given log p and log L")
+    found = agreement(table, analysis)
+    results[f"{prefix}.below_half.share"] = _result(found["below_half"], note="Wilson")
+    for method in ("epistemic", "log_gradient"):
+        results[f"{prefix}.{method}.spearman_with_log_prob"] = _result(found[method], note=_INTERVAL)
+    return results
+
+
+_INTERVAL = "95 % percentile bootstrap over questions"
+
+
+def _columns(interval: Interval) -> dict[str, Any]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+
+
+def _result(interval: Interval, *, note: str) -> Result:
+    return Result(**_columns(interval), note=note)
+
+
+def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
+    """Return the headline rows with a column `paper`, the mean in its Table 2 (NaN where it has none)."""
+    published = PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {})
+    headline = aurocs[aurocs["aggregation"] == HEADLINE].copy()
+    headline["paper"] = headline["method"].map({method: mean for method, (mean, _) in published.items()})
+    return headline

@@ -1,0 +1,170 @@
+"""A whole study on a tiny random model: what is stored, what is scored, and what survives kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from isouq import causal_lm
+from isouq.qa import generation, study
+from isouq.qa.data import DataSet, Question
+from isouq.qa.store import Store
+from isouq.qa.study import Settings
+
+RUN = {"study": "test"}
+
+
+def small_set(n: int, choose: bool = False) -> DataSet:
+    wrong = ("zz", "a long one") if choose else ()
+    questions = tuple(Question(f"q{i}", f"what is {i}" + "?" * (i % 5), (f"x{i}", "y"), wrong) for i in range(n))
+    return DataSet("small", questions, "Q:{question}\nA:{answer}\n")
+
+
+def run_small(path: Path, model, tokenizer, *, n: int = 12, choose: bool = False, **settings) -> pd.DataFrame:
+    wanted = Settings(n_questions=n, n_shots=2, batch_size=4, max_new_tokens=5, n_token_mean=3, **settings)
+    subject = study.prepare(model, tokenizer, small_set(40, choose), wanted, choose=choose)
+    with Store(path, RUN) as store:
+        study.complete(store, subject, wanted, progress=False)
+        return study.tabulate(store, subject.questions)
+
+
+@pytest.fixture
+def table(tmp_path: Path, llama, tokenizer) -> pd.DataFrame:
+    return run_small(tmp_path / "s.sqlite", llama, tokenizer)
+
+
+def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, llama, tokenizer) -> None:
+    wanted = Settings(n_questions=12, n_shots=2)
+    subject = study.prepare(llama, tokenizer, small_set(40), wanted)
+    with Store(tmp_path / "s.sqlite", RUN) as store:
+        ids = [store.get("answer")[question.item_id]["token_ids"] for question in subject.questions]
+    for row, (prompt, answer) in enumerate(zip(subject.prompts, ids, strict=True)):
+        if not answer:
+            continue
+        one = causal_lm.score_aggregations(
+            llama,
+            *study.pad([prompt], [answer]),
+            aggregations=("sequence", "geometric", "token_mean"),
+            engine="autograd",
+        )
+        assert table["log_prob"][row] == pytest.approx(one["sequence"].log_prob.item(), abs=1e-5)
+        for name, found in one.items():
+            if name == "token_mean" and row >= 3:
+                assert np.isnan(table["log_epistemic_token_mean"][row])
+                continue
+            assert table[f"log_epistemic_{name}"][row] == pytest.approx(found.log_epistemic.item(), abs=1e-4)
+            assert np.exp(table[f"log_aleatoric_{name}"][row]) == pytest.approx(found.aleatoric.item(), rel=1e-5)
+        log_g = one["sequence"].log_epistemic.item() - 2 * one["sequence"].log_prob.item()
+        assert table["log_gradient"][row] == pytest.approx(log_g, abs=1e-4)
+
+
+def test_a_larger_run_extends_a_smaller_and_scores_nothing_again(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
+    small = run_small(tmp_path / "s.sqlite", llama, tokenizer, n=5)
+    scored: list[int] = []
+    plain = causal_lm.score_aggregations
+
+    def count(model, input_ids, *rest, **options):
+        scored.append(len(input_ids))
+        return plain(model, input_ids, *rest, **options)
+
+    monkeypatch.setattr(causal_lm, "score_aggregations", count)
+    large = run_small(tmp_path / "s.sqlite", llama, tokenizer, n=12)
+    pd.testing.assert_frame_equal(large[:5], small)
+    assert sum(scored) == (~large["empty"][5:]).sum()
+    scored.clear()
+    pd.testing.assert_frame_equal(run_small(tmp_path / "s.sqlite", llama, tokenizer, n=12), large)
+    assert not scored
+
+
+def test_an_empty_answer_is_wrong_unscored_and_counted(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
+    plain = generation.generate
+
+    def silent_first(*args, **options):
+        return [generation.Generation((), "", "newline"), *plain(*args, **options)[1:]]
+
+    monkeypatch.setattr(generation, "generate", silent_first)
+    table = run_small(tmp_path / "s.sqlite", llama, tokenizer)
+    empty = table[table["empty"]]
+    assert len(empty) >= 3  # one a batch
+    assert empty["wrong"].all()
+    assert empty[["log_prob", "log_epistemic_sequence", "aleatoric_geometric"]].isna().all(axis=None)
+    assert table[~table["empty"]]["log_prob"].notna().all()
+
+
+def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path, llama, tokenizer) -> None:
+    table = run_small(tmp_path / "c.sqlite", llama, tokenizer, choose=True)
+    assert set(table["ended_by"]) == {"given"}
+    for row in table.itertuples():
+        prompt = study.prepare(llama, tokenizer, small_set(40, True), Settings(n_questions=12, n_shots=2)).prompts[
+            row.Index
+        ]
+        texts = [row.reference, "y", "zz", "a long one"]
+        ids = [generation.encode_answer(tokenizer, text) for text in texts]
+        log_p, n_tokens = causal_lm.log_probs(llama, *study.pad([prompt] * 4, ids))
+        assert row.answer == texts[int(log_p.argmax())]
+        assert row.right == (int(log_p.argmax()) < 2)
+        assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
+        assert row.log_prob == pytest.approx(log_p.max().item(), abs=1e-4)
+        assert row.right_by_chance == 0.5
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import conftest, test_study
+from isouq.qa import study
+torch.set_num_threads(1)
+llama, tokenizer = (getattr(conftest, name).__wrapped__() for name in ("llama", "tokenizer"))
+plain = study.Store.put
+def announce(store, item_id, records):
+    plain(store, item_id, records)
+    print(item_id, *records, flush=True)
+study.Store.put = announce
+test_study.run_small(Path(sys.argv[1]), llama, tokenizer, n=30)
+print("whole", flush=True)
+"""
+
+
+def test_kill_9_at_any_point_loses_nothing_and_repeats_nothing(tmp_path: Path, llama, tokenizer) -> None:
+    path = tmp_path / "killed.sqlite"
+    command = [sys.executable, "-c", KILLED, str(path), str(Path(__file__).parent)]
+    written: list[str] = []
+    for limit in (7, 31, 44, 80, 10**9):  # among the questions, the answers, the estimates, and to the end
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            written.append(line.strip())
+            if len(written) >= limit:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        written += [line.strip() for line in process.stdout if line.endswith("\\n")]
+        process.wait()
+        time.sleep(0.1)
+    assert written.pop() == "whole"
+    assert len(written) == len(set(written)), "a question was worked on twice"
+    whole = run_small(tmp_path / "whole.sqlite", llama, tokenizer, n=30)
+    resumed = run_small(path, llama, tokenizer, n=30)
+    times = [name for name in whole if name.startswith("seconds_")]
+    pd.testing.assert_frame_equal(resumed.drop(columns=times), whole.drop(columns=times), rtol=1e-4)
+
+
+def test_an_unknown_data_set_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match="triviaqa, wikidata, truthfulqa_choose, got 'truthfulqa'"):
+        study.run("no such model", "truthfulqa", Settings())
+
+
+def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:
+    before = study.fingerprint(llama, tokenizer)
+    weight = llama.model.layers[1].mlp.up_proj.weight
+    with_change = weight.data[3, 4].item()
+    weight.data[3, 4] += 1e-3
+    assert study.fingerprint(llama, tokenizer) != before
+    weight.data[3, 4] = with_change
+    assert study.fingerprint(llama, tokenizer) == before
