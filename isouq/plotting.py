@@ -123,6 +123,18 @@ def intervals(
     return ax
 
 
+def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: str, ylabel: str) -> Axes:
+    """One point per answer: right ones as open circles, wrong ones as crosses; columns x, y and wrong."""
+    _require(table, (x, y, "wrong"))
+    wrong = table["wrong"].astype(bool)
+    ax.scatter(
+        table.loc[~wrong, x], table.loc[~wrong, y], marker="o", facecolors="none", edgecolors="#0072B2", label="right"
+    )
+    ax.scatter(table.loc[wrong, x], table.loc[wrong, y], marker="x", color="#D55E00", linewidths=1, label="wrong")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
 def plane(problem, values: np.ndarray, ax: Axes, *, diverging: bool = False, data: bool = True) -> Axes:
     """One map: `values` (point,) over the grid of a synthetic problem with two inputs, its examples on top.
 

@@ -29,7 +29,6 @@ SET_BY_PIPELINE = {"profile", "results_path"}
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Engine = Literal["auto", "ghost", "autograd"]
-Aggregation = Literal["sequence", "geometric", "token_mean"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -75,7 +74,7 @@ class LlmQa(Parameters):
     data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
     n_questions: Count = 60
     n_shots: Annotated[int, Field(ge=0, le=32)] = 5
-    aggregations: list[Aggregation] = Field(default=["sequence", "geometric", "token_mean"], min_length=1)
+    n_token_mean: Annotated[int, Field(ge=0)] = 60
     engine: Engine = "auto"
     batch_size: Count = 8
     max_new_tokens: Count = 24
@@ -159,9 +158,7 @@ def load(path_or_name: str | Path) -> Profile:
         raise ProfileError(f"{path.name}: {content!r} given; wanted a mapping with name, notebooks, ...")
     profile = _checked(Profile, content, where=path.name)
     if profile.name != path.stem:
-        raise ProfileError(
-            f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}"
-        )
+        raise ProfileError(f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}")
     return profile
 
 
@@ -184,9 +181,7 @@ def validate(chapter: str, namespace: Mapping[str, Any]) -> Parameters:
     }
     unset = sorted(SCHEMAS[chapter].model_fields.keys() - given.keys())
     if unset:
-        raise ProfileError(
-            f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}"
-        )
+        raise ProfileError(f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}")
     return _checked(SCHEMAS[chapter], given, where=chapter)
 
 

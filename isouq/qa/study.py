@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -315,8 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-set", required=True, choices=list(DATA_SETS))
     parser.add_argument("--done", required=True, type=Path, help="written at the end: counts as JSON")
     arguments = parser.parse_args(argv)
-    wanted = profiles.load(arguments.profile).parameters("04_llm_qa")
-    settings = Settings(**{field.name: getattr(wanted, field.name) for field in fields(Settings)})
+    chapter = profiles.load(arguments.profile).parameters("04_llm_qa")
+    settings = Settings(**chapter.scoring())  # type: ignore[attr-defined]
     table = run(arguments.model, arguments.data_set, settings, progress=True)
     counts = {"questions": len(table), "right": int(table["right"].sum()), "empty": int(table["empty"].sum())}
     partial = arguments.done.with_name(f"{arguments.done.name}.{os.getpid()}")
