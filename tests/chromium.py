@@ -82,12 +82,35 @@ class Page:
             " && (!document.querySelector('script[src*=mathjax]')"
             " || Boolean(window.MathJax && MathJax.startup && MathJax.startup.promise))"
         )
-        end = time.monotonic() + seconds
-        while not self.evaluate(ready):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{url} was not complete after {seconds} s")
-            time.sleep(0.05)
+        self.wait(ready, seconds=seconds)
         self.evaluate("window.MathJax && MathJax.startup ? MathJax.startup.promise.then(() => true) : true")
+
+    def wait(self, condition: str, *, seconds: float = 60) -> None:
+        """Wait until a JavaScript expression is true. Raises TimeoutError that shows it."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(condition):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not true after {seconds} s: {condition}")
+            time.sleep(0.05)
+
+    def requests(self) -> list[str]:
+        """Every address asked for since the page was opened, of frames, scripts and sockets too."""
+        asked = ("Network.requestWillBeSent", "Network.webSocketCreated")
+        events = [event["params"] for event in self.events if event["method"] in asked]
+        return [event["request"]["url"] if "request" in event else event["url"] for event in events]
+
+    def complaints(self) -> list[str]:
+        """Errors that the page threw or wrote to the console since it was opened."""
+        found = []
+        for event in self.events:
+            params = event["params"]
+            if event["method"] == "Runtime.exceptionThrown":
+                found.append(json.dumps(params["exceptionDetails"]))
+            elif event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+                found.append(json.dumps(params["args"]))
+            elif event["method"] == "Log.entryAdded" and params["entry"]["level"] == "error":
+                found.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+        return found
 
     def screenshot(self, file: Path) -> None:
         """Save the whole page as PNG."""

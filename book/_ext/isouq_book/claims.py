@@ -79,8 +79,7 @@ def _check(name: str, entry: dict[str, Any], values: dict[str, tuple[str, str]])
     keys = {axis: key for axis, (key, _) in values.items()}
     names = {axis: shown for axis, (_, shown) in values.items()}
     rule = {
-        rule: operand.format(**keys) if isinstance(operand, str) else operand
-        for rule, operand in entry["rule"].items()
+        rule: operand.format(**keys) if isinstance(operand, str) else operand for rule, operand in entry["rule"].items()
     }
     paper = entry.get("paper", [])
     return Check(
@@ -94,6 +93,4 @@ def _check(name: str, entry: dict[str, Any], values: dict[str, tuple[str, str]])
 
 def _refuse_unknown(name: str, entry: dict[str, Any], known: set[str]) -> None:
     if unknown := set(entry) - known:
-        raise ValueError(
-            f"{name}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{name}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")

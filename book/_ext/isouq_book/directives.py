@@ -42,9 +42,7 @@ class ClaimsTable(SphinxDirective):
     def _row(self, claim: Claim) -> list[list[nodes.Node]]:
         entries = self.env.app.isouq_results.entries
         target = nodes.target("", "", ids=[f"claim-{claim.id.lower()}"])
-        title = nodes.paragraph(
-            "", "", nodes.strong("", claim.id), nodes.Text(" "), *self._words(claim.claim)
-        )
+        title = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(" "), *self._words(claim.claim))
         chapter = nodes.paragraph("", "", *self._chapter(claim.chapter))
         measured = [_measurements(claim.checks, entries) if claim.checks else _paragraph("–")]
         if claim.note:

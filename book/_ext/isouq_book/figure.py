@@ -54,14 +54,9 @@ def _table(panel: Mapping[str, Entry], methods: Sequence[str]) -> pd.DataFrame:
     nothing = Entry(float("nan"))
     rows = [(method, panel.get(method, nothing)) for method in methods]
     return pd.DataFrame(
-        [
-            {"method": method, "value": entry.value, "low": entry.low, "high": entry.high}
-            for method, entry in rows
-        ]
+        [{"method": method, "value": entry.value, "low": entry.low, "high": entry.high} for method, entry in rows]
     ).astype({"value": float, "low": float, "high": float})
 
 
 def _words(panel: Mapping[str, Entry]) -> str:
-    return ", ".join(
-        f"{plotting.METHODS[name].label} {format_interval(entry)}" for name, entry in panel.items()
-    )
+    return ", ".join(f"{plotting.METHODS[name].label} {format_interval(entry)}" for name, entry in panel.items())

@@ -38,9 +38,7 @@ class Verdict:
         return f"{self.outcome} ({self.reason})" if self.reason else self.outcome
 
 
-def judge(
-    rule: Mapping[str, Any], key: str, results: Mapping[str, Measured], *, exact: bool = False
-) -> Verdict:
+def judge(rule: Mapping[str, Any], key: str, results: Mapping[str, Measured], *, exact: bool = False) -> Verdict:
     """Apply one rule to the result `key`.
 
     `exact` marks a result that is not an estimate (a count, a deviation): its value stands for its interval.
