@@ -21,6 +21,7 @@ from isouq.provenance import Result
 
 HEADLINE = "sequence"
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
+SHOWN = ("aleatoric", "epistemic", "combined", "likelihood", "log_gradient", "length")
 N_BINS = 4  # quantile bins of probability and of length
 
 # The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
@@ -187,16 +188,19 @@ def accuracy(table: pd.DataFrame, column: str = "right") -> Interval:
     return evaluation.wilson_interval(int(table[column].sum()), len(table))
 
 
-def named_results(table: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
-    """Return the named results of one `subject`, "<model>.<data set>"; what is undefined has no key."""
+def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
+    """Return the named results of one `subject`, "<model>.<data set>"; what is undefined has no key.
+
+    `aurocs` is the `auroc_table` of `table`.
+    """
     prefix = f"qa.{subject}"
     results = {f"{prefix}.accuracy": _result(accuracy(table), note="Wilson")}
     if "right_by_mean" in table:
         results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note="Wilson")
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
-    results[f"{prefix}.empty.count"] = Result(value=int(table["empty"].sum()), n=len(table))
-    for row in auroc_table(table, analysis).dropna(subset=["value"]).to_dict("records"):
+    results[f"{prefix}.empty.count"] = Result(value=float(table["empty"].sum()), n=len(table))
+    for row in aurocs.dropna(subset=["value"]).to_dict("records"):
         suffix = "" if row["aggregation"] == HEADLINE else f"_{row['aggregation']}"
         key = f"{prefix}.{row['method'].removesuffix('_fitted')}{suffix}"
         key += "_fitted" if row["method"].endswith("_fitted") else ""
@@ -234,8 +238,11 @@ def _result(interval: Interval, *, note: str) -> Result:
 
 
 def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
-    """Return the headline rows with a column `paper`, the mean in its Table 2 (NaN where it has none)."""
-    published = PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {})
-    headline = aurocs[aurocs["aggregation"] == HEADLINE].copy()
-    headline["paper"] = headline["method"].map({method: mean for method, (mean, _) in published.items()})
-    return headline
+    """Return the headline rows in the order of SHOWN, with a column `paper`: the mean in its Table 2.
+
+    Every data set gives the same rows, NaN where there is no number, so that panels stay aligned.
+    """
+    published = {name: mean for name, (mean, _) in PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {}).items()}
+    headline = aurocs[aurocs["aggregation"] == HEADLINE].set_index("method")
+    rows = headline.reindex(SHOWN).rename_axis("method").reset_index()
+    return rows.assign(paper=rows["method"].map(published))

@@ -1,0 +1,118 @@
+"""The chapter's tables on made-up scores of which the truth is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from isouq.provenance import Result
+from isouq.qa import analysis
+from isouq.qa.analysis import Analysis
+
+QUICK = Analysis(n_resamples=40)
+
+
+def made_up(n: int = 240, *, signal: float = 1.0, seed: int = 0) -> pd.DataFrame:
+    """Answers of which the likely ones are right; log G is noise, so that U_E knows nothing but p."""
+    rng = np.random.default_rng(seed)
+    n_tokens = rng.integers(2, 9, n)
+    log_prob = -rng.gamma(4.0, 1.5, n) - 0.01
+    wrong = rng.random(n) < 1 / (1 + np.exp(signal * (log_prob + 6)))
+    log_gradient = 10 + 0.2 * rng.normal(size=n)
+    table = pd.DataFrame({"log_prob": log_prob, "likelihood": -log_prob, "n_tokens": n_tokens, "wrong": wrong})
+    table = table.assign(right=~wrong, empty=False, log_gradient=log_gradient)
+    for name, log_p in (("sequence", log_prob), ("geometric", log_prob / n_tokens), ("token_mean", log_prob / 9)):
+        table[f"probability_{name}"] = np.exp(log_p)
+        table[f"log_aleatoric_{name}"] = log_p + np.log(-np.expm1(log_p))
+        table[f"log_epistemic_{name}"] = 2 * log_p + log_gradient
+    table.loc[n // 2 :, [c for c in table if c.endswith("_token_mean")]] = np.nan
+    return table
+
+
+def named(table: pd.DataFrame, subject: str) -> dict[str, Result]:
+    return analysis.named_results(table, analysis.auroc_table(table, QUICK), subject, QUICK)
+
+
+def value_of(aurocs: pd.DataFrame, method: str, aggregation: str = "sequence") -> pd.Series:
+    return aurocs[(aurocs["method"] == method) & (aurocs["aggregation"] == aggregation)].iloc[0]
+
+
+def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
+    aurocs = analysis.auroc_table(made_up(), QUICK)
+    assert value_of(aurocs, "likelihood")["value"] > 0.75
+    for method in ("aleatoric", "epistemic"):  # both grow with p below one half
+        assert value_of(aurocs, method)["value"] < 0.25
+        assert value_of(aurocs, f"{method}_fitted")["value"] > 0.7
+    assert value_of(aurocs, "combined")["value"] > 0.7
+    assert value_of(aurocs, "log_gradient")["value"] == pytest.approx(0.5, abs=0.1)
+    assert value_of(aurocs, "combined", "token_mean")["n"] == 120
+    assert (aurocs["low"] <= aurocs["value"]).all()
+    assert (aurocs["value"] <= aurocs["high"]).all()
+
+
+def test_the_gain_is_the_difference_to_the_likelihood_on_the_same_questions() -> None:
+    aurocs = analysis.auroc_table(made_up(), QUICK)
+    own, control = value_of(aurocs, "combined"), value_of(aurocs, "likelihood")
+    assert own["versus_likelihood"] == pytest.approx(own["value"] - control["value"])
+    assert control["versus_likelihood"] == control["versus_likelihood_high"] == 0
+
+
+def test_too_few_right_answers_say_so_instead_of_a_number() -> None:
+    table = made_up(60)
+    table["wrong"] = np.arange(60) >= 9
+    table["right"] = ~table["wrong"]
+    aurocs = analysis.auroc_table(table, QUICK)
+    assert aurocs["value"].isna().all()
+    assert value_of(aurocs, "epistemic")["note"] == "too few right or wrong: 9 right, 51 wrong"
+    assert analysis.within_bins(table, QUICK).empty
+    assert analysis.added_signal(table).empty
+    results = named(table, "m.triviaqa")
+    assert results["qa.m.triviaqa.accuracy"].value == 9 / 60
+    assert not any(key.endswith("auroc") for key in results)
+
+
+def test_an_empty_answer_counts_as_wrong_but_has_no_score() -> None:
+    table = made_up()
+    table.loc[:19, [c for c in table if c.startswith(("log_", "probability", "likelihood"))]] = np.nan
+    table.loc[:19, ["wrong", "right", "empty"]] = [True, False, True]
+    results = named(table, "m.wikidata")
+    assert results["qa.m.wikidata.accuracy"].n == 240
+    assert results["qa.m.wikidata.epistemic.auroc"].n == 220
+    assert results["qa.m.wikidata.empty.count"].value == 20
+
+
+def test_within_bins_of_probability_noise_stays_noise() -> None:
+    found = analysis.within_bins(made_up(600), QUICK).set_index(["method", "within"])["value"]
+    assert found["log_gradient", "probability"] == pytest.approx(0.5, abs=0.08)
+    assert found["epistemic", "length"] < 0.3
+
+
+def test_quantile_bins_split_evenly_and_keep_ties_together() -> None:
+    assert np.bincount(analysis.quantile_bins(pd.Series(range(100)), 4)).tolist() == [25, 25, 25, 25]
+    assert len(set(analysis.quantile_bins(pd.Series([1] * 90 + [2] * 10), 4))) <= 2
+
+
+def test_added_signal_is_found_when_it_is_there() -> None:
+    table = made_up(600)
+    for aggregation, p_value in analysis.added_signal(table)[["aggregation", "p_value"]].to_numpy():
+        assert p_value > 0.001, aggregation
+    table["log_epistemic_sequence"] += table["wrong"]
+    assert analysis.added_signal(table).set_index("aggregation")["p_value"]["sequence"] < 1e-6
+
+
+def test_named_results_have_the_fixed_keys() -> None:
+    results = named(made_up(), "smollm2-135m-instruct.triviaqa")
+    prefix = "qa.smollm2-135m-instruct.triviaqa"
+    wanted = ("aleatoric", "epistemic", "combined", "likelihood", "epistemic_geometric", "combined_token_mean")
+    for name in (*wanted, "epistemic_fitted", "epistemic_geometric_fitted"):
+        assert 0 <= results[f"{prefix}.{name}.auroc"].low <= results[f"{prefix}.{name}.auroc"].high <= 1
+    assert results[f"{prefix}.epistemic.auroc"].claim == "C7"
+    assert results[f"{prefix}.epistemic.spearman_with_log_prob"].value > 0.9
+    assert results[f"{prefix}.below_half.share"].value > 0.9
+
+
+def test_panels_have_the_same_rows_with_the_papers_values_where_it_has_them() -> None:
+    rows = analysis.beside_paper(analysis.auroc_table(made_up(), QUICK), "truthfulqa_choose")
+    assert tuple(rows["method"]) == analysis.SHOWN
+    assert rows.set_index("method")["paper"]["combined"] == 0.63
+    assert np.isnan(rows.set_index("method")["paper"]["likelihood"])
+    assert analysis.beside_paper(analysis.auroc_table(made_up(), QUICK), "wikidata")["paper"].isna().all()
