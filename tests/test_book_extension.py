@@ -110,6 +110,8 @@ def test_an_exact_result_is_judged_by_its_value():
     found = {"key": results.Entry(2.4)}
     assert verdicts.judge({"below": 3}, "key", found, exact=True).outcome == "holds here"
     assert verdicts.judge({"below": 3}, "key", found).outcome == "undecided"
+    found = {"key": results.Entry(2.4, 2.0, 3.5)}
+    assert verdicts.judge({"below": 3}, "key", found, exact=True).outcome == "undecided"
 
 
 def test_a_result_that_was_not_computed_gets_no_other_verdict():
@@ -158,7 +160,8 @@ def test_the_papers_own_number_passes_the_rule(check):
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_check_asks_for_a_key_of_the_agreed_form(check):
     form = re.compile(
-        r"mcmc\.(binary|multiclass|regression)_\w+\.(gn|la|aleatoric)\.(pearson|spearman)"
+        r"derivation\.engine\.max_relative_difference"
+        r"|mcmc\.(binary|multiclass|regression)_\w+\.(gn|la|aleatoric)\.(pearson|spearman)"
         r"|qa\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|wikidata|truthfulqa|truthfulqa_choose)"
         r"\.(p_true|semantic_entropy|naive_entropy|aleatoric|epistemic|combined)\.auroc"
         r"|cost\.(smollm2-135m-instruct|gemma-3-270m)\.\w+\.(seconds_per_question|peak_bytes|relative_to_forward)"

@@ -41,7 +41,7 @@ class Verdict:
 def judge(rule: Mapping[str, Any], key: str, results: Mapping[str, Measured], *, exact: bool = False) -> Verdict:
     """Apply one rule to the result `key`.
 
-    `exact` marks a result that is not an estimate (a count, a deviation): its value stands for its interval.
+    `exact` marks a result that may come without interval (a count, a deviation): then its value stands for it.
     Raises ValueError for a rule that does not exist.
     """
     if len(rule) != 1 or next(iter(rule)) not in RULES:
@@ -117,11 +117,9 @@ def _compare(low: float, high: float, other_low: float, other_high: float) -> Ve
 
 
 def _bounds(result: Measured, exact: bool) -> tuple[float, float] | None:
-    if exact:
-        return result.value, result.value
-    if result.low is None or result.high is None:
-        return None
-    return result.low, result.high
+    if result.low is not None and result.high is not None:
+        return result.low, result.high
+    return (result.value, result.value) if exact else None
 
 
 def _shared_reason(verdicts: Sequence[Verdict]) -> str:
