@@ -41,7 +41,7 @@ class Seen:
 # Code is left out of the text: a dollar sign in it is no formula that was missed.
 LOOK = """(() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
-  const prose = document.querySelector('article').cloneNode(true);
+  const prose = document.querySelector('main').cloneNode(true);
   prose.querySelectorAll('pre, code, script, style, mjx-container').forEach((element) => element.remove());
   return {
     formulas: all('.math').length,
@@ -90,6 +90,8 @@ def seen(book, browser, address) -> dict[str, Seen]:
     found = {}
     for file in sorted(book.rglob("*.html")):
         name = file.relative_to(book).as_posix()
+        if name.startswith("_"):  # a piece of the theme, no page
+            continue
         browser.open(f"{address}/{name}")
         browser.evaluate("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().catch(() => 0))))")
         found[name] = Seen(browser.evaluate(LOOK), browser.requests(), browser.complaints())

@@ -17,6 +17,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("isouq_results_digest", "", "env")
     app.connect("config-inited", load_results)
     app.connect("html-page-context", _add_footer)
+    app.connect("html-page-context", _drop_thebe, priority=900)
     app.add_role("result", ResultRole())
     app.add_role("interval", IntervalRole())
     app.add_directive("claims-table", ClaimsTable)
@@ -28,3 +29,14 @@ def setup(app: Sphinx) -> dict[str, bool]:
 def _add_footer(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     line = html.escape(provenance.footer(app.isouq_results.meta))
     context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'
+
+
+def _drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leave out the scripts that run code on another host: Jupyter Book adds them even where they are not used."""
+    for kind in ("script_files", "css_files"):
+        context[kind] = [file for file in context.get(kind, []) if not _is_of_thebe(file)]
+
+
+def _is_of_thebe(file: Any) -> bool:
+    body = getattr(file, "attributes", {}).get("body") or ""
+    return "thebe" in f"{getattr(file, 'filename', file)} {body}".lower()
