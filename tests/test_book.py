@@ -50,6 +50,8 @@ LOOK = """(() => {
     text: prose.textContent,
     code: all('article pre').map((e) => e.textContent).join('\\n'),
     ids: all('[id]').map((e) => e.id),
+    fetched: all('link[href], script[src], img[src], iframe[src], source[src], object[data]')
+      .map((e) => e.href || e.src || e.data).filter((url) => !/^(data|blob):/.test(url)),
     links: all('a[href]').map((e) => e.getAttribute('href')),
     images: all('article img').map((e) => ({
       source: e.getAttribute('src'), alt: e.alt, width: e.naturalWidth,
@@ -134,7 +136,8 @@ def test_no_page_complains_or_asks_another_host(seen, address):
     for name, page in seen.items():
         assert not page.complaints, f"{name}: {page.complaints}"
         assert len(page.requests) > 1, f"{name}: the network was not watched"
-        foreign = [url for url in page.requests if not url.startswith((address + "/", "data:", "blob:"))]
+        asked = page.requests + page.facts["fetched"]  # also what a browser may fetch only later
+        foreign = [url for url in asked if not url.startswith((address + "/", "data:", "blob:"))]
         assert not foreign, f"{name}: {foreign}"
 
 
