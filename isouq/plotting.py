@@ -25,8 +25,8 @@ class Method(NamedTuple):
     label: str
 
 
-# Okabe and Ito's colours, darkened where they were too pale for white paper. No two neighbours in this
-# list share a lightness, and no two methods share a marker, so that nothing is told by colour alone.
+# After Okabe and Ito's colours, darkened to a contrast of 3 to 1 on white. Every method has a marker of its
+# own as well, so that nothing is told by colour alone.
 METHODS: dict[str, Method] = {
     "p_true": Method("#009E73", "^", "P(True)"),
     "semantic_entropy": Method("#B87700", "v", "semantic entropy"),
@@ -35,12 +35,12 @@ METHODS: dict[str, Method] = {
     "epistemic": Method("#0072B2", "o", "epistemic"),
     "combined": Method("#7B3294", "D", "epistemic & aleatoric"),
     "likelihood": Method("#555555", "X", "negative log-likelihood"),
-    "log_gradient": Method("#4DA3D9", "<", "log G"),
+    "log_gradient": Method("#3B93C9", "<", "log G"),
     "mcmc": Method("#000000", "*", "MCMC"),
     "laplace": Method("#CC79A7", "h", "Laplace"),
     "taylor": Method("#3B7D3B", ">", "Taylor"),
     "ensemble": Method("#222222", "d", "ensemble"),
-    "length": Method("#999999", "p", "answer length"),
+    "length": Method("#8A8A8A", "p", "answer length"),
 }
 
 

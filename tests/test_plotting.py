@@ -1,0 +1,84 @@
+"""The one style: what makes a method recognisable, and figures that come out the same each time."""
+
+from __future__ import annotations
+
+import itertools
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from isouq import plotting
+from isouq.plotting import METHODS
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings():
+    with plt.rc_context():
+        plotting.use_style()
+        yield
+    plt.close("all")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2."""
+    linear = [u / 12.92 if u <= 0.03928 else ((u + 0.055) / 1.055) ** 2.4 for u in to_rgb(colour)]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_can_be_seen_on_white(name):
+    assert 1.05 / (luminance(METHODS[name].colour) + 0.05) >= 3
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(METHODS, 2)))
+def test_two_methods_differ_in_marker_colour_and_name(one, other):
+    assert all(a != b for a, b in zip(METHODS[one], METHODS[other], strict=True))
+
+
+@pytest.fixture
+def table():
+    rows = [("epistemic", 0.6, 0.5, 0.7, 0.52), ("p_true", float("nan"), float("nan"), float("nan"), 0.69)]
+    return pd.DataFrame(rows, columns=["method", "value", "low", "high", "paper"])
+
+
+def test_intervals_draws_each_value_where_it_is_and_leaves_absent_rows_empty(table):
+    ax = plotting.intervals(table, xlabel="AUROC", reference=0.5)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["epistemic", "P(True)"]
+    drawn = [list(line.get_xdata()) for line in ax.lines]
+    assert [0.5, 0.7] in drawn
+    assert [0.6] in drawn
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first row is at the top"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["the paper"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop(columns="low"), "table: column 'low' is missing"),
+        (lambda table: table.assign(method="magic"), "method: 'magic' has no place in METHODS"),
+    ],
+)
+def test_intervals_names_what_is_wrong_with_a_table(table, change, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.intervals(change(table), xlabel="AUROC")
+
+
+def test_panels_fill_the_text_column():
+    figure, axes = plotting.panels(3, 2)
+    assert axes.shape == (2, 3)
+    assert figure.get_figwidth() == plotting.WIDTH
+
+
+def test_the_same_figure_gives_the_same_bytes(table, tmp_path):
+    files = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for file in files:
+        figure, axes = plotting.panels(1)
+        plotting.intervals(table, axes[0, 0], xlabel="AUROC")
+        figure.savefig(file, metadata={"Date": None})
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert b"<text" not in files[0].read_bytes(), "letters are paths: no reader's fonts are needed"
