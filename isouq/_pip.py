@@ -15,7 +15,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -71,7 +71,7 @@ def read_members(archive: Path, targets: dict[str, Path]) -> None:
         raise AssetError(f"{archive.name} has no member {', '.join(sorted(missing))}; the manifest is wrong")
 
 
-def _write(stream: IO[bytes], target: Path) -> None:
+def _write(stream: Any, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
         shutil.copyfileobj(stream, out, 1 << 20)

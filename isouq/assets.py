@@ -126,9 +126,7 @@ def _expected(asset: Asset, folder: Path) -> dict[str, tuple[str, int]]:
     return files
 
 
-def _check_files(
-    asset: Asset, folder: Path, expected: dict[str, tuple[str, int]], *, digest: _Digest
-) -> None:
+def _check_files(asset: Asset, folder: Path, expected: dict[str, tuple[str, int]], *, digest: _Digest) -> None:
     for file, (sha256, size) in expected.items():
         target = folder / file
         if not target.is_file():
@@ -140,9 +138,7 @@ def _check_files(
 
 
 def _corrupt(asset: Asset, target: Path, what: str) -> AssetError:
-    return AssetError(
-        f"{asset.name}: {target} is corrupt: {what}; `isouq assets fetch {asset.name}` replaces it"
-    )
+    return AssetError(f"{asset.name}: {target} is corrupt: {what}; `isouq assets fetch {asset.name}` replaces it")
 
 
 def _sha256(file: Path) -> str:
@@ -199,9 +195,7 @@ def _scratch_folder(progress: bool) -> Iterator[Path]:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AssetError(
-            f"cannot make the cache folder {root}: {error}; ISOUQ_CACHE names another"
-        ) from error
+        raise AssetError(f"cannot make the cache folder {root}: {error}; ISOUQ_CACHE names another") from error
     lock = filelock.FileLock(root / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -288,7 +282,7 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
         if (kind := _manifest.asset(name).kind) != "causal-lm":
             raise AssetError(f"{name} is no causal language model but {kind!r}; those are {models}")
         return _from_pretrained(path(name), name, local_files_only=True)
-    if (folder := Path(name).expanduser()).is_dir():
+    if name and (folder := Path(name).expanduser()).is_dir():
         return _from_pretrained(folder, name, local_files_only=True)
     # One name without an owner can be a Hub id (gpt2), but is more often an asset's name misspelt.
     nearest = [] if "/" in name else difflib.get_close_matches(name.lower(), _manifest.assets(), n=1)
@@ -311,7 +305,7 @@ def _load_from_hub(name: str, way_out: str) -> tuple[Any, Any]:
         revision = HfApi().model_info(repository, revision=revision, timeout=10).sha or revision
     except (HfHubHTTPError, HFValidationError) as error:
         raise AssetError(
-            f"the Hub has no {name!r} for you: {str(error).splitlines()[0]}; check the id and the revision; "
+            f"the Hub has no {name!r} for you: {' '.join(str(error).split())}; check the id and the revision; "
             "a gated model needs its terms accepted on the Hub, then `hf auth login`"
         ) from error
     except Exception as error:  # errors of the HTTP client, by whatever name its version gives them
@@ -319,8 +313,7 @@ def _load_from_hub(name: str, way_out: str) -> tuple[Any, Any]:
             return _from_pretrained(repository, name, revision=revision, local_files_only=True)
         except AssetError:
             raise AssetError(
-                f"no network: cannot reach the Hub for {name!r} ({error}) and its local cache has no copy; "
-                f"{way_out}"
+                f"no network: cannot reach the Hub for {name!r} ({error}) and its local cache has no copy; {way_out}"
             ) from error
     return _from_pretrained(repository, name, revision=revision)
 
@@ -345,9 +338,7 @@ def _convert(asset: Asset, scratch: Path) -> None:
     files = sorted(folder.iterdir())
     record = {
         "source": {member.file: member.sha256 for member in asset.members},
-        "versions": {
-            name: metadata.version(name) for name in ("gguf", "tokenizers", "torch", "transformers")
-        },
+        "versions": {name: metadata.version(name) for name in ("gguf", "tokenizers", "torch", "transformers")},
         "files": {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in files},
     }
     (folder / _CONVERSION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
