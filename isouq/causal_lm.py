@@ -1,0 +1,276 @@
+"""Causal language models: model + token ids + answer mask → `Estimate`; texts → a table.
+
+The token at position t is predicted from position t − 1. Scores are of the given ids, never of re-tokenised text. The
+model is used as it is, over all its parameters; nothing is left on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isouq import estimate
+from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
+from isouq.gradients import Engine, SquaredNorms, squared_norms
+from isouq.sequences import Batch, batches, checked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def score_tokens(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "sequence",
+    engine: Engine = "auto",
+    batch_size: int | None = None,
+    parameters: Sequence[str] | None = None,
+    breakdown: bool = False,
+) -> Estimate:
+    """Epistemic and aleatoric uncertainty of each answer from one forward and one activation-gradient pass (C1).
+
+    Args:
+        model: any Hugging Face causal LM, or a module whose output has `.logits` (example, token, vocab).
+        input_ids: (example, token) int64, prompt and answer, padded on either side.
+        answer_mask: (example, token) bool, True at the answer's tokens.
+        attention_mask: (example, token), 0 at padding; without it every position counts.
+        aggregation: what p of an answer of several tokens means: "sequence", "geometric" or "token_mean".
+        engine: "ghost" (exact or refuses), "autograd" (the reference), "auto" (ghost, else autograd).
+        batch_size: sequences a pass; None chooses it by length. It does not change the scores.
+        parameters: name patterns such as "model.layers.29.*" to restrict the norm to; None for all.
+        breakdown: whether to keep log U_E by parameter.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is wanted.
+    """
+    options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "parameters": parameters}
+    return score_aggregations(
+        model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), breakdown=breakdown, **options
+    )[aggregation]
+
+
+def score_aggregations(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    aggregations: Sequence[Aggregation] = ("sequence", "geometric"),
+    engine: Engine = "auto",
+    batch_size: int | None = None,
+    parameters: Sequence[str] | None = None,
+    breakdown: bool = False,
+) -> dict[Aggregation, Estimate]:
+    """`score_tokens` for several aggregations at once; they share the forward pass, the first two the backward too."""
+    for name in aggregations:
+        if name not in AGGREGATIONS:
+            raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
+    sequences = checked(model, input_ids, answer_mask, attention_mask)
+    pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
+    order: list[int] = []
+    for batch in batches(sequences, batch_size):
+        order += batch.rows
+        log_p, norms = _differentiate(model, batch, aggregations, engine, parameters)
+        subset = "all" if parameters is None else ", ".join(parameters)
+        for name in aggregations:
+            pieces[name].append(_estimate(name, batch, log_p, norms, subset=subset, breakdown=breakdown))
+    back = torch.tensor(order).argsort()
+    return {name: _join(parts, back) for name, parts in pieces.items()}
+
+
+def log_probs(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S, the answers' log-probabilities in nats, and their numbers of tokens, from forward passes alone.
+
+    Returns (example,) float64 and (example,) int64. Raises as `score_tokens`.
+    """
+    sequences = checked(model, input_ids, answer_mask, attention_mask)
+    totals = torch.zeros(len(sequences), dtype=torch.float64)
+    counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
+    with torch.no_grad():
+        for batch in batches(sequences, batch_size):
+            totals[batch.rows] = _token_log_probs(model, batch).double().sum(1).cpu()
+    return totals, counts
+
+
+def score_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    aggregation: Aggregation = "sequence",
+    engine: Engine = "auto",
+    batch_size: int | None = 8,
+) -> pd.DataFrame:
+    """Score each answer as the continuation of its prompt: a table with a row per pair, in order.
+
+    Prompt and answer are tokenised apart and joined, so that the answer's tokens do not depend on the prompt; special
+    tokens go before the prompt only. Give the answer its leading space where the text has one.
+
+    Returns columns prompt, answer, n_tokens, log_prob (nats), probability, aleatoric, epistemic, log_epistemic.
+    Raises ValueError for lists of different length, an empty answer, or a text longer than the model's context.
+    """
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise TypeError("prompts and answers: a string given, lists of strings wanted")
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
+    pairs = [_encode(tokenizer, i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True))]
+    width = max((len(p) + len(a) for p, a in pairs), default=0)
+    ids, mask = torch.zeros(len(pairs), width, dtype=torch.int64), torch.zeros(len(pairs), width, dtype=torch.bool)
+    present = torch.zeros(len(pairs), width, dtype=torch.int64)
+    for i, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor(prompt + answer)
+        mask[i, len(prompt) : end] = True
+        present[i, :end] = 1
+    options: dict[str, Any] = {"aggregation": aggregation, "engine": engine, "batch_size": batch_size}
+    scores = score_tokens(model, ids, mask, present, **options)
+    columns = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
+    table = {name: getattr(scores, name).numpy() for name in columns}
+    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table})
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not answer_ids:
+        raise ValueError(f"answers: number {place} is empty, a text of at least one token wanted")
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if prompt_ids and prompt_ids[-1] == eos and not prompt.endswith(tokenizer.eos_token or "\0"):
+        prompt_ids = prompt_ids[:-1]  # some tokenisers close every text; the answer has yet to come
+    if not prompt_ids:
+        raise ValueError(f"prompts: number {place} is empty and the tokeniser has no start token; write a prompt")
+    return prompt_ids, answer_ids
+
+
+def _token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """log p of each answer token, (example, answer token), zero beyond an answer's end.
+
+    The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
+    predict an answer token where the model can be asked to (`logits_to_keep`).
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        device = torch.device("cpu")
+    inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
+    keep = scored.any(0).nonzero().flatten()
+    options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
+    if _takes(model, "logits_to_keep"):
+        logits = model(input_ids=inputs.to(device), logits_to_keep=keep.to(device), **options).logits
+    else:
+        logits = model(input_ids=inputs.to(device), **options).logits[:, keep.to(device)]
+    if logits.shape[:2] != (len(inputs), len(keep)):
+        raise ValueError(f"model: logits of shape {tuple(logits.shape)} given, (example, token, vocab) wanted")
+    order = _answer_order(scored[:, keep]).to(logits.device)
+    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
+    wanted = targets[:, keep].to(logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    picked = wide.log_softmax(-1).gather(2, wanted.unsqueeze(2)).squeeze(2)
+    return picked.gather(1, order).masked_fill(~exists, 0)
+
+
+def _answer_order(scored: Tensor) -> Tensor:
+    """For each example the places of its answer tokens, first ones first: (example, longest answer)."""
+    return (~scored).to(torch.int8).argsort(dim=1, stable=True)[:, : int(scored.sum(1).max())]
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        return argument in inspect.signature(model.forward).parameters
+    return False
+
+
+def _differentiate(
+    model: nn.Module,
+    batch: Batch,
+    aggregations: Sequence[Aggregation],
+    engine: Engine,
+    parameters: Sequence[str] | None,
+) -> tuple[Float[Tensor, "example token"], dict[str, SquaredNorms]]:
+    """Token log-probabilities, and the squared gradient norms of S ("whole") and of each log p_t ("tokens")."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
+    whole = any(name != "token_mean" for name in aggregations)
+    tokens = "token_mean" in aggregations
+    found: list[Tensor] = []
+    longest = int(batch.answer.sum(1).max())
+
+    def objective(rows: slice) -> Tensor:
+        part = Batch(batch.ids[rows], batch.answer[rows], batch.rows[rows])
+        values = _token_log_probs(model, part)
+        _check_finite(values, part)
+        values = nn.functional.pad(values, (0, longest - values.shape[1]))
+        found.append(values.detach().double().cpu())
+        return torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1)
+
+    norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters)
+    split: dict[str, SquaredNorms] = {}
+    if whole:
+        split["whole"] = replace(norms, by_parameter=norms.by_parameter[:, :1])
+    if tokens:
+        split["tokens"] = replace(norms, by_parameter=norms.by_parameter[:, int(whole) :])
+    return torch.cat(found), split
+
+
+def _check_finite(values: Tensor, batch: Batch) -> None:
+    wrong = (~values.isfinite()).any(1).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(f"model: NaN or infinite logits for example {batch.rows[int(wrong[0])]}, finite ones wanted")
+
+
+def _estimate(
+    name: Aggregation, batch: Batch, log_p: Tensor, norms: dict[str, SquaredNorms], *, subset: str, breakdown: bool
+) -> Estimate:
+    """One batch's Estimate; log_p (example, token) is zero beyond an answer's end."""
+    n_tokens = batch.answer.sum(1)
+    S, used = log_p.sum(1), norms["tokens" if name == "token_mean" else "whole"]
+
+    def aggregate(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_G = squares.log()
+        if name == "sequence":
+            return estimate.sequence(S, log_G[:, 0])
+        if name == "geometric":
+            return estimate.geometric(S, log_G[:, 0], n_tokens)
+        return estimate.token_mean(log_p, log_G, torch.arange(log_p.shape[1])[None] < n_tokens[:, None])
+
+    probability, aleatoric, log_epistemic = aggregate(used.total)
+    return Estimate(
+        log_prob=S,
+        n_tokens=n_tokens,
+        probability=probability,
+        aleatoric=aleatoric,
+        log_epistemic=log_epistemic,
+        engine=used.engine,
+        n_parameters=used.n_parameters,
+        parameters=subset,
+        breakdown={p: aggregate(used.by_parameter[..., i])[2] for i, p in enumerate(used.names)} if breakdown else None,
+    )
+
+
+def _join(parts: Sequence[Estimate], order: Tensor) -> Estimate:
+    """The batches' estimates as one, its examples in `order`."""
+    columns = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in columns}
+    by_name = parts[0].breakdown
+    if by_name is not None:
+        by_name = {name: torch.cat([part.breakdown[name] for part in parts])[order] for name in by_name}  # type: ignore[index]
+    engines = sorted({part.engine for part in parts})
+    return replace(parts[0], **joined, breakdown=by_name, engine="+".join(engines))

@@ -1,0 +1,105 @@
+"""The paper's definitions (arXiv 2603.29466), one function per equation, and `Estimate`, what they give.
+
+Notation: S = Σ_t log p(y_t | x, y_<t) over the L answer tokens, G = ‖∇θ S‖². Everything here works on
+logarithms: in float32 ‖∇θ p‖² is exactly 0 long before log p = −106.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Aggregation = Literal["sequence", "geometric", "token_mean"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Uncertainty of a batch of predictions: one-dimensional float64 tensors over examples, on the CPU.
+
+    Attributes:
+        log_prob: S, the log-probability of the whole answer (or of the class), in nats. For a regressor: the
+            predicted output itself.
+        n_tokens: L, the answer's number of tokens (1 for a class).
+        probability: p under the aggregation: e^S, e^{S/L}, or the mean of the tokens' probabilities.
+        aleatoric: U_A = p(1 − p), the variance of the indicator "the answer is y" (for `token_mean` the mean over
+            tokens); NaN-free, between 0 and ¼. For a regressor it is 0: its noise is not in the network.
+        log_epistemic: log U_E, where U_E = ‖∇θ p‖² in units of the isotropic parameter variance σ².
+            −inf where the gradient is exactly zero.
+        epistemic: U_E itself, for display; it underflows to 0 for log U_E below −745. Rank on `log_epistemic`.
+        engine: which engine computed the gradients, "ghost" or "autograd".
+        n_parameters: how many parameters the squared norm runs over.
+        parameters: which ones, "all" unless a subset was asked for.
+        breakdown: log U_E of each parameter, by name; their exponentials add up to `epistemic`. None unless asked for.
+    """
+
+    log_prob: Float[Tensor, " example"]
+    n_tokens: Int[Tensor, " example"]
+    probability: Float[Tensor, " example"]
+    aleatoric: Float[Tensor, " example"]
+    log_epistemic: Float[Tensor, " example"]
+    engine: str
+    n_parameters: int
+    parameters: str = "all"
+    breakdown: dict[str, Tensor] | None = None
+
+    @property
+    def epistemic(self) -> Float[Tensor, " example"]:
+        """U_E = exp(log U_E)."""
+        return self.log_epistemic.exp()
+
+    @property
+    def log_gradient(self) -> Float[Tensor, " example"]:
+        """log(U_E / p²): the delta method's variance of log p, for `sequence` log G itself."""
+        return self.log_epistemic - 2 * self.probability.log()
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.log_prob)
+
+
+def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
+
+    Written as −e^{log p}·expm1(log p), so that it stays exact as p approaches 1.
+    """
+    return -log_p.exp() * torch.expm1(log_p)
+
+
+def delta_method(log_p: Float[Tensor, "*shape"], log_G: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log U_E = log‖∇θ p‖² = 2 log p + log‖∇θ log p‖² (paper, delta method with Cov[θ] = σ²I, σ² = 1)."""
+    return 2 * log_p + log_G
+
+
+def sequence(S: Float[Tensor, " example"], log_G: Float[Tensor, " example"]) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, U_A, log U_E) for p = e^S, the probability of the whole answer: U_E = e^{2S} G."""
+    return S.exp(), bernoulli_variance(S), delta_method(S, log_G)
+
+
+def geometric(
+    S: Float[Tensor, " example"], log_G: Float[Tensor, " example"], n_tokens: Int[Tensor, " example"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, U_A, log U_E) for p = e^{S/L}, the geometric mean of the tokens' probabilities: U_E = e^{2S/L} G / L²."""
+    log_p = S / n_tokens
+    return log_p.exp(), bernoulli_variance(log_p), delta_method(log_p, log_G - 2 * n_tokens.log())
+
+
+def token_mean(
+    log_p: Float[Tensor, "example token"],
+    log_G: Float[Tensor, "example token"],
+    answer: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, U_A, log U_E) as means over tokens: U_E = (1/L) Σ_t ‖∇θ p_t‖², U_A = (1/L) Σ_t p_t(1 − p_t).
+
+    `answer` (example, token) is True where a token exists; p is the tokens' mean probability.
+    """
+    n_tokens = answer.sum(1)
+    gone = ~answer
+    probability = log_p.exp().masked_fill(gone, 0).sum(1) / n_tokens
+    aleatoric = bernoulli_variance(log_p).masked_fill(gone, 0).sum(1) / n_tokens
+    per_token = delta_method(log_p, log_G).masked_fill(gone, -torch.inf)
+    return probability, aleatoric, torch.logsumexp(per_token, 1) - n_tokens.log()

@@ -1,0 +1,42 @@
+"""Squared gradient norms per example: `squared_norms` with a fast exact engine and the reference that checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import nn
+
+from isouq.gradients import autograd, ghost
+from isouq.gradients.common import Objective, SquaredNorms, select_parameters
+from isouq.gradients.graph import NotCovered
+
+Engine = Literal["auto", "ghost", "autograd"]
+
+__all__ = ["Engine", "NotCovered", "Objective", "SquaredNorms", "squared_norms"]
+
+
+def squared_norms(
+    model: nn.Module,
+    objective: Objective,
+    n_examples: int,
+    *,
+    engine: Engine = "auto",
+    parameters: Sequence[str] | None = None,
+) -> SquaredNorms:
+    """‖∇θ objective[i, k]‖² per example i and column k, over all parameters or those whose names match `parameters`.
+
+    `objective` maps a slice of the batch's rows to scalars (example, objective), freshly computed by `model`.
+    engine "ghost" is exact or raises NotCovered; "autograd" goes one example at a time; "auto" is ghost, and autograd
+    where ghost does not cover the model. Raises ValueError for an unknown engine or quantised parameters.
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
+    chosen = select_parameters(model, parameters)
+    if engine != "autograd":
+        try:
+            return ghost.squared_norms(model, objective, n_examples, parameters=chosen)
+        except NotCovered:
+            if engine == "ghost":
+                raise
+    return autograd.squared_norms(model, objective, n_examples, parameters=chosen)
