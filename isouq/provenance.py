@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,24 +85,24 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> None:
 
 
 def module_files(path: str | Path) -> list[Path]:
-    """Return the files of isouq that a notebook or module imports, directly or through others.
+    """Return the files of isouq that a notebook or module uses, directly or through others.
 
     Found by reading the sources, imports inside functions included, so that a change of a module re-runs just
-    the notebooks that can reach it. Importing any module runs the `__init__` of the packages around it.
+    the notebooks that can reach it. The `__init__` of a package passed on the way is returned; what it imports
+    is followed only where a name of its own is used.
     """
-    found: set[Path] = set()
+    used: set[Path] = set()
     waiting = _imported(Path(path))
     while waiting:
         file = waiting.pop()
-        if file not in found:
-            found.add(file)
+        if file not in used:
+            used.add(file)
             waiting |= _imported(file)
-    return sorted(found)
+    folders = {folder for file in used for folder in file.parents if folder.is_relative_to(PACKAGE)}
+    return sorted(used | {folder / "__init__.py" for folder in folders})
 
 
-def run_notebook(
-    source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path
-) -> None:
+def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path) -> None:
     """Execute a notebook with papermill, keep the executed copy, and record what ran.
 
     A copy that fails never becomes `output`: it goes to the folder `failed`, its traceback beside it as text.
@@ -121,8 +121,10 @@ def run_notebook(
     run = {"notebook": source.stem, "started": _now(), "parameters": dict(parameters), **environment()}
     hashes = {"inputs": _hashes(inputs)}
     partial = output.with_suffix(".running.ipynb")
+    # The kernel's own warnings are about its transport, not about the notebook.
+    kernel = {"kernel_name": "python3", "language": "python", "extra_arguments": ["--IPKernelApp.log_level=40"]}
     try:
-        papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".")
+        papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
         if not results.is_file():
             raise NotebookError("it ran to its end without save_results(..., results_path)")
     except Exception as error:  # whatever it was: keep the copy, pass on the cause
@@ -169,9 +171,7 @@ def collect(
         "durations": {name: seconds for name, (seconds, _) in measured.items()},
         "peak_memory_mb": {name: peak for name, (_, peak) in measured.items()},
     }
-    own = {
-        name: {k: v for k, v in run.items() if k not in meta or meta[k] != v} for name, run in runs.items()
-    }
+    own = {name: {k: v for k, v in run.items() if k not in meta or meta[k] != v} for name, run in runs.items()}
     write_json({"meta": {**meta, "runs": own}, "results": dict(sorted(merged.items()))}, out)
 
 
@@ -232,17 +232,19 @@ def _plain(result: Result) -> dict[str, Any]:
 
 
 def _imported(path: Path) -> set[Path]:
-    """Return the files of isouq that one notebook's or module's own import statements name."""
+    """Return the files of isouq that a notebook's or module's own import statements use."""
     package = list(path.resolve().relative_to(PACKAGE.parent).parts[:-1]) if path.suffix == ".py" else []
     names: set[str] = set()
     for node in ast.walk(ast.parse(_code(path), filename=str(path))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
+            names.update(alias.name.split(".")[0] for alias in node.names if not alias.asname)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            names.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
-    return {file for name in names for file in _files_of(name)}
+            module = ".".join([*above, *filter(None, [node.module])])
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            names.update(name if _file_of(name) else module for name in submodules)
+    return {file for file in map(_file_of, names) if file}
 
 
 def _code(path: Path) -> str:
@@ -252,14 +254,12 @@ def _code(path: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in cells)
 
 
-def _files_of(name: str) -> Iterator[Path]:
-    """Yield the files that importing a dotted name runs: its packages' `__init__` and the module itself."""
+def _file_of(name: str) -> Path | None:
+    """Return the file of a module or package of isouq, or None where the dotted name is neither."""
     parts = name.split(".")
-    if parts[0] != PACKAGE.name:
-        return
-    for depth in range(1, len(parts) + 1):
-        stem = PACKAGE.parent.joinpath(*parts[:depth])
-        yield from (file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file())
+    stem = PACKAGE.parent.joinpath(*parts)
+    files = [file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()]
+    return files[0] if files and parts[0] == PACKAGE.name else None
 
 
 def _failure(error: Exception, source: Path, kept: Path) -> str:
@@ -292,9 +292,7 @@ def _now() -> str:
 def _git(*arguments: str) -> str | None:
     """Return what git says of the project, or None where there is no git or no repository."""
     try:
-        run = subprocess.run(
-            ["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
-        )
+        run = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
