@@ -1,0 +1,92 @@
+# The commands of isouq. Each makes the environment it needs once; `make help` lists them.
+# Plain sh and make 3.81 (macOS) are enough.
+
+PROFILE ?= embedded
+CORES ?= all
+# PYTHON: the interpreter to build .venv with. TORCH_INDEX: a pip index for torch, such as PyTorch's own CPU one.
+PYTHON ?=
+TORCH_INDEX ?=
+
+PY := .venv/bin/python
+READY := .venv/isouq-installed
+SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --nolock --rerun-incomplete --quiet host progress
+CONFIG := --config profile='$(PROFILE)'
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book plan assets test test-quick lint clean distclean lock FORCE
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+	@echo "  PROFILE=NAME      smoke, embedded (default), or a file of your own: make book PROFILE=my.yml"
+	@echo "  CORES=N           processor cores to use (default: all)"
+	@echo "  PYTHON=PATH       the Python to make .venv with (3.11 or newer)"
+	@echo "  TORCH_INDEX=URL   where to get torch, for example a CPU build in place of PyPI's CUDA one"
+
+book: $(READY) ## run what has changed and build the book in build/PROFILE/html
+	@$(SNAKEMAKE) $(CONFIG)
+
+plan: $(READY) ## what `make book` would run, and why
+	@$(SNAKEMAKE) --dry-run $(CONFIG)
+
+assets: $(READY) ## fetch the models and data that the profile needs, and nothing else
+	@$(SNAKEMAKE) fetch $(CONFIG)
+
+test: $(READY) ## all tests; fetches the models and data they need first
+	@$(SNAKEMAKE) fetch --config profile=smoke
+	@$(PY) -m pytest
+
+test-quick: $(READY) ## the tests that need no download and run no notebook
+	@$(PY) -m pytest -m 'not assets and not book'
+
+lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+	@$(PY) -m nbstripout --verify notebooks/*.ipynb
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; $(FIND_PYTHON); \
+	"$$python" -m venv "$$scratch"; "$$scratch/bin/python" -m pip install --quiet uv; \
+	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
+	  --no-emit-package torchvision --no-header pyproject.toml -o requirements.lock
+
+clean: ## remove what was built; the scored questions in build/store stay
+	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
+
+distclean: clean ## remove the scored questions and the environment too
+	@rm -rf build .venv .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Sets $python to PYTHON, or to the first on the PATH that is new enough and runs.
+define FIND_PYTHON
+new_enough() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+python=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3); do \
+  if new_enough "$$candidate"; then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "make: no Python 3.11 or newer with venv among: $(or $(PYTHON),python3.11 to python3.14, python3)." >&2; \
+  echo "Install one (Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+fi
+endef
+
+# Torch comes first, with whatever its own build needs; then the lock as it is, and nothing that it does not name.
+# A clone that was moved gets its paths renewed: the stamp holds the folder it was made in.
+$(READY): requirements.lock pyproject.toml $(if $(filter $(CURDIR),$(shell cat $(READY) 2>/dev/null)),,FORCE)
+	@set -e; \
+	if ! $(PY) -c '' 2>/dev/null; then \
+	  $(FIND_PYTHON); \
+	  echo "Making .venv with $$("$$python" --version)"; "$$python" -m venv --clear .venv; \
+	fi; \
+	pin=$$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements.lock); \
+	has=$$($(PY) -c 'from importlib.metadata import version as v; print(v("torch").split("+")[0])' 2>/dev/null || true); \
+	if [ "$$has" != "$$pin" ]; then \
+	  echo "Installing torch $$pin, the largest download"; \
+	  if [ -n "$(TORCH_INDEX)" ]; then $(PY) -m pip install --index-url "$(TORCH_INDEX)" "torch==$$pin"; \
+	  else $(PY) -m pip install -c requirements.lock "torch==$$pin"; fi; \
+	fi; \
+	echo "Installing the other $$(grep -c '^[a-z0-9]' requirements.lock) pinned packages (some minutes)"; \
+	$(PY) -m pip install --quiet --no-deps -r requirements.lock; \
+	$(PY) -m pip install --quiet --no-deps -e .; \
+	printf '%s' "$(CURDIR)" > $(READY)
+
+FORCE:
