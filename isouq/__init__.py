@@ -7,8 +7,18 @@ isouq.score_texts(model, tokenizer, ["The capital of France is"], [" Paris"])
 """
 
 from isouq import assets
-from isouq.causal_lm import score_texts, score_tokens
-from isouq.estimate import Estimate
+from isouq.causal_lm import inner_products, score_texts, score_tokens
+from isouq.classifier import score_classes, score_outputs
+from isouq.estimate import Estimate, Regression
 
 __version__ = "0.1.0"
-__all__ = ["Estimate", "assets", "score_texts", "score_tokens"]
+__all__ = [
+    "Estimate",
+    "Regression",
+    "assets",
+    "inner_products",
+    "score_classes",
+    "score_outputs",
+    "score_texts",
+    "score_tokens",
+]

@@ -7,19 +7,20 @@ model is used as it is, over all its parameters; nothing is left on it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
-from isouq.gradients import Engine, SquaredNorms, squared_norms
+from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
+from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches, checked
 
 if TYPE_CHECKING:
@@ -81,10 +82,12 @@ def score_aggregations(
     order: list[int] = []
     for batch in batches(sequences, batch_size):
         order += batch.rows
-        log_p, norms = _differentiate(model, batch, aggregations, engine, parameters)
+        whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
         subset = "all" if parameters is None else ", ".join(parameters)
         for name in aggregations:
-            pieces[name].append(_estimate(name, batch, log_p, norms, subset=subset, breakdown=breakdown))
+            norms = tokens if name == "token_mean" else whole
+            assert norms is not None
+            pieces[name].append(_estimate(name, batch, norms, subset=subset, breakdown=breakdown))
     back = torch.tensor(order).argsort()
     return {name: _join(parts, back) for name, parts in pieces.items()}
 
@@ -108,6 +111,38 @@ def log_probs(
         for batch in batches(sequences, batch_size):
             totals[batch.rows] = _token_log_probs(model, batch).double().sum(1).cpu()
     return totals, counts
+
+
+def inner_products(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    others: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    engine: Engine = "auto",
+    memory: float = 4e9,
+    progress: bool = False,
+) -> Tensor:
+    """⟨∇θ S_i, ∇θ S_j⟩ over all parameters: (example, example), or (example, other) where `others` are given; float64.
+
+    `others` is (input_ids, answer_mask, attention_mask) of a second set. `memory` bounds in bytes what is kept between
+    forward passes; less memory means more of them. No gradient of the whole model is ever formed. Raises as
+    `score_tokens`.
+    """
+    sequences = checked(model, input_ids, answer_mask, attention_mask)
+    n = len(sequences)
+    if others is not None:
+        sequences = sequences + checked(model, *others)
+    order: list[int] = []
+    work: list[tuple[Objective, int]] = []
+    for batch in batches(sequences, None):
+        order += batch.rows
+        work.append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
+    products = gradient_products(model, work, engine=engine, memory=memory, progress=progress)
+    back = torch.tensor(order).argsort()
+    products = products[back][:, back]
+    return products if others is None else products[:n, n:]
 
 
 def score_texts(
@@ -204,13 +239,10 @@ def _differentiate(
     aggregations: Sequence[Aggregation],
     engine: Engine,
     parameters: Sequence[str] | None,
-) -> tuple[Float[Tensor, "example token"], dict[str, SquaredNorms]]:
-    """Token log-probabilities, and the squared gradient norms of S ("whole") and of each log p_t ("tokens")."""
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
+) -> tuple[SquaredNorms | None, SquaredNorms | None]:
+    """Values and squared gradient norms of S, and of each answer token's log p, where `aggregations` ask for them."""
     whole = any(name != "token_mean" for name in aggregations)
     tokens = "token_mean" in aggregations
-    found: list[Tensor] = []
     longest = int(batch.answer.sum(1).max())
 
     def objective(rows: slice) -> Tensor:
@@ -218,16 +250,18 @@ def _differentiate(
         values = _token_log_probs(model, part)
         _check_finite(values, part)
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
-        found.append(values.detach().double().cpu())
         return torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1)
 
     norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters)
-    split: dict[str, SquaredNorms] = {}
-    if whole:
-        split["whole"] = replace(norms, by_parameter=norms.by_parameter[:, :1])
-    if tokens:
-        split["tokens"] = replace(norms, by_parameter=norms.by_parameter[:, int(whole) :])
-    return torch.cat(found), split
+    first = norms.columns(slice(0, 1)) if whole else None
+    return first, norms.columns(slice(int(whole), None)) if tokens else None
+
+
+def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
+    part = Batch(batch.ids[rows], batch.answer[rows], batch.rows[rows])
+    values = _token_log_probs(model, part)
+    _check_finite(values, part)
+    return values.sum(1, keepdim=True)
 
 
 def _check_finite(values: Tensor, batch: Batch) -> None:
@@ -236,12 +270,11 @@ def _check_finite(values: Tensor, batch: Batch) -> None:
         raise ValueError(f"model: NaN or infinite logits for example {batch.rows[int(wrong[0])]}, finite ones wanted")
 
 
-def _estimate(
-    name: Aggregation, batch: Batch, log_p: Tensor, norms: dict[str, SquaredNorms], *, subset: str, breakdown: bool
-) -> Estimate:
-    """One batch's Estimate; log_p (example, token) is zero beyond an answer's end."""
+def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: str, breakdown: bool) -> Estimate:
+    """One batch's Estimate; for `token_mean` the norms' columns are tokens, zero beyond an answer's end."""
     n_tokens = batch.answer.sum(1)
-    S, used = log_p.sum(1), norms["tokens" if name == "token_mean" else "whole"]
+    log_p = norms.objective
+    S = log_p.sum(1)
 
     def aggregate(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_G = squares.log()
@@ -251,17 +284,18 @@ def _estimate(
             return estimate.geometric(S, log_G[:, 0], n_tokens)
         return estimate.token_mean(log_p, log_G, torch.arange(log_p.shape[1])[None] < n_tokens[:, None])
 
-    probability, aleatoric, log_epistemic = aggregate(used.total)
+    probability, aleatoric, log_epistemic = aggregate(norms.total)
+    parts = {p: aggregate(norms.by_parameter[..., i])[2] for i, p in enumerate(norms.names)} if breakdown else None
     return Estimate(
         log_prob=S,
         n_tokens=n_tokens,
         probability=probability,
         aleatoric=aleatoric,
         log_epistemic=log_epistemic,
-        engine=used.engine,
-        n_parameters=used.n_parameters,
+        engine=norms.engine,
+        n_parameters=norms.n_parameters,
         parameters=subset,
-        breakdown={p: aggregate(used.by_parameter[..., i])[2] for i, p in enumerate(used.names)} if breakdown else None,
+        breakdown=parts,
     )
 
 

@@ -19,15 +19,14 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Uncertainty of a batch of predictions: one-dimensional float64 tensors over examples, on the CPU.
+    """Uncertainty of a batch of predictions: float64 tensors over examples, on the CPU.
 
     Attributes:
-        log_prob: S, the log-probability of the whole answer (or of the class), in nats. For a regressor: the
-            predicted output itself.
+        log_prob: S, the log-probability of the whole answer (or of the class), in nats.
         n_tokens: L, the answer's number of tokens (1 for a class).
         probability: p under the aggregation: e^S, e^{S/L}, or the mean of the tokens' probabilities.
         aleatoric: U_A = p(1 − p), the variance of the indicator "the answer is y" (for `token_mean` the mean over
-            tokens); NaN-free, between 0 and ¼. For a regressor it is 0: its noise is not in the network.
+            tokens), between 0 and ¼.
         log_epistemic: log U_E, where U_E = ‖∇θ p‖² in units of the isotropic parameter variance σ².
             −inf where the gradient is exactly zero.
         epistemic: U_E itself, for display; it underflows to 0 for log U_E below −745. Rank on `log_epistemic`.
@@ -37,11 +36,11 @@ class Estimate:
         breakdown: log U_E of each parameter, by name; their exponentials add up to `epistemic`. None unless asked for.
     """
 
-    log_prob: Float[Tensor, " example"]
-    n_tokens: Int[Tensor, " example"]
-    probability: Float[Tensor, " example"]
-    aleatoric: Float[Tensor, " example"]
-    log_epistemic: Float[Tensor, " example"]
+    log_prob: Float[Tensor, "*example"]
+    n_tokens: Int[Tensor, "*example"]
+    probability: Float[Tensor, "*example"]
+    aleatoric: Float[Tensor, "*example"]
+    log_epistemic: Float[Tensor, "*example"]
     engine: str
     n_parameters: int
     parameters: str = "all"
@@ -62,6 +61,30 @@ class Estimate:
         return len(self.log_prob)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Uncertainty of a regressor: tensors (example, output), float64, on the CPU.
+
+    Attributes:
+        mean: the predicted outputs f(x, θ*).
+        aleatoric: the noise's variance, as given.
+        log_epistemic: log‖∇θ f‖², per unit of the parameter variance σ².
+        engine: which engine computed the gradients.
+        n_parameters: how many parameters the squared norm runs over.
+    """
+
+    mean: Float[Tensor, "example output"]
+    aleatoric: Float[Tensor, "example output"]
+    log_epistemic: Float[Tensor, "example output"]
+    engine: str
+    n_parameters: int
+
+    @property
+    def epistemic(self) -> Float[Tensor, "example output"]:
+        """‖∇θ f‖²."""
+        return self.log_epistemic.exp()
+
+
 def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
 
@@ -75,7 +98,7 @@ def delta_method(log_p: Float[Tensor, "*shape"], log_G: Float[Tensor, "*shape"])
     return 2 * log_p + log_G
 
 
-def sequence(S: Float[Tensor, " example"], log_G: Float[Tensor, " example"]) -> tuple[Tensor, Tensor, Tensor]:
+def sequence(S: Float[Tensor, "*example"], log_G: Float[Tensor, "*example"]) -> tuple[Tensor, Tensor, Tensor]:
     """(p, U_A, log U_E) for p = e^S, the probability of the whole answer: U_E = e^{2S} G."""
     return S.exp(), bernoulli_variance(S), delta_method(S, log_G)
 

@@ -16,12 +16,19 @@ def squared_norms(
     model: nn.Module, objective: Objective, n_examples: int, *, parameters: dict[str, nn.Parameter]
 ) -> SquaredNorms:
     """‖∇θ objective[i, k]‖² for every example i and column k, over `parameters` (name → tensor)."""
-    rows = []
+    rows, found = [], []
     with differentiable(model, parameters):
         for i in range(n_examples):
             values = objective(slice(i, i + 1))[0]
+            found.append(values.detach().double().cpu())
             rows.append(torch.stack([_one(values, k, parameters) for k in range(len(values))]))
-    return SquaredNorms(torch.stack(rows), tuple(parameters), "autograd", sum(p.numel() for p in parameters.values()))
+    return SquaredNorms(
+        torch.stack(found),
+        torch.stack(rows),
+        tuple(parameters),
+        "autograd",
+        sum(p.numel() for p in parameters.values()),
+    )
 
 
 def _one(values: Tensor, k: int, parameters: dict[str, nn.Parameter]) -> Tensor:
@@ -49,3 +56,13 @@ def _one(values: Tensor, k: int, parameters: dict[str, nn.Parameter]) -> Tensor:
         for name, p in parameters.items():
             p.grad = saved[name]
     return squares
+
+
+def gradient(value: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """The gradient of one scalar over all `parameters`, flattened: (param,), at least float32, on the CPU."""
+    if not value.requires_grad:
+        return torch.zeros(sum(p.numel() for p in parameters.values()))
+    grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    parts = zip(parameters.values(), grads, strict=True)
+    flat = [(torch.zeros_like(p) if g is None else g).flatten().cpu() for p, g in parts]
+    return torch.cat([part if part.dtype == torch.float64 else part.float() for part in flat])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,21 @@ Objective = Callable[[slice], Tensor]
 
 @dataclass(frozen=True)
 class SquaredNorms:
-    """‖∇θ objective‖²: `by_parameter` (example, objective, param) float64, their names, their number."""
+    """What was differentiated, its squared gradient norms, and over which parameters.
 
+    `objective` (example, objective) float64 holds the values themselves, `by_parameter` (example, objective, param)
+    float64 their ‖∇θ‖², `names` the parameters, `n_parameters` how many numbers these are.
+    """
+
+    objective: Tensor
     by_parameter: Tensor
     names: tuple[str, ...]
     engine: str
     n_parameters: int
+
+    def columns(self, which: slice) -> SquaredNorms:
+        """The same for some of the objectives."""
+        return replace(self, objective=self.objective[:, which], by_parameter=self.by_parameter[:, which])
 
     @property
     def total(self) -> Tensor:

@@ -139,26 +139,25 @@ def squared_norms(
 
     Raises NotCovered, naming the parameter, where exactness cannot be vouched for.
     """
+    n_parameters = sum(p.numel() for p in parameters.values())
     with differentiable(model, parameters):
         values = objective(slice(0, n_examples))
         out = torch.zeros(*values.shape, len(parameters), dtype=torch.float64)
-        if not values.requires_grad:
-            return SquaredNorms(out, tuple(parameters), "ghost", sum(p.numel() for p in parameters.values()))
-        plan = Plan(values, parameters, n_examples)
-        _check_isolation(model, plan)
-        columns = range(values.shape[1])
-        for k in columns:
-            collector = Collector(plan)
-            plan.backward(values[:, k].sum(), collector, retain=k < columns[-1])
-            for place, name in enumerate(parameters):
-                out[:, k, place] = collector.squares.get(name, 0)
-    return SquaredNorms(out, tuple(parameters), "ghost", sum(p.numel() for p in parameters.values()))
+        if values.requires_grad:
+            plan = Plan(values, parameters, n_examples)
+            check_isolation(model, plan)
+            for k in range(values.shape[1]):
+                collector = Collector(plan)
+                plan.backward(values[:, k].sum(), collector, retain=k + 1 < values.shape[1])
+                for place, name in enumerate(parameters):
+                    out[:, k, place] = collector.squares.get(name, 0)
+        return SquaredNorms(values.detach().double().cpu(), out, tuple(parameters), "ghost", n_parameters)
 
 
 _ISOLATED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def _check_isolation(model: nn.Module, plan: Plan) -> None:
+def check_isolation(model: nn.Module, plan: Plan) -> None:
     """Once per model: the gradient of example 0 alone must leave every other example's rows exactly zero.
 
     This catches a layout that was read wrongly and models in which the examples of a batch meet.

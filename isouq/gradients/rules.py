@@ -208,6 +208,16 @@ def _batch_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Conte
     return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
 
 
+def _group_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+    """out = x̂ ∘ w + b, normalised over each group of channels."""
+    grad, x = wide(grads[0]), node._saved_input
+    if slot == 1:
+        scale = (len(x), node._saved_group, 1)
+        centred = x.reshape(len(x), node._saved_group, -1) - node._saved_result1.view(scale)
+        grad = grad * (centred * node._saved_result2.view(scale)).reshape(x.shape)
+    return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
+
+
 def _convolution(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Factor:
     """out = w ⋆ x + b: the gradient of w is that of a matrix product with the unfolded input."""
     grad, x = grads[0], node._saved_input
@@ -245,6 +255,7 @@ RULES: dict[str, Rule] = {
     "NativeLayerNorm": _layer_norm,
     "FusedRmsNorm": _rms_norm,
     "NativeBatchNorm": _batch_norm,
+    "NativeGroupNorm": _group_norm,
     "Convolution": _convolution,
 }
 
