@@ -16,13 +16,14 @@ class AssetError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An archive on PyPI: `sha256` and `size` (bytes) are those of its file."""
+    """An archive on PyPI: `sha256` and `size` (bytes) are those of its file; `via` is the pip that gets it."""
 
     name: str
     version: str
     file: str
     sha256: str
     size: int
+    via: "Package | None" = None  # None: the pip of this environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,10 @@ def assets() -> dict[str, Asset]:
 @cache
 def _read(file: Path) -> dict[str, Asset]:
     table = tomllib.loads(file.read_text(encoding="utf-8"))
-    packages = {name: Package(name=name, **entry) for name, entry in table["packages"].items()}
+    packages: dict[str, Package] = {}
+    for name, entry in table["packages"].items():
+        via = packages[entry.pop("via")] if "via" in entry else None
+        packages[name] = Package(name=name, via=via, **entry)
     return {name: _asset(name, entry, packages) for name, entry in table["assets"].items()}
 
 
@@ -83,9 +87,7 @@ def _asset(name: str, entry: dict[str, Any], packages: dict[str, Package]) -> As
         for member in entry["members"]
     )
     used = dict.fromkeys(package for member in members for package, _ in member.parts)
-    return Asset(
-        **{**entry, "name": name, "packages": tuple(packages[name] for name in used), "members": members}
-    )
+    return Asset(**{**entry, "name": name, "packages": tuple(packages[name] for name in used), "members": members})
 
 
 def asset(name: str) -> Asset:

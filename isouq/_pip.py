@@ -27,6 +27,7 @@ def download(package: Package, scratch: Path, progress: bool) -> Path:
 
     Raises AssetError when pip cannot have it: no network, other bytes, no such version, no space.
     """
+    pip = [str(download(package.via, scratch, progress) / "pip")] if package.via else ["-m", "pip"]
     folder = Path(tempfile.mkdtemp(dir=scratch))
     requirement, log = folder / "requirement.txt", folder / "pip.log"
     requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
@@ -34,7 +35,7 @@ def download(package: Package, scratch: Path, progress: bool) -> Path:
     # Kept once, by us. And nothing is installed: which Python a package asks for does not matter.
     options += ["--no-cache-dir", "--ignore-requires-python"]
     options += ["--only-binary=:all:"] if package.file.endswith(".whl") else []
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(requirement)]
+    command = [sys.executable, *pip, "download", *options, "-d", str(folder), "-r", str(requirement)]
     # TMPDIR: pip's temporary files lie where the next process cleans up after a kill. One retry, so that a
     # missing network is said soon; the user's PIP_RETRIES goes before.
     environment = {"PIP_RETRIES": "1", **os.environ, "TMPDIR": str(folder)}

@@ -175,7 +175,7 @@ def fetch(names: str | Iterable[str] | None = None, progress: bool = True) -> No
         for asset in assets:
             for folder in _folders(asset)[1:]:
                 if not _is_good(asset, folder):
-                    _say(progress, f"{asset.name}: converting to float32, once (about a minute)")
+                    _say(progress, f"{asset.name}: converting to float32, once (a minute or two)")
                     _convert(asset, scratch)
 
 

@@ -20,6 +20,14 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
     raise SystemExit("nothing is to be built")
 """
 
+# Run out of its wheel it tells so, and passes on to the real pip.
+PIP = """
+import os, runpy, sys
+with open(os.environ["PIP_FIND_LINKS"] + "/../via", "a") as out:
+    out.write(sys.argv[1])
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 NOTES, SECOND, FRONT, BACK = b"notes 7\n" * (1 << 17), b"more notes", b"front" * 9, b"back" * 7
 SOURCED, OTHER, GGUF = b"sourced", b"from the same sdist", b"GGUF stand-in"
 
@@ -45,6 +53,7 @@ def make_index(folder: Path) -> Index:
     _wheel(index.archives, "fake_front", {"data/half.part0": FRONT})
     _wheel(index.archives, "fake_back", {"data/half.part1": BACK})
     _wheel(index.archives, "fake_model", {"model/toy.gguf": GGUF})
+    _wheel(index.archives, "fake_pip", {"pip/__main__.py": PIP.encode()})
     _sdist(index.archives, {"data/s.txt": SOURCED, "data/o.txt": OTHER})
     packages = [_package(archive) for archive in sorted(index.archives.iterdir())]
     half = {"half": [(FRONT + BACK, ("fake-front", "data/half.part0"), ("fake-back", "data/half.part1"))]}
@@ -90,6 +99,7 @@ def _package(archive: Path) -> str:
     return (
         f'[packages.{name}]\nversion = "1.0"\nfile = "{archive.name}"\n'
         f'sha256 = "{hashlib.sha256(content).hexdigest()}"\nsize = {len(content)}\n'
+        + ('via = "fake-pip"\n' if name == "fake-source" else "")
     )
 
 

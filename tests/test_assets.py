@@ -94,9 +94,10 @@ def test_a_member_in_parts_is_joined_in_order(index):
     assert assets.path("half").read_bytes() == package_index.FRONT + package_index.BACK
 
 
-def test_assets_of_one_sdist_share_its_download(index, downloads):
+def test_assets_of_one_sdist_share_its_download_by_the_pip_it_names(index, downloads):
     assets.fetch(["sourced", "other"])
-    assert downloads == ["fake-source"]
+    assert downloads == ["fake-source", "fake-pip"]
+    assert (index.archives.parent / "via").read_text() == "download"
     assert assets.path("sourced").read_bytes() == package_index.SOURCED
     assert assets.path("other").read_bytes() == package_index.OTHER
 
@@ -105,7 +106,7 @@ def test_without_names_everything_is_fetched_once(index, downloads, conversions)
     assets.fetch()
     assert set(assets.verify().values()) == {"verified"}
     assets.fetch()
-    assert sorted(downloads) == ["fake-back", "fake-front", "fake-model", "fake-notes", "fake-source"]
+    assert sorted(downloads) == ["fake-back", "fake-front", "fake-model", "fake-notes", "fake-pip", "fake-source"]
     assert len(conversions) == 1
 
 
