@@ -31,14 +31,17 @@ except profiles.ProfileError as error:
 
 BUILD = f"build/{PROFILE.name}"
 CHAPTERS = [name for name in PROFILE.chapters() if Path(f"notebooks/{name}.ipynb").is_file()]
+if not CHAPTERS:
+    raise WorkflowError(f"profile {PROFILE.name!r} names no notebook of notebooks/")
 SECTIONS = {name: PROFILE.parameters(name, results_path=f"{BUILD}/results/{name}.json") for name in CHAPTERS}
 SHA256 = {asset.name: [member.sha256 for member in asset.members] for asset in assets.list_assets()}
 ALONE = workflow.cores or 2  # one heavy job at a time on one machine, so that memory is what the profile says
 PYTHON = sys.executable
 
-CHATTER = (
-    "Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \\d+ jobs|Touching output|Complete log"
-    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one job|CalledProcessError.*provenance run"
+CHATTER = re.compile(
+    "\\s*(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \\d+ jobs|Touching output|Reasons:|Complete log"
+    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one|RuleException:.*isouq.provenance run)",
+    re.DOTALL,
 )
 
 
@@ -51,7 +54,7 @@ def readable(record):
         record.event, record.msg = None, f"{fields['rule_msg']} ({reason})"
     if event == LogEvent.JOB_ERROR and fields["rule_name"] == "notebook":
         return False
-    return not re.search(CHATTER, str(record.msg), re.DOTALL)
+    return not CHATTER.match(str(record.msg))
 
 
 def changed(match):
@@ -91,7 +94,6 @@ TIMED = CHAPTERS + list(SHARDS)
 
 wildcard_constraints:
     chapter="|".join(CHAPTERS),
-    shard="|".join(map(re.escape, SHARDS)),
 
 
 rule book:
@@ -120,25 +122,29 @@ rule fetch:
         assets.fetch(sorted(params.sha256))
 
 
-rule score:
-    input:
-        modules("isouq/qa/study.py"),
-        "requirements.lock",
-        fetched=ancient(f"{BUILD}/assets.fetched"),
-    output:
-        f"{BUILD}/qa/{{shard}}.done",
-    params:
-        model=lambda wildcards: SHARDS[wildcards.shard][0],
-        data_set=lambda wildcards: SHARDS[wildcards.shard][1],
-        settings=json.dumps(SECTIONS["04_llm_qa"].scoring()) if SHARDS else "{}",
-    threads: ALONE
-    benchmark:
-        f"{BUILD}/timings/{{shard}}.tsv"
-    message:
-        "Scoring {params.data_set} with {params.model}"
-    shell:
-        "{PYTHON} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model {params.model:q}"
-        " --data-set {params.data_set:q} --done {output:q}"
+if SHARDS:
+
+    rule score:
+        input:
+            modules("isouq/qa/study.py"),
+            "requirements.lock",
+            fetched=ancient(f"{BUILD}/assets.fetched"),
+        output:
+            f"{BUILD}/qa/{{shard}}.done",
+        wildcard_constraints:
+            shard="|".join(map(re.escape, SHARDS)),
+        params:
+            model=lambda wildcards: SHARDS[wildcards.shard][0],
+            data_set=lambda wildcards: SHARDS[wildcards.shard][1],
+            settings=json.dumps(SECTIONS["04_llm_qa"].scoring()),
+        threads: ALONE
+        benchmark:
+            f"{BUILD}/timings/{{shard}}.tsv"
+        message:
+            "Scoring {params.data_set} with {params.model}"
+        shell:
+            "{PYTHON} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model {params.model:q}"
+            " --data-set {params.data_set:q} --done {output:q}"
 
 
 rule notebook:
@@ -190,9 +196,9 @@ def build_book(notebooks, results, html):
     toc = source / "_toc.yml"
     toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text())), sort_keys=False))
     command = [PYTHON, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source), "--config", "_config.yml"]
-    command += ["--toc", str(toc.resolve()), "-n", "-W", "--keep-going"]
+    command += ["--toc", str(toc.resolve()), "--path-output", str(source), "-n", "-W", "--keep-going"]
     with log.open("w") as stream:
-        environment = os.environ | {"ISOUQ_RESULTS": str(Path(results).resolve())}
+        environment = os.environ | {"ISOUQ_RESULTS": str(Path(results).resolve()), "NO_COLOR": "1"}
         run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
     if run.returncode:
         lines = log.read_text().splitlines()
