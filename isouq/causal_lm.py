@@ -167,23 +167,29 @@ def score_texts(
         raise TypeError("prompts and answers: a string given, lists of strings wanted")
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    pairs = [_encode(tokenizer, i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True))]
-    width = max((len(p) + len(a) for p, a in pairs), default=0)
-    ids, mask = torch.zeros(len(pairs), width, dtype=torch.int64), torch.zeros(len(pairs), width, dtype=torch.bool)
-    present = torch.zeros(len(pairs), width, dtype=torch.int64)
-    for i, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor(prompt + answer)
-        mask[i, len(prompt) : end] = True
-        present[i, :end] = 1
-    options: dict[str, Any] = {"aggregation": aggregation, "engine": engine, "batch_size": batch_size}
-    scores = score_tokens(model, ids, mask, present, **options)
+    pairs = [encode(tokenizer, i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True))]
+    scores = score_ids(model, pairs, aggregation=aggregation, engine=engine, batch_size=batch_size)
     columns = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
     table = {name: getattr(scores, name).numpy() for name in columns}
     return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table})
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+def score_ids(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any) -> Estimate:
+    """`score_tokens` for pairs of prompt ids and answer ids of any length; `options` are its keyword arguments."""
+    width = max((len(p) + len(a) for p, a in pairs), default=0)
+    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+    present = torch.zeros(len(pairs), width, dtype=torch.int64)
+    for i, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor([*prompt, *answer])
+        mask[i, len(prompt) : end] = True
+        present[i, :end] = 1
+    return score_tokens(model, ids, mask, present, **options)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, with its special tokens, and of its answer, tokenised apart. Raises ValueError if empty."""
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not answer_ids:
         raise ValueError(f"answers: number {place} is empty, a text of at least one token wanted")

@@ -4,10 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
 from isouq import assets
+from isouq.estimate import AGGREGATIONS
+from isouq.gradients import Engine
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,7 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 1 after printing the cause of a failure."""
-    parser = argparse.ArgumentParser(
-        prog="isouq", description="Exact squared gradient norms as epistemic uncertainty."
-    )
+    parser = argparse.ArgumentParser(prog="isouq", description="Exact squared gradient norms as epistemic uncertainty.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
@@ -88,7 +90,38 @@ def _verify(names: list[str]) -> int:
     return int(failed)
 
 
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="an asset, a Hub id (id@revision), or a folder")
+    parser.add_argument(
+        "--input", required=True, type=Path, help=".csv, .jsonl or .parquet with columns prompt and, optionally, answer"
+    )
+    parser.add_argument("--output", required=True, type=Path, help=".csv, .jsonl or .parquet to write")
+    parser.add_argument("--aggregation", default="sequence", choices=AGGREGATIONS, help="what p of an answer means")
+    parser.add_argument("--engine", default="auto", choices=get_args(Engine), help="how gradients are computed")
+    parser.add_argument("--batch-size", default=8, type=_positive, help="rows a pass; changes speed, not scores")
+    parser.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a positive integer wanted")
+    return int(text)
+
+
+def _score(args: argparse.Namespace) -> int:
+    """Score a file; a row that fails is named by its number, counted from 1, and makes the exit code 1."""
+    from isouq.scoring import Options, score_file
+
+    names = ("model", "aggregation", "engine", "batch_size", "max_new_tokens")
+    failed = score_file(args.input, args.output, Options(**{name: getattr(args, name) for name in names}))
+    for row, error in failed.items():
+        print(f"isouq: row {row + 1}: {error}", file=sys.stderr)
+    print(f"{args.output}: written" + (f", {len(failed)} rows without scores" if failed else ""))
+    return int(bool(failed))
+
+
 COMMANDS = {
+    "score": Command("uncertainty of a model's answers, file to file", _score_arguments, _score),
     "assets": Command("pinned models and data: list, fetch, verify", _assets_arguments, _assets),
 }
 
