@@ -108,7 +108,7 @@ def geometric(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(p, U_A, log U_E) for p = e^{S/L}, the geometric mean of the tokens' probabilities: U_E = e^{2S/L} G / L²."""
     log_p = S / n_tokens
-    return log_p.exp(), bernoulli_variance(log_p), delta_method(log_p, log_G - 2 * n_tokens.log())
+    return log_p.exp(), bernoulli_variance(log_p), delta_method(log_p, log_G - 2 * n_tokens.double().log())
 
 
 def token_mean(
@@ -125,4 +125,4 @@ def token_mean(
     probability = log_p.exp().masked_fill(gone, 0).sum(1) / n_tokens
     aleatoric = bernoulli_variance(log_p).masked_fill(gone, 0).sum(1) / n_tokens
     per_token = delta_method(log_p, log_G).masked_fill(gone, -torch.inf)
-    return probability, aleatoric, torch.logsumexp(per_token, 1) - n_tokens.log()
+    return probability, aleatoric, torch.logsumexp(per_token, 1) - n_tokens.double().log()
