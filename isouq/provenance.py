@@ -21,7 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PACKAGE = Path(__file__).resolve().parent
+Number = int | float | np.number
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -44,10 +47,10 @@ class Result:
         ResultError: a value that is not a finite number, half an interval, or an unknown claim.
     """
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
+    value: Number
+    low: Number | None = None
+    high: Number | None = None
+    n: int | np.integer | None = None
     unit: str = ""
     claim: str | None = None
     note: str = ""
@@ -61,9 +64,9 @@ class Result:
                 raise ResultError(f"{name}: {number!r} given; wanted a finite number")
         if (self.low is None) != (self.high is None):
             raise ResultError(f"low={self.low}, high={self.high} given; wanted both or neither")
-        if self.low is not None and self.high is not None and self.low > self.high:
+        if self.low is not None and self.high is not None and float(self.low) > float(self.high):
             raise ResultError(f"low={self.low} is above high={self.high}")
-        if self.n is not None and (isinstance(self.n, bool) or int(self.n) != self.n or self.n < 1):
+        if self.n is not None and (isinstance(self.n, bool) or self.n < 1):
             raise ResultError(f"n: {self.n!r} given; wanted a positive whole number")
         if self.claim is not None and not re.fullmatch(r"C([1-9]|10)", self.claim):
             raise ResultError(f"claim: {self.claim!r} given; wanted C1 to C10, or None")

@@ -1,0 +1,127 @@
+"""A profile says just what its schema allows, and an error names the nearest valid word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isouq import profiles
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted(path.stem for path in (ROOT / "profiles").glob("*.yml"))
+
+
+def written(folder: Path, *, name: str = "mine", **changes) -> Path:
+    """Write a valid profile with some of its entries changed, and return its path."""
+    base = {"name": name, "description": "for a test", "minutes": 1, "memory_gb": 1, "notebooks": {"04_llm_qa": {}}}
+    path = folder / f"{name}.yml"
+    path.write_text(yaml.safe_dump(base | changes))
+    return path
+
+
+def complaints(path: Path) -> list[str]:
+    with pytest.raises(profiles.ProfileError) as caught:
+        profiles.load(path)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_loads_by_name_and_by_path(name):
+    assert profiles.load(name) == profiles.load(ROOT / "profiles" / f"{name}.yml")
+
+
+def test_a_section_overrides_the_schema_and_only_what_it_names(tmp_path):
+    path = written(tmp_path, seed=7, notebooks={"01_derivation": {"seed": 3}, "04_llm_qa": {"n_questions": 11}})
+    profile = profiles.load(path)
+    assert profile.chapters() == ["01_derivation", "04_llm_qa"]
+    section = profile.parameters("04_llm_qa", results_path="out.json")
+    expected = profiles.LlmQa(profile="mine", seed=7, results_path="out.json", n_questions=11)
+    assert section == expected
+    assert profile.parameters("01_derivation").seed == 3, "a section's own seed goes before the profile's"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"n_question": 3}, "n_question is not a known name; did you mean 'n_questions'?"),
+        ({"n_questions": "3"}, "n_questions: '3' given; wanted integer"),
+        ({"n_questions": 0}, "n_questions: 0 given; wanted greater than or equal to 1"),
+        ({"n_questions": True}, "n_questions: True given; wanted integer"),
+        ({"engine": "ghist"}, "engine: 'ghist' given; wanted one of auto, ghost, autograd; did you mean 'ghost'?"),
+        ({"models": []}, "models: [] given; wanted at least 1 of them"),
+        ({"models": ["smolm2-135m-instruct"]}, "did you mean 'smollm2-135m-instruct'?"),
+        ({"data_sets": ["trivaqa"]}, "did you mean 'triviaqa'?"),
+        ({"results_path": "x.json"}, "notebooks.04_llm_qa.results_path is set by the pipeline; remove it"),
+        (None, "notebooks.04_llm_qa: nothing given; wanted a value ({} takes the defaults)"),
+    ],
+)
+def test_what_the_schema_does_not_allow_is_refused_with_advice(tmp_path, section, expected):
+    lines = complaints(written(tmp_path, notebooks={"04_llm_qa": section}))
+    assert len(lines) == 1
+    assert lines[0].startswith("mine.yml: notebooks.04_llm_qa" if "pipeline" not in expected else "mine.yml: ")
+    assert expected in lines[0]
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    path = written(tmp_path, seeed=1, minutes="1e-1", notebooks={"04_llm_qq": {}})
+    lines = complaints(path)
+    assert lines == [
+        "mine.yml: minutes: '1e-1' given; wanted number; YAML reads this as text: write a point, as in 1.0e-3",
+        "mine.yml: notebooks.04_llm_qq is not a known name; did you mean '04_llm_qa'?",
+        "mine.yml: seeed is not a known name; did you mean 'seed'?",
+    ]
+
+
+def test_a_key_given_twice_is_refused_although_yaml_would_keep_the_last(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text() + "seed: 1\nseed: 2\n")
+    assert complaints(path)[0] == "given twice: seed"
+
+
+def test_a_name_other_than_the_files_is_refused(tmp_path):
+    path = written(tmp_path).rename(tmp_path / "other.yml")
+    assert complaints(path) == ["other.yml: name: 'mine' given; wanted the file's own name, 'other'"]
+
+
+def test_an_unknown_profile_is_named_with_the_nearest():
+    with pytest.raises(profiles.ProfileError, match="no profile 'smok'; did you mean 'smoke'"):
+        profiles.load("smok")
+
+
+def test_a_profile_cannot_be_changed_after_it_was_checked(tmp_path):
+    profile = profiles.load(written(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        profile.parameters("04_llm_qa").n_questions = 5
+
+
+def test_validate_takes_a_notebooks_globals_as_they_are():
+    given = profiles.LlmQa(n_questions=9).model_dump()
+    noise = {"In": [""], "Out": {}, "_": 1, "json": json, "Path": Path, "profiles": profiles}
+    assert profiles.validate("04_llm_qa", given | noise) == profiles.LlmQa(n_questions=9)
+
+
+def test_validate_refuses_a_name_misspelt_after_papermills_p():
+    given = profiles.LlmQa().model_dump() | {"n_question": 20}
+    with pytest.raises(profiles.ProfileError, match="n_question is not a known name; did you mean 'n_questions'"):
+        profiles.validate("04_llm_qa", given)
+
+
+def test_validate_refuses_a_parameter_that_the_cell_does_not_set():
+    given = profiles.LlmQa().model_dump()
+    del given["n_shots"]
+    with pytest.raises(profiles.ProfileError, match=r"04_llm_qa: not set .*: n_shots"):
+        profiles.validate("04_llm_qa", given)
+
+
+def test_only_what_scoring_depends_on_makes_a_score_stale():
+    base = profiles.LlmQa()
+    analysis = base.model_copy(update={"n_resamples": 7, "n_folds": 2, "results_path": "x", "profile": "y"})
+    assert analysis.scoring() == base.scoring()
+    for name, value in {"seed": 1, "n_questions": 61, "n_shots": 4, "engine": "autograd"}.items():
+        assert base.model_copy(update={name: value}).scoring() != base.scoring()
+
+
+def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
+    section = profiles.LlmQa(models=["gemma-3-270m", "Qwen/Qwen3-0.6B"], data_sets=["truthfulqa_choose"])
+    assert section.assets() == ["gemma-3-270m", "truthfulqa"]
