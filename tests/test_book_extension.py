@@ -35,6 +35,7 @@ KEY = "qa.gemma-3-270m.triviaqa.combined.auroc"
         (12345.6, "", "12,346"),
         (0.00032, "", "3.2 × 10⁻⁴"),
         (0.634, ".1%", "63.4%"),
+        (-1.34e-14, ".1e", "−1.3 × 10⁻¹⁴"),
     ],
 )
 def test_numbers_are_written_as_a_reader_expects(value, spec, text):

@@ -71,11 +71,10 @@ def format_number(value: float, spec: str = "") -> str:
         text = f"{int(value):,}"
     elif abs(value) >= 1000:
         text = f"{value:,.0f}"
-    elif abs(value) >= 0.01:
-        text = f"{value:.2f}"
     else:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        text = f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.1e}"
+    if match := re.fullmatch(r"(.*)e([+-]\d+)", text):
+        text = f"{match[1]} × 10{str(int(match[2])).translate(_SUPERSCRIPT)}"
     return text.replace("-", "−")
 
 
