@@ -168,7 +168,10 @@ def fetch(names: str | Iterable[str] | None = None, progress: bool = True) -> No
     Raises AssetError for an unknown name, for bytes that do not have the pinned hash, and without a network.
     """
     assets = _selected(names)
+    if all(_is_good(asset, folder) for asset in assets for folder in _folders(asset)):
+        return  # without the lock: a complete cache may be shared and read-only
     with _scratch_folder(progress) as scratch:
+        # Looked at again: another process may have filled it while we waited for the lock.
         wanted = [asset for asset in assets if not _is_good(asset, _folders(asset)[0])]
         if wanted:
             _download(wanted, scratch, progress)
@@ -183,7 +186,7 @@ def _is_good(asset: Asset, folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        _check_files(asset, folder, _expected(asset, folder), digest=_sha256_once)
+        _check_files(asset, folder, _expected(asset, folder), digest=_sha256)
     except AssetError:
         return False
     return True
@@ -192,16 +195,15 @@ def _is_good(asset: Asset, folder: Path) -> bool:
 @contextlib.contextmanager
 def _scratch_folder(progress: bool) -> Iterator[Path]:
     root = cache_folder()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AssetError(f"cannot make the cache folder {root}: {error}; ISOUQ_CACHE names another") from error
     lock = filelock.FileLock(root / ".lock")
     try:
+        root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         _say(progress, f"another process is filling {root}; waiting for it")
         lock.acquire()
+    except OSError as error:
+        raise AssetError(f"cannot write the cache folder {root}: {error}; ISOUQ_CACHE names another") from error
     partial = root / ".partial"
     try:
         # Only the holder of the lock writes here: whatever is found was left by a process that was killed.

@@ -9,6 +9,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from isouq import _manifest
+
 BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
@@ -44,6 +48,17 @@ class Index:
     def environment(self) -> dict[str, str]:
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.archives), "PIP_CONFIG_FILE": os.devnull}
         return {**pip, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "ISOUQ_CACHE": str(self.cache)}
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """Make an index in a folder, and make isouq and pip see it, and it only, for one test."""
+    index = make_index(folder)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in index.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_manifest, "FILE", index.manifest)
+    return index
 
 
 def make_index(folder: Path) -> Index:

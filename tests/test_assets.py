@@ -35,13 +35,7 @@ assets.fetch(sys.argv[2], progress=False)
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    index = package_index.make_index(tmp_path)
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    for name, value in index.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_manifest, "FILE", index.manifest)
-    return index
+    return package_index.enter(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -157,11 +151,22 @@ def test_the_cache_is_the_users_unless_the_variable_names_another(monkeypatch, t
         assert assets.cache_folder() == tmp_path / "xdg" / "isouq"
 
 
-def test_a_cache_that_cannot_be_made_is_said_by_name(index, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said_by_name(index, monkeypatch, tmp_path):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("ISOUQ_CACHE", str(tmp_path / "a file" / "cache"))
-    with pytest.raises(assets.AssetError, match=r"cannot make the cache folder .*a file.*ISOUQ_CACHE"):
+    with pytest.raises(assets.AssetError, match=r"cannot write the cache folder .*a file.*ISOUQ_CACHE"):
         assets.fetch("notes")
+
+
+def test_a_complete_cache_is_not_written_to(index, monkeypatch):
+    assets.fetch("notes")
+
+    def refuse(*args, **options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(assets.filelock, "FileLock", refuse)
+    assets.fetch("notes")
+    assert assets.path("notes").read_bytes() == package_index.NOTES
 
 
 # ---- wrong bytes --------------------------------------------------------------------------------------
@@ -217,6 +222,8 @@ def test_verify_hashes_again_even_when_size_and_time_are_the_same(index):
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(assets.AssetError, match="expected SHA-256"):
         assets.verify("notes")
+    assets.fetch("notes")
+    assert assets.verify("notes") == {"notes": "verified"}
 
 
 def test_bytes_that_the_manifest_does_not_name_are_not_kept(index):

@@ -1,24 +1,17 @@
 """The command line, as a shell user meets it."""
 
-import os
 import subprocess
 import sys
 
 import package_index
 import pytest
 
-from isouq import _manifest, cli
+from isouq import cli
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    index = package_index.make_index(tmp_path)
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    for name, value in index.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_manifest, "FILE", index.manifest)
-    return index
+    return package_index.enter(tmp_path, monkeypatch)
 
 
 def test_list_shows_name_size_licence_source_and_state(index, capsys):
