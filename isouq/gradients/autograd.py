@@ -1,15 +1,17 @@
 """The reference engine: one example at a time through an ordinary backward pass. Slow, short, and never wrong.
 
-Each parameter's gradient is squared and dropped as soon as it is complete, so the peak of memory above the model's
-is its largest parameter.
+Each parameter's gradient is squared and dropped as soon as it is complete, so the peak of memory above the model's is
+its largest parameter.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.common import Objective, SquaredNorms, differentiable
+from isouq.gradients.common import Objective, SquaredNorms, Tracked, differentiable
 
 
 def squared_norms(
@@ -17,52 +19,53 @@ def squared_norms(
 ) -> SquaredNorms:
     """‖∇θ objective[i, k]‖² for every example i and column k, over `parameters` (name → tensor)."""
     rows, found = [], []
-    with differentiable(model, parameters):
-        for i in range(n_examples):
+    for i in range(n_examples):
+        with differentiable(model, parameters) as tracked:
             values = objective(slice(i, i + 1))[0]
             found.append(values.detach().double().cpu())
-            rows.append(torch.stack([_one(values, k, parameters) for k in range(len(values))]))
-    return SquaredNorms(
-        torch.stack(found),
-        torch.stack(rows),
-        tuple(parameters),
-        "autograd",
-        sum(p.numel() for p in parameters.values()),
-    )
+            rows.append(torch.stack([_one(values, k, tracked) for k in range(len(values))]))
+    n_parameters = sum(p.numel() for p in parameters.values())
+    return SquaredNorms(torch.stack(found), torch.stack(rows), tuple(parameters), "autograd", n_parameters)
 
 
-def _one(values: Tensor, k: int, parameters: dict[str, nn.Parameter]) -> Tensor:
+def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
     """The squared norm of the gradient of values[k], by parameter: (param,) float64."""
-    squares = torch.zeros(len(parameters), dtype=torch.float64)
-    saved = {name: p.grad for name, p in parameters.items()}
+    squares = {name: torch.zeros((), dtype=torch.float64) for name in tracked.parameters}
+    tensors = [*tracked.parameters.values(), *tracked.loaded]
+    kept = [p.grad for p in tensors]
+    copies = Counter(tracked.names[id(p)] for p in tracked.loaded)  # more than one where offloading tore a tie
+    sums: dict[str, Tensor] = {}
 
-    def square(place: int):
-        def hook(p: Tensor) -> None:
-            norm = torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32))
-            squares[place] = norm.double().square()
-            p.grad = None
-
-        return hook
-
-    for p in parameters.values():
+    def square(p: Tensor) -> None:
+        name, grad = tracked.names[id(p)], p.grad
         p.grad = None
-    handles = [p.register_post_accumulate_grad_hook(square(i)) for i, p in enumerate(parameters.values())]
+        if copies[name] > 1:
+            grad = sums[name] = grad + sums.get(name, 0)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(p.dtype, torch.float32))
+        squares[name] = norm.double().square().cpu()
+
+    for p in tensors:
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(square) for p in tensors if p.requires_grad and p.is_leaf]
     try:
         if values.requires_grad:
             values[k].backward(retain_graph=k + 1 < len(values))
     finally:
         for handle in handles:
             handle.remove()
-        for name, p in parameters.items():
-            p.grad = saved[name]
-    return squares
+        for p, grad in zip(tensors, kept, strict=True):
+            p.grad = grad
+    return torch.stack(list(squares.values()))
 
 
-def gradient(value: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
-    """The gradient of one scalar over all `parameters`, flattened: (param,), at least float32, on the CPU."""
-    if not value.requires_grad:
-        return torch.zeros(sum(p.numel() for p in parameters.values()))
-    grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    parts = zip(parameters.values(), grads, strict=True)
-    flat = [(torch.zeros_like(p) if g is None else g).flatten().cpu() for p, g in parts]
-    return torch.cat([part if part.dtype == torch.float64 else part.float() for part in flat])
+def gradient(value: Tensor, tracked: Tracked) -> Tensor:
+    """The gradient of one scalar over all parameters, flattened: (param,), at least float32, on the CPU."""
+    tensors = [*tracked.parameters.values(), *tracked.loaded]
+    flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
+    if value.requires_grad:
+        leaves = [p for p in tensors if p.requires_grad]
+        for p, grad in zip(leaves, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
+            if grad is not None:
+                name = tracked.names[id(p)]
+                flat[name] = flat[name] + grad.flatten().cpu()
+    return torch.cat(list(flat.values()))

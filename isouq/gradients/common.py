@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
             raise ValueError(f"parameters: {pattern!r} matches none of the model's, such as {next(iter(every))!r}")
     chosen = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
     _refuse_quantised(model, chosen)
-    return chosen
+    return {n: p for n, p in chosen.items() if n not in _tied(model)}
 
 
 def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
@@ -68,17 +69,63 @@ def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None
         )
 
 
+@dataclass
+class Tracked:
+    """Which tensor stands for which parameter: the parameters themselves, and the copies that offloading loads."""
+
+    parameters: dict[str, nn.Parameter]
+    names: dict[int, str] = field(default_factory=dict)
+    loaded: list[Tensor] = field(default_factory=list)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Take note of a tensor that a hook puts in a parameter's place; holding it keeps its identity."""
+        self.names[id(tensor)] = name
+        self.loaded.append(tensor)
+
+
+class _Watched(dict[str, Any]):
+    """A module's parameters, telling when one is replaced during the forward pass (accelerate's offloading does)."""
+
+    def __init__(self, original: dict[str, Any], names: dict[str, str], tracked: Tracked) -> None:
+        super().__init__(original)
+        self.names, self.tracked = names, tracked
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key in self.names and value is not None and value.device.type != "meta":
+            self.tracked.load(self.names[key], value)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Name → the name it is tied to, where offloading has torn them apart: their identity is lost, the names remain."""
+    if not any(p.is_meta for p in model.parameters()):
+        return {}
+    declared = getattr(model, "all_tied_weights_keys", None)
+    if declared is None:
+        raise ValueError("model: offloaded, and it does not declare which weights are tied; load it on one device")
+    return dict(declared)
+
+
 @contextmanager
-def differentiable(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Let exactly `parameters` require a gradient, and put every flag back, also after an error."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    chosen = {id(p) for p in parameters.values()}
+def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]:
+    """Let exactly the `chosen` parameters require a gradient, and put everything back, also after an error."""
+    tied, every = _tied(model), dict(model.named_parameters(remove_duplicate=False))
+    tracked = Tracked({name: every[name] for name in chosen})
+    tracked.names = {id(p): name for name, p in tracked.parameters.items()}
+    tracked.names |= {id(every[name]): to for name, to in tied.items() if to in tracked.parameters}
+    flags = [(p, p.requires_grad) for p in every.values()]
+    offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
     try:
         for p, _ in flags:
             if p.is_floating_point():
-                p.requires_grad_(id(p) in chosen)
+                p.requires_grad_(id(p) in tracked.names)
+        for module in offloaded:
+            names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if id(p) in tracked.names}
+            module._parameters = _Watched(module._parameters, names, tracked)
         with torch.enable_grad():
-            yield
+            yield tracked
     finally:
+        for module in offloaded:
+            module._parameters = dict(module._parameters)
         for p, flag in flags:
             p.requires_grad_(flag)

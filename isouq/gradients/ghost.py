@@ -50,7 +50,7 @@ class Plan:
     """All uses of the parameters in one batch's graph, and the backward pass that visits them."""
 
     values: Tensor
-    parameters: dict[str, nn.Parameter]
+    names: dict[int, str]
     n_examples: int
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     by_node: dict[Node, list[Use]] = field(default_factory=lambda: defaultdict(list))
@@ -59,11 +59,10 @@ class Plan:
         self.graph = Graph(self.values)
         self.grams = SharedGrams()
         self.layout = Layout(self.n_examples)
-        names = {id(p): name for name, p in self.parameters.items()}
         for leaf, variable in self.graph.leaves():
-            if id(variable) not in names:
+            if id(variable) not in self.names:
                 raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
-            self._follow(leaf, names[id(variable)], tuple(variable.shape), ())
+            self._follow(leaf, self.names[id(variable)], tuple(variable.shape), ())
         for x in (saved_matrix(use.node, use.slot) for uses in self.by_node.values() for use in uses):
             if x is not None:
                 self.grams.announce(x)
@@ -140,11 +139,11 @@ def squared_norms(
     Raises NotCovered, naming the parameter, where exactness cannot be vouched for.
     """
     n_parameters = sum(p.numel() for p in parameters.values())
-    with differentiable(model, parameters):
+    with differentiable(model, parameters) as tracked:
         values = objective(slice(0, n_examples))
         out = torch.zeros(*values.shape, len(parameters), dtype=torch.float64)
         if values.requires_grad:
-            plan = Plan(values, parameters, n_examples)
+            plan = Plan(values, tracked.names, n_examples)
             check_isolation(model, plan)
             for k in range(values.shape[1]):
                 collector = Collector(plan)

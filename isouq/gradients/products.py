@@ -103,8 +103,8 @@ def _factor_bytes(model: nn.Module, batch: tuple[Objective, int], chosen: dict[s
     def visit(use: Use, factors: list[Factor]) -> None:
         sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors) / n
 
-    with differentiable(model, chosen):
-        plan = Plan(objective(slice(0, n)), chosen, n)
+    with differentiable(model, chosen) as tracked:
+        plan = Plan(objective(slice(0, n)), tracked.names, n)
         check_isolation(model, plan)
         plan.backward(plan.values[:, 0].sum(), visit, retain=False)
     return sizes
@@ -123,10 +123,10 @@ def _gather(
                 key = use.context.parameter, getattr(factor, "slot", None)
                 kept[key].append(Piece(start, _detached(factor)))
 
-        with differentiable(model, chosen):
+        with differentiable(model, chosen) as tracked:
             values = objective(slice(0, n))
             if values.requires_grad:
-                Plan(values, chosen, n).backward(values[:, 0].sum(), visit, retain=False)
+                Plan(values, tracked.names, n).backward(values[:, 0].sum(), visit, retain=False)
         start += n
     return kept
 
@@ -237,9 +237,10 @@ def _by_gradients(
     for group in tqdm(groups, desc="groups of parameters", disable=not progress):
         part = {name: chosen[name] for name in group}
         rows: list[Tensor] = []
-        with differentiable(model, part):
-            for objective, size in batches:
-                rows += [gradient(objective(slice(i, i + 1))[0, 0], part) for i in range(size)]
+        for objective, size in batches:
+            for i in range(size):
+                with differentiable(model, part) as tracked:
+                    rows.append(gradient(objective(slice(i, i + 1))[0, 0], tracked))
         matrix = torch.stack(rows)
         products += (matrix @ matrix.T).double()
     return products
