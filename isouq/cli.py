@@ -5,13 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from tqdm import tqdm
 
 from isouq import assets
-from isouq.estimate import AGGREGATIONS
-from isouq.gradients import Engine
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,11 @@ def _verify(names: list[str]) -> int:
     return int(failed)
 
 
+# Said here too, so that help needs no torch; a test compares them with isouq.estimate and isouq.gradients.
+AGGREGATIONS = ("sequence", "geometric", "token_mean")
+ENGINES = ("auto", "ghost", "autograd")
+
+
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="an asset, a Hub id (id@revision), or a folder")
     parser.add_argument(
@@ -97,7 +99,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help=".csv, .jsonl or .parquet to write")
     parser.add_argument("--aggregation", default="sequence", choices=AGGREGATIONS, help="what p of an answer means")
-    parser.add_argument("--engine", default="auto", choices=get_args(Engine), help="how gradients are computed")
+    parser.add_argument("--engine", default="auto", choices=ENGINES, help="how gradients are computed")
     parser.add_argument("--batch-size", default=8, type=_positive, help="rows a pass; changes speed, not scores")
     parser.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
 

@@ -74,7 +74,7 @@ def test_listing_loads_no_heavy_library():
 import sys
 from isouq import cli
 code = cli.main(["assets", "list"])
-heavy = {"transformers", "jax", "sklearn"} & set(sys.modules)
+heavy = {"torch", "pandas", "transformers", "jax", "sklearn"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -38,9 +38,10 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
 
     def square(p: Tensor) -> None:
         name, grad = tracked.names[id(p)], p.grad
+        assert grad is not None
         p.grad = None
         if copies[name] > 1:
-            grad = sums[name] = grad + sums.get(name, 0)
+            grad = sums[name] = grad + sums[name] if name in sums else grad
         norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(p.dtype, torch.float32))
         squares[name] = norm.double().square().cpu()
 
