@@ -1,0 +1,144 @@
+"""What a stranger relies on outside the code: pins, licence, citation, sources without outputs or private paths."""
+
+import ast
+import itertools
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from isouq import profiles
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAPER = "2603.29466"
+
+# A home or a work folder of somebody's machine. Built from pieces, so that this file is not its own finding.
+PRIVATE = re.compile("(?<![\\w.])/(?:" + "|".join(["home/[a-z]", "Users/[A-Za-z]", "root/", "work/", "mnt/"]) + ")")
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def pins() -> dict[str, str]:
+    """Name -> pinned version, of requirements.lock."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    found = [re.match(r"([a-z0-9._-]+)==([^ ;]+)", line) for line in lines]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
+    declared = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    assert declared
+    pinned = pins()
+    for requirement in map(Requirement, declared):
+        version = pinned.get(re.sub(r"[-_.]+", "-", requirement.name).lower())
+        assert version, f"{requirement.name} is not in requirements.lock: make lock"
+        assert requirement.specifier.contains(version), f"{requirement} is locked at {version}: make lock"
+
+
+def test_the_lock_pins_exactly_and_nothing_twice():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(r"\S", line)]
+    lines = [line for line in lines if not line.startswith("#")]
+    assert all(re.match(r"[a-z0-9._-]+==\S+( ; .+)?$", line) for line in lines)
+    assert not {"torchvision", "uv"} & pins().keys()
+
+
+def test_the_conda_environment_takes_its_pins_from_the_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, _, pip = environment["dependencies"]
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+    assert f">={python.removeprefix('python=')}" == PROJECT["requires-python"]
+
+
+def test_the_citation_is_valid_and_cites_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    schema = json.loads((ROOT / "tests" / "data" / "cff-1.2.0.schema.json").read_text())
+    jsonschema.validate(citation, schema)
+    assert [r["identifiers"][0]["value"] for r in citation["references"]] == [f"arXiv:{PAPER}"]
+
+
+def test_the_schema_of_citations_can_refuse():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    schema = json.loads((ROOT / "tests" / "data" / "cff-1.2.0.schema.json").read_text())
+    del citation["authors"]
+    with pytest.raises(jsonschema.ValidationError, match="'authors' is a required property"):
+        jsonschema.validate(citation, schema)
+
+
+def test_zenodo_and_citation_and_package_say_the_same():
+    zenodo = json.loads((ROOT / ".zenodo.json").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for name in ("title", "version", "keywords", "license"):
+        assert zenodo[name] == citation[name]
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert [author["name"] for author in citation["authors"]] == [creator["name"] for creator in zenodo["creators"]]
+    assert [related["identifier"] for related in zenodo["related_identifiers"]] == [f"arXiv:{PAPER}"]
+    assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_licence_covers_code_and_text():
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith("MIT License")
+    assert "https://creativecommons.org/licenses/by/4.0/legalcode" in text
+
+
+@pytest.mark.parametrize("path", tracked(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_tracked_file_names_a_private_folder(path):
+    text = path.read_bytes().decode("utf-8", errors="ignore")
+    found = PRIVATE.search(text)
+    assert not found, text[max(0, found.start() - 40) : found.end() + 40]
+
+
+@pytest.mark.parametrize("text", ["see /home" + "/ada/x", "in '/work" + "/main'", "/Users" + "/Ada"])
+def test_a_private_folder_would_be_found(text):
+    assert PRIVATE.search(text)
+
+
+def test_no_tracked_file_is_large():
+    assert not [path for path in tracked() if path.stat().st_size > 3_000_000]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_has_no_stored_output_and_names_the_plain_kernel(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.outputs for cell in code] == [[]] * len(code)
+        assert {cell.execution_count for cell in code} == {None}
+        assert notebook.metadata.kernelspec.name == "python3", "papermill by hand asks for it"
+
+    def test_its_parameters_are_the_fields_and_defaults_of_its_schema(self, path):
+        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert code[0].metadata.get("tags") == ["parameters"]
+        given = {}
+        for statement in ast.parse(code[0].source).body:
+            assert isinstance(statement, ast.Assign), "the parameters cell holds literals only"
+            given[statement.targets[0].id] = ast.literal_eval(statement.value)
+        assert given == profiles.SCHEMAS[path.stem]().model_dump()
+
+    def test_it_checks_its_parameters_and_saves_its_results(self, path):
+        code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert f'profiles.validate("{path.stem}", globals())' in code[1]
+        assert "results_path" in code[-1]
+
+    def test_every_shipped_profile_runs_it(self, path):
+        names = [file.stem for file in (ROOT / "profiles").glob("*.yml")]
+        assert names
+        assert [name for name in names if path.stem not in profiles.load(name).chapters()] == []
+
+
+def test_every_schema_has_its_notebook():
+    assert list(profiles.SCHEMAS) == [path.stem for path in NOTEBOOKS]
