@@ -34,9 +34,15 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 }
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".jsonl": lambda table, path: _write_lines(table, path),
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
 }
+
+
+def _write_lines(table: pd.DataFrame, path: Path) -> None:
+    """A JSON object a line; pandas' own writer would round small probabilities away."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +174,6 @@ def _score_pairs(model: Any, pairs: dict[int, Pair], options: Options) -> Iterat
         yield _record(row, answer=text, **values)
 
 
-def _record(row: int, *, answer: str | None = None, error: str | None = None, **values: float) -> Record:
+def _record(row: int, *, answer: str | None = None, error: str | None = None, **values: float | int) -> Record:
     finite = {name: value if torch.isfinite(torch.tensor(value)) else None for name, value in values.items()}
     return {"row": row, "answer": answer, **dict.fromkeys(SCORES), **finite, "error": error}

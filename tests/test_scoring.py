@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     n = 400
     pd.DataFrame({"prompt": [f"Is it {i}?" for i in range(n)], "answer": [" no"] * n}).to_csv(source, index=False)
-    command = [sys.executable, "-m", "isouq.cli", "score", "--model", str(model_folder), "--batch-size", "1"]
+    command = [sys.executable, "-m", "isouq.cli", "score", "--model", str(model_folder)]
     command += ["--input", str(source), "--output", str(target)]
     partial = tmp_path / "out.csv.partial"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
