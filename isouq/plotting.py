@@ -123,6 +123,31 @@ def intervals(
     return ax
 
 
+def interval_grid(
+    tables: Mapping[tuple[str, str], pd.DataFrame], *, xlabel: str, reference: float, absent: str, aspect: float = 1.0
+) -> Figure:
+    """Panels of `intervals` on one axis from 0 to 1, keyed by (label of the row, title of the column).
+
+    All tables name the same methods in the same order. A panel without any value says `absent`.
+    """
+    rows, columns = (list(dict.fromkeys(key[place] for key in tables)) for place in (0, 1))
+    figure, axes = panels(len(columns), len(rows), aspect=aspect, sharex=True, sharey=True)
+    for (row, column), table in tables.items():
+        i, j = rows.index(row), columns.index(column)
+        ax = intervals(table, axes[i, j], xlabel=xlabel, reference=reference)
+        if table["value"].isna().all():
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+            ax.text(0.5, (len(table) - 1) / 2, absent, ha="center", va="center", size="small", bbox=box)
+        ax.set(xlim=(0, 1), title=column if i == 0 else "", ylabel=row)
+        ax.label_outer()
+        if ax.get_legend():
+            ax.get_legend().remove()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower right")
+    return figure
+
+
 def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: str, ylabel: str) -> Axes:
     """One point per answer: right ones as open circles, wrong ones as crosses; columns x, y and wrong."""
     _require(table, (x, y, "wrong"))

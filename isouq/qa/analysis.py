@@ -9,6 +9,7 @@ fits held fixed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from isouq.provenance import Result
 HEADLINE = "sequence"
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 SHOWN = ("aleatoric", "epistemic", "combined", "likelihood", "log_gradient", "length")
+WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient", "likelihood": "likelihood"}
 N_BINS = 4  # quantile bins of probability and of length
 
 # The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
@@ -124,24 +126,20 @@ def within_bins(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     """Return the AUROC among answers of like probability, and of like length: is anything left to say?
 
     Bins are quartiles of log p and of L, fixed once on all answers; the value counts only pairs inside a
-    bin. Columns: method, within (probability or length), value, low, high, n. Empty when too few are right
-    or wrong.
+    bin. Columns: method, within (probability or length), value, low, high, n; NaN when too few are right or
+    wrong.
     """
     used = scored(table)
     wrong = used["wrong"].to_numpy(bool)
-    if not evaluation.enough_of_both(wrong):
-        return pd.DataFrame(columns=["method", "within", "value", "low", "high", "n"])
-    methods = {
-        "epistemic": "log_epistemic_sequence",
-        "log_gradient": "log_gradient",
-        "likelihood": "likelihood",
-    }
+    absent = {"value": np.nan, "low": np.nan, "high": np.nan, "n": len(used)}
+    enough = evaluation.enough_of_both(wrong)
     rows = []
     for within, column in (("probability", "log_prob"), ("length", "n_tokens")):
         bins = quantile_bins(used[column], N_BINS)
-        for method, score in methods.items():
-            found = analysis.interval(evaluation.stratified_auroc, used[score], wrong, bins)
-            rows.append({"method": method, "within": within, **_columns(found)})
+        for method, score in WITHIN.items():
+            columns = (used[score], wrong, bins)
+            found = _columns(analysis.interval(evaluation.stratified_auroc, *columns)) if enough else absent
+            rows.append({"method": method, "within": within, **found})
     return pd.DataFrame(rows)
 
 
@@ -213,7 +211,7 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
             results[f"{key}.auroc_gain"] = Result(
                 value=value, low=low, high=high, n=row["n"], note="paired with likelihood"
             )
-    for row in within_bins(table, analysis).to_dict("records"):
+    for row in within_bins(table, analysis).dropna(subset=["value"]).to_dict("records"):
         key = f"{prefix}.{row['method']}.auroc_within_{row['within']}"
         results[key] = Result(**{name: row[name] for name in ("value", "low", "high", "n")}, note=_INTERVAL)
     for row in added_signal(table).to_dict("records"):
@@ -246,3 +244,14 @@ def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
     headline = aurocs[aurocs["aggregation"] == HEADLINE].set_index("method")
     rows = headline.reindex(SHOWN).rename_axis("method").reset_index()
     return rows.assign(paper=rows["method"].map(published))
+
+
+def as_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return one row of `auroc_table` in words: "AUROC" and "minus likelihood", or why there is no number."""
+    if row["note"]:
+        return {"AUROC": row["note"], "minus likelihood": ""}
+    gain, low, high = (row[name] for name in _GAIN)
+    return {
+        "AUROC": f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+        "minus likelihood": f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]",
+    }

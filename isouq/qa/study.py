@@ -24,7 +24,8 @@ import transformers
 from tqdm import tqdm
 
 from isouq import assets, causal_lm, profiles
-from isouq.estimate import Estimate
+from isouq.estimate import Aggregation, Estimate
+from isouq.gradients import Engine
 from isouq.qa import data, generation, judge
 from isouq.qa.data import DataSet, Question
 from isouq.qa.store import Store, code_digest, store_path
@@ -45,7 +46,7 @@ class Settings:
     seed: int = 0
     n_shots: int = 5
     max_new_tokens: int = 24
-    engine: str = "auto"
+    engine: Engine = "auto"
     n_questions: int = 60
     n_token_mean: int = 60  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
@@ -141,7 +142,7 @@ def _score_all(store: Store, subject: Subject, settings: Settings, progress: boo
     ids = [answers.get(question.item_id, []) for question in subject.questions]
     lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
 
-    def score(rows: list[int], stage: str, aggregations: tuple[str, ...]) -> list[dict[str, dict[str, Any]]]:
+    def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[dict[str, dict[str, Any]]]:
         tokens = pad([subject.prompts[row] for row in rows], [ids[row] for row in rows])
         results = causal_lm.score_aggregations(
             subject.model, *tokens, aggregations=aggregations, engine=settings.engine, batch_size=len(rows)
@@ -150,7 +151,8 @@ def _score_all(store: Store, subject: Subject, settings: Settings, progress: boo
 
     batches = _Batches(store, subject, settings.batch_size, progress)
     batches.fill("estimate", lambda rows: score(rows, "estimate", ("sequence", "geometric")), lengths)
-    lengths = [n if row < settings.n_token_mean else 0 for row, n in enumerate(lengths)]
+    # Its cost is the longest answer of a batch, so here answers of like length go together.
+    lengths = [len(answer) if row < settings.n_token_mean else 0 for row, answer in enumerate(ids)]
     batches.fill("token_mean", lambda rows: score(rows, "token_mean", ("token_mean",)), lengths)
 
 
