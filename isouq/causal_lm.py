@@ -80,7 +80,7 @@ def score_aggregations(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
-    for batch in batches(sequences, batch_size):
+    for batch in batches(sequences, batch_size, by_answer="token_mean" in aggregations):
         order += batch.rows
         whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
         subset = "all" if parameters is None else ", ".join(parameters)
@@ -252,7 +252,7 @@ def _differentiate(
     longest = int(batch.answer.sum(1).max())
 
     def objective(rows: slice) -> Tensor:
-        part = Batch(batch.ids[rows], batch.answer[rows], batch.rows[rows])
+        part = batch.part(rows)
         values = _token_log_probs(model, part)
         _check_finite(values, part)
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
@@ -264,7 +264,7 @@ def _differentiate(
 
 
 def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
-    part = Batch(batch.ids[rows], batch.answer[rows], batch.rows[rows])
+    part = batch.part(rows)
     values = _token_log_probs(model, part)
     _check_finite(values, part)
     return values.sum(1, keepdim=True)

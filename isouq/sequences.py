@@ -22,6 +22,12 @@ class Batch:
     answer: Bool[Tensor, "example token"]
     rows: list[int]
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the examples, without the padding that only the others needed."""
+        answer = self.answer[rows]
+        width = int(answer.any(0).nonzero().max()) + 1
+        return Batch(self.ids[rows, :width], answer[:, :width], self.rows[rows])
+
 
 def checked(
     model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
@@ -109,15 +115,21 @@ def _check_ids(model: nn.Module, i: int, ids: Tensor) -> None:
 TOKENS_PER_BATCH = 2048  # what "choose for me" aims at: large enough for the matrix products, small in memory
 
 
-def batches(sequences: list[tuple[Tensor, Tensor]], batch_size: int | None) -> Iterator[Batch]:
-    """Similar lengths together, the longest first; at most `batch_size` a batch, or about TOKENS_PER_BATCH tokens."""
+def batches(
+    sequences: list[tuple[Tensor, Tensor]], batch_size: int | None, *, by_answer: bool = False
+) -> Iterator[Batch]:
+    """Similar lengths together, the longest first; at most `batch_size` a batch, or about TOKENS_PER_BATCH tokens.
+
+    `by_answer` puts answers of similar length together first: `token_mean` makes a pass for each token of the longest.
+    """
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or None wanted")
-    rows = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+    sizes = [(int(answer.sum()) * by_answer, len(ids)) for ids, answer in sequences]
+    rows = sorted(range(len(sequences)), key=lambda i: sizes[i], reverse=True)
     while rows:
-        longest = len(sequences[rows[0]][0])
-        n = batch_size if batch_size is not None else max(1, TOKENS_PER_BATCH // longest)
+        n = batch_size if batch_size is not None else max(1, TOKENS_PER_BATCH // sizes[rows[0]][1])
         chosen, rows = rows[:n], rows[n:]
+        longest = max(sizes[row][1] for row in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
         answer = torch.zeros(len(chosen), longest, dtype=torch.bool)
         for place, row in enumerate(chosen):
