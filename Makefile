@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 READY := .venv/isouq-installed
-SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --nolock --rerun-incomplete --quiet host progress
+SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress --nolock --rerun-incomplete
 CONFIG := --config profile='$(PROFILE)'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -1,0 +1,289 @@
+"""The graph of jobs: what runs, what does not run again, what a failure or a kill leaves behind.
+
+The mechanics are tried on a copy of the pipeline with two tiny notebooks, since they are the same for large ones;
+the last tests look at the real book at smoke size.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from isouq import profiles
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.book
+
+SCORES = """
+import argparse, pathlib
+parser = argparse.ArgumentParser()
+for name in ("profile", "model", "data-set", "done"):
+    parser.add_argument("--" + name)
+pathlib.Path(parser.parse_args().done).write_text("{}")
+"""
+
+
+def write_notebook(folder: Path, chapter: str, *, module: str, body: str = "pass") -> None:
+    """Write a tiny notebook with the chapter's real parameters, which uses one module of isouq."""
+    defaults = profiles.SCHEMAS[chapter]().model_dump()
+    cells = [
+        "\n".join(f"{name} = {value!r}" for name, value in defaults.items()),
+        f'from isouq import profiles, provenance\nprofiles.validate("{chapter}", globals())',
+        f"from isouq import {module}\n{body}",
+        f"provenance.save_results({{'x.{chapter}': provenance.Result(value=seed)}}, results_path)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, folder / "notebooks" / f"{chapter}.ipynb")
+
+
+def write_profile(folder: Path, **qa) -> None:
+    sections = {"01_derivation": {}, "04_llm_qa": {"data_sets": ["triviaqa"], "n_questions": 5, **qa}}
+    content = {"name": "tiny", "description": "for a test", "minutes": 1, "memory_gb": 1, "notebooks": sections}
+    (folder / "profiles" / "tiny.yml").write_text(yaml.safe_dump(content))
+
+
+def command(*arguments: str) -> list[str]:
+    """What the Makefile runs, up to the joined results, which need no models, data or pages."""
+    line = re.search(r"^SNAKEMAKE := \$\(PY\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    words = line[1].replace("$(CORES)", "2").split()
+    return [sys.executable, *words, *arguments, "build/tiny/results.json", "--config", "profile=tiny"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def jobs(output: str) -> dict[str, str]:
+    """Each announced job with its reason."""
+    return dict(re.findall(r"^((?:Running|Scoring|Joining|Fetching|Building)[^(\n]*) \((.*)\)$", output, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A project that has been built once: do not change it, take `project`."""
+    folder = tmp_path_factory.mktemp("pipeline") / "project"
+    shutil.copytree(ROOT / "isouq", folder / "isouq", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "requirements.lock"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "isouq" / "qa" / "study.py").write_text(SCORES)
+    for name in ("notebooks", "profiles"):
+        (folder / name).mkdir()
+    write_notebook(folder, "01_derivation", module="plotting")
+    write_notebook(folder, "04_llm_qa", module="evaluation")
+    write_profile(folder)
+    (folder / "build" / "tiny").mkdir(parents=True)
+    (folder / "build" / "tiny" / "assets.fetched").touch()  # nothing here needs what it stands for
+    first = run(folder)
+    assert first.returncode == 0, first.stdout
+    assert set(jobs(first.stdout)) == {
+        "Scoring triviaqa with smollm2-135m-instruct",
+        "Running notebooks/01_derivation.ipynb",
+        "Running notebooks/04_llm_qa.ipynb",
+        "Joining results",
+    }
+    return folder
+
+
+@pytest.fixture
+def project(built, tmp_path) -> Path:
+    return shutil.copytree(built, tmp_path / "project")
+
+
+def test_the_results_are_joined_with_the_record_of_every_run(built):
+    content = json.loads((built / "build" / "tiny" / "results.json").read_text())
+    assert {key: entry["value"] for key, entry in content["results"].items()} == {
+        "x.01_derivation": 0,
+        "x.04_llm_qa": 0,
+    }
+    assert {"01_derivation", "04_llm_qa", "qa-smollm2-135m-instruct-triviaqa"} == content["meta"]["durations"].keys()
+    run_of = content["meta"]["runs"]["04_llm_qa"]
+    assert run_of["parameters"]["n_questions"] == 5
+    assert "isouq/evaluation.py" in run_of["inputs"]
+
+
+def test_nothing_runs_again_when_nothing_but_times_has_changed(project):
+    for path in project.rglob("*"):
+        if path.is_file() and ".snakemake" not in path.parts:
+            path.touch()
+    before = (project / "build/tiny/results.json").read_bytes()
+    again = run(project)
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout
+    assert jobs(again.stdout) == {}
+    assert (project / "build/tiny/results.json").read_bytes() == before
+
+
+def plan_after(project: Path) -> dict[str, str]:
+    """What would run now, and why, without the job that joins the results and follows from any."""
+    found = run(project, "--dry-run")
+    assert found.returncode == 0, found.stdout
+    plan = jobs(found.stdout)
+    assert ("Joining results" in plan) == bool(plan)
+    return {job: reason for job, reason in plan.items() if job != "Joining results"}
+
+
+def test_a_parameter_of_the_analysis_runs_just_its_notebook_and_the_plan_says_why(project):
+    write_profile(project, n_resamples=7)
+    assert plan_after(project) == {"Running notebooks/04_llm_qa.ipynb": "changed n_resamples: 300 -> 7"}
+    assert jobs(run(project).stdout).keys() == {"Running notebooks/04_llm_qa.ipynb", "Joining results"}
+    assert plan_after(project) == {}
+
+
+def test_a_parameter_of_the_scoring_scores_again_and_leaves_the_other_notebook(project):
+    write_profile(project, n_questions=6)
+    plan = plan_after(project)
+    assert plan.keys() == {"Scoring triviaqa with smollm2-135m-instruct", "Running notebooks/04_llm_qa.ipynb"}
+    assert plan["Scoring triviaqa with smollm2-135m-instruct"] == "changed n_questions: 5 -> 6"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reruns"),
+    [
+        ("isouq/evaluation.py", {"Running notebooks/04_llm_qa.ipynb"}),
+        ("isouq/plotting.py", {"Running notebooks/01_derivation.ipynb"}),
+        ("isouq/cli.py", set()),
+        ("requirements.lock", {"Running notebooks/01_derivation.ipynb", "Running notebooks/04_llm_qa.ipynb",
+                               "Scoring triviaqa with smollm2-135m-instruct"}),
+    ],
+)  # fmt: skip
+def test_a_changed_file_runs_just_what_can_reach_it(project, changed, reruns):
+    path = project / changed
+    path.write_text(path.read_text() + "\n# a change\n")
+    plan = plan_after(project)
+    assert plan.keys() == reruns
+    assert all("Updated input files" in reason and changed in reason for reason in list(plan.values())[:1])
+
+
+def test_an_asset_with_other_bytes_runs_what_uses_it(project):
+    manifest = project / "isouq" / "assets.toml"
+    old = "2262977fef47414b903d72c1b4e769325d4ef519481102c2ae772262163ae52d"
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, "0" * 64))
+    assert "Running notebooks/04_llm_qa.ipynb" in plan_after(project)
+    assert "Running notebooks/01_derivation.ipynb" not in plan_after(project)
+
+
+def test_a_failed_notebook_stops_the_build_is_kept_aside_and_its_cause_is_read_last(project):
+    write_notebook(project, "01_derivation", module="plotting", body="def f(x):\n    return 1 / x\nf(0)")
+    failed = run(project)
+    assert failed.returncode != 0
+    assert failed.stdout.strip().splitlines()[-1] == "ZeroDivisionError: division by zero"
+    kept = project / "build/tiny/failed/01_derivation.ipynb"
+    assert "ZeroDivisionError" in kept.read_text()
+    assert not (project / "build/tiny/notebooks/01_derivation.ipynb").exists()
+    write_notebook(project, "01_derivation", module="plotting")
+    assert run(project).returncode == 0
+    assert not kept.exists(), "a failure that is mended leaves no trace to be taken for a new one"
+
+
+def test_a_run_that_was_killed_leaves_nothing_to_unlock(project):
+    write_notebook(
+        project, "01_derivation", module="plotting", body="open('started', 'w')\nimport time\ntime.sleep(60)"
+    )
+    process = subprocess.Popen(command(), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (project / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    write_notebook(project, "01_derivation", module="plotting")
+    after = run(project)
+    assert after.returncode == 0, after.stdout
+    assert jobs(after.stdout).keys() == {"Running notebooks/01_derivation.ipynb", "Joining results"}
+
+
+def test_two_runs_of_one_profile_at_once_are_refused_by_name(project):
+    with (project / "build/tiny/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = run(project)
+    assert refused.returncode != 0
+    assert "another process is building build/tiny" in refused.stdout
+
+
+def test_a_wrong_word_in_the_profile_stops_all_before_anything_runs(project):
+    write_profile(project, n_question=3)
+    refused = run(project)
+    assert refused.returncode != 0
+    assert "notebooks.04_llm_qa.n_question is not a known name; did you mean 'n_questions'?" in refused.stdout
+    assert jobs(refused.stdout) == {}
+
+
+def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    # MAKEFLAGS of a `make test` around this test would change what the make inside it does.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *words], cwd=folder, text=True, env=clean, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def test_help_lists_every_command():
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    listed = re.findall(r"^  make ([a-z-]+)", make("help").stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(set(phony) - {"FORCE"})
+
+
+def test_without_a_new_enough_python_make_says_what_to_install(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    refused = make("book", "PYTHON=no-such-python", folder=tmp_path)
+    assert refused.returncode != 0
+    assert "no Python 3.11 or newer with venv among: no-such-python" in refused.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.fixture(scope="module")
+def smoke() -> Path:
+    """The real book at smoke size, built if it is not yet."""
+    built = make("book", "PROFILE=smoke")
+    assert built.returncode == 0, built.stdout[-6000:]
+    return ROOT / "build" / "smoke"
+
+
+def test_a_second_make_book_executes_nothing(smoke):
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
+    again = make("book", "PROFILE=smoke")
+    assert "Nothing to be done" in again.stdout
+    assert jobs(again.stdout) == {}
+    assert before == {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
+
+
+def test_the_executed_notebooks_have_their_parameters_no_error_and_no_private_path(smoke):
+    profile = profiles.load("smoke")
+    paths = sorted((smoke / "notebooks").glob("*.ipynb"))
+    assert [path.stem for path in paths] == profile.chapters()
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in code), f"{path.stem} did not run to its end"
+        assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+        injected = [cell.source for cell in code if "injected-parameters" in cell.metadata.get("tags", [])]
+        assert len(injected) == 1
+        assert 'profile = "smoke"' in injected[0]
+        text = path.read_text()
+        assert str(ROOT) not in text
+        assert str(Path.home()) + "/" not in text
+
+
+def test_the_record_names_what_ran_and_its_hashes_hold(smoke):
+    content = json.loads((smoke / "results.json").read_text())
+    meta = content["meta"]
+    assert meta["profile"] == "smoke"
+    assert meta["runs"].keys() == meta["seeds"].keys() == set(profiles.load("smoke").chapters())
+    assert meta["durations"].keys() >= meta["runs"].keys()
+    for chapter, record in meta["runs"].items():
+        assert f"notebooks/{chapter}.ipynb" in record["inputs"]
+        assert record["parameters"]["profile"] == "smoke"
+    assert str(ROOT) not in json.dumps(content)
+    assert content["results"]
