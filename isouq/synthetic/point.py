@@ -15,12 +15,16 @@ from isouq.synthetic.problems import Model, Problem, float64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """The best of several MAP searches: θ* (param,), its energy, and how the searches ended."""
+    """The best of several MAP searches: θ* (param,), its energy and how well it converged.
+
+    `energies` (start,) and `thetas` (start, param) are where every search ended, the lowest energy first.
+    """
 
     theta: np.ndarray
     energy: float
     gradient_norm: float
-    energies: np.ndarray  # of every start, sorted
+    energies: np.ndarray
+    thetas: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -34,7 +38,11 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     """Minimise the energy by L-BFGS from `n_starts` draws of the prior and keep the lowest.
 
     The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
+    Raises ValueError for fewer than one start or one step.
     """
+    for name, count in (("n_starts", n_starts), ("max_steps", max_steps)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; wanted at least 1")
     model, rng = problem.model, np.random.default_rng(seed)
     inputs, targets = jnp.asarray(problem.inputs), jnp.asarray(problem.targets)
 
@@ -46,12 +54,14 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     starts = rng.normal(size=(n_starts, model.network.n_parameters))
     search = {"jac": True, "method": "L-BFGS-B", "options": options}
     ends = [scipy.optimize.minimize(objective, z, **search) for z in starts]
-    best = min(ends, key=lambda end: end.fun)
+    ends.sort(key=lambda end: end.fun)
+    thetas = np.stack([end.x for end in ends]) * model.scales()
     return Point(
-        theta=best.x * model.scales(),
-        energy=float(best.fun),
-        gradient_norm=float(np.linalg.norm(best.jac)),
-        energies=np.sort([end.fun for end in ends]),
+        theta=thetas[0],
+        energy=float(ends[0].fun),
+        gradient_norm=float(np.linalg.norm(ends[0].jac)),
+        energies=np.array([end.fun for end in ends]),
+        thetas=thetas,
     )
 
 
@@ -118,40 +128,59 @@ def quadratic_form(g: np.ndarray, precision: np.ndarray) -> np.ndarray | None:
     return np.einsum("ip,pi->i", g, scipy.linalg.cho_solve(factor, g.T))
 
 
-def estimates(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
+def estimates(
+    problem: Problem, theta: np.ndarray, classes: np.ndarray, *, laplace: bool = True
+) -> dict[str, np.ndarray]:
     """Return every point estimate of Var_θ[p] at the grid (point,), by name; what does not exist is left out.
 
     gn: ‖g‖² (up to σ²); la: gᵀH⁻¹g; la_diag: with the diagonal of H only; la_last: over the last layer's
-    parameters only; ggn: gᵀ(GGN + prior)⁻¹g; aleatoric: p(1−p), not for a regression.
+    parameters only; ggn: gᵀ(GGN + prior)⁻¹g; aleatoric: p(1−p), not for a regression. Without `laplace` the
+    four that need a matrix over all parameters are left out.
     """
-    g, H = gradients(problem, theta, classes), hessian(problem, theta)
-    fan_in, fan_out = problem.model.network.shapes[-1]
-    last = slice(len(theta) - (fan_in + 1) * fan_out, None)
-    diagonal = np.diag(H)
-    found = {
-        "gn": np.square(g).sum(axis=1),
-        "la": quadratic_form(g, H),
-        "la_diag": np.square(g) @ (1 / diagonal) if (diagonal > 0).all() else None,
-        "la_last": quadratic_form(g[:, last], H[last, last]),
-        "ggn": quadratic_form(g, ggn(problem, theta)),
-    }
+    g = gradients(problem, theta, classes)
+    found: dict[str, np.ndarray | None] = {"gn": np.square(g).sum(axis=1)}
     if problem.model.kind != "regression":
         p = probabilities(problem, theta, classes)
         found["aleatoric"] = p * (1 - p)
+    if laplace:
+        H = hessian(problem, theta)
+        fan_in, fan_out = problem.model.network.shapes[-1]
+        last = slice(len(theta) - (fan_in + 1) * fan_out, None)
+        diagonal = np.diag(H)
+        found |= {
+            "la": quadratic_form(g, H),
+            "la_diag": np.square(g) @ (1 / diagonal) if (diagonal > 0).all() else None,
+            "la_last": quadratic_form(g[:, last], H[last, last]),
+            "ggn": quadratic_form(g, ggn(problem, theta)),
+        }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:
-    """Return the same network as a float64 torch module, for isouq's own engines.
-
-    A binary network's one logit f becomes the two logits (0, f), which give the same probabilities.
-    """
+    """Return the same network as a float64 torch module that ends in its outputs, for isouq's own engines."""
     network = model.network
     activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[network.activation]
     modules: list[torch.nn.Module] = []
     for weight, bias in network.layers(np.asarray(theta)):
-        linear = torch.nn.Linear(*weight.shape, dtype=torch.float64)
+        linear = torch.nn.Linear(weight.shape[0], weight.shape[1], dtype=torch.float64)
         linear.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
         modules += [linear, activation()]
-    modules[-1] = torch.nn.ZeroPad1d((1, 0)) if model.kind == "binary" else torch.nn.Identity()
-    return torch.nn.Sequential(*modules).eval()
+    return torch.nn.Sequential(*modules[:-1]).eval()
+
+
+def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
+    """Return other parameters of the same function: the first hidden layer times `factor`, the next divided by it.
+
+    Raises ValueError unless the network has a hidden layer of ReLU units and `factor` is above 0.
+    """
+    network = model.network
+    if network.activation != "relu" or network.depth < 1 or not factor > 0:
+        raise ValueError(
+            f"a {network.activation} network of depth {network.depth} and factor {factor}; wanted a hidden layer "
+            "of relu units and a factor above 0"
+        )
+    (fan_in, width), (_, fan_out) = network.shapes[:2]
+    first, second = (fan_in + 1) * width, width * fan_out
+    scale = np.ones(len(theta))
+    scale[:first], scale[first : first + second] = factor, 1 / factor
+    return scale * theta

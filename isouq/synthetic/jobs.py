@@ -1,0 +1,264 @@
+"""One job: a problem, a data seed and a network; its reference, its estimates and how they correlate.
+
+`analyse` keeps the arrays for figures; `record` is the small JSON that a job leaves behind, so that a study of
+hundreds of jobs goes on where it stopped, on any machine. `run_all` runs what is missing, several at a time.
+``python -m isouq.synthetic.jobs --profile … --problem …`` does the same as a job of the pipeline.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from isouq.evaluation import Interval, UndefinedStatisticError, pearson, spearman
+from isouq.synthetic import cache, point, posterior, problems
+from isouq.synthetic.posterior import Posterior, Reference, Settings
+from isouq.synthetic.problems import Problem
+
+LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
+COMMITTED = Path(__file__).resolve().parents[2] / "results" / "mcmc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to sample and how; what is None is as in ``problems.SPECS``."""
+
+    problem: str
+    seed: int = 0
+    width: int | None = None
+    depth: int | None = None
+    activation: str | None = None
+    prior_scale: float | None = None
+    prior_scaling: str | None = None
+    n_examples: int | None = None
+    resolution: int | None = None
+    n_starts: int = 16
+    settings: Settings = field(default_factory=Settings)
+
+    def make(self) -> Problem:
+        """Make the problem. Raises ValueError for what is unknown or impossible, before anything is sampled."""
+        problems.one_of("problem", self.problem, problems.SPECS)
+        model = problems.SPECS[self.problem].model
+        network = replace(model.network, **self._given("width", "depth", "activation"))
+        model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
+        given = self._given("n_examples", "resolution")
+        problem = problems.make(self.problem, seed=self.seed, model=model, **given)
+        self.settings.require_memory(problem)
+        return problem
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def file(self) -> str:
+        """Return the name of the job's record: readable, and unique to the data, the model and the settings."""
+        problem = self.make()
+        network = problem.model.network
+        identity = json.dumps([problem.fingerprint(), asdict(self.settings), self.n_starts], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        size = f"w{network.width}-d{network.depth}-{network.activation}-{problem.model.prior_scaling}"
+        return f"{self.problem}-{size}-n{len(problem.inputs)}-s{self.seed}-{key}.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Everything about one job that a figure may want; arrays of `estimates` are (point,)."""
+
+    job: Job
+    problem: Problem
+    best: point.Point
+    classes: np.ndarray
+    posterior: Posterior
+    reference: Reference
+    estimates: dict[str, np.ndarray]
+
+    def target(self, method: str) -> np.ndarray:
+        """Return what the method is held against: E[p(1−p)] for the aleatoric estimate, else Var[p]."""
+        if method == "aleatoric":
+            assert self.reference.aleatoric is not None  # a regression has no such estimate either
+            return self.reference.aleatoric
+        return self.reference.variance
+
+
+def analyse(job: Job, folder: str | Path | None = None) -> Case:
+    """Sample (or load from `folder`) the posterior of a job and compute every estimate at its grid."""
+    problem = job.make()
+    best = point.find_map(problem, n_starts=job.n_starts, seed=job.seed)
+    classes = point.predicted_classes(problem, best.theta)
+    drawn = cache.draw(problem, job.settings, folder)
+    large = problem.model.network.n_parameters > LARGEST_HESSIAN
+    estimates = point.estimates(problem, best.theta, classes, laplace=not large)
+    # Not estimates that one could have without the posterior, but they tell the approximations apart.
+    g = point.gradients(problem, best.theta, classes)
+    estimates["delta"] = (drawn.draws.reshape(-1, g.shape[1]) @ g.T).var(axis=0)
+    some = drawn.draws[:, :: max(1, drawn.draws.shape[1] // 4)].reshape(-1, g.shape[1])[:16]
+    at_draws = [np.square(point.gradients(problem, theta, classes)).sum(axis=1) for theta in some]
+    estimates["gn_draws"] = np.mean(at_draws, axis=0)
+    return Case(
+        job=job,
+        problem=problem,
+        best=best,
+        classes=classes,
+        posterior=drawn,
+        reference=posterior.reference(drawn, classes),
+        estimates=estimates,
+    )
+
+
+def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> dict[str, float | None]:
+    """Return Pearson's r and Spearman's ρ over the points `where`; None where one side is constant."""
+    where = np.ones(len(a), dtype=bool) if where is None else where
+    found: dict[str, float | None] = {}
+    for name, statistic in (("pearson", pearson), ("spearman", spearman)):
+        try:
+            found[name] = statistic(a[where], b[where])
+        except UndefinedStatisticError:
+            found[name] = None
+    return found
+
+
+def record(case: Case) -> dict[str, Any]:
+    """Return the small result of a job: correlations, noise ceiling, scale and diagnostics, no arrays.
+
+    `scale`: the geometric mean of Var[p]/‖g‖², the σ² that suits the grid best, and the ratio of its 95 % to its
+    5 % quantile: 1 would mean that one σ² serves all inputs.
+    """
+    reference, near = case.reference, case.problem.near_data()
+    diagnostics = case.posterior.diagnostics
+    pairs = {name: (value, case.target(name)) for name, value in case.estimates.items()}
+    ceiling = {"epistemic": correlations(*reference.halves)}
+    if reference.aleatoric_halves is not None:
+        ceiling["aleatoric"] = correlations(*reference.aleatoric_halves)
+    return {
+        "job": asdict(case.job),
+        "n_parameters": case.problem.model.network.n_parameters,
+        "passed": diagnostics.passed,
+        "failures": list(diagnostics.failures),
+        "diagnostics": asdict(diagnostics),
+        "map": {"energy": case.best.energy, "gradient_norm": case.best.gradient_norm},
+        "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
+        "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
+        "ceiling": ceiling,
+        "scale": _scale(reference.variance, case.estimates["gn"]),
+        "between_share": float((reference.between / reference.variance).max()),
+        "relative_mcse": float(np.median(reference.mcse / reference.variance)),
+        "isotropy": posterior.isotropy(case.posterior.draws),
+        "code": cache.code_digest(),
+        "versions": cache.versions(),
+    }
+
+
+def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
+    if not (squared_norm > 0).all():
+        return None  # a constant network: no σ² gives its variance
+    ratio = variance / squared_norm
+    low, high = np.quantile(ratio, [0.05, 0.95])
+    return {"sigma2": float(np.exp(np.log(ratio).mean())), "spread": float(high / low)}
+
+
+def find(job: Job, folders: Iterable[str | Path], *, any_code: bool = False) -> dict[str, Any] | None:
+    """Return the job's record from the first of `folders` that has it, or None.
+
+    A record made by another state of the sampling code is not taken, unless `any_code`. Raises ValueError for a
+    file that cannot be read.
+    """
+    for folder in folders:
+        file = Path(folder) / job.file()
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            code = found["code"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.name} is not a record of a job ({error}); delete it") from error
+        if any_code or code == cache.code_digest():
+            return found
+    return None
+
+
+def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[str, Any]:
+    """Run one job and leave its record in `folder`; the file appears whole or not at all."""
+    made = record(analyse(job, draws))
+    file = Path(folder) / job.file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    return made
+
+
+def run_all(
+    jobs: Sequence[Job],
+    folder: str | Path,
+    *,
+    draws: str | Path | None = None,
+    also: Sequence[str | Path] = (),
+    n_workers: int = 2,
+) -> list[dict[str, Any]]:
+    """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
+
+    Records in `also` (such as those that are committed) count whatever state of the code made them. Every job
+    is checked before the first is run. Groups of jobs that differ in seed only go to one worker, which compiles
+    them once.
+    """
+    found = [find(job, [folder]) or find(job, also, any_code=True) for job in jobs]
+    missing = [i for i, one in enumerate(found) if one is None]
+    groups: dict[str, list[int]] = {}
+    for i in missing:
+        groups.setdefault(repr(replace(jobs[i], seed=0)), []).append(i)
+    if not missing:
+        return [one for one in found if one is not None]
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    with (
+        concurrent.futures.ProcessPoolExecutor(n_workers, mp_context=context) as pool,
+        tqdm(total=len(missing), desc="posteriors", mininterval=5) as progress,
+    ):
+        waiting = {pool.submit(_run_group, [jobs[i] for i in group], folder, draws): group for group in groups.values()}
+        for done in concurrent.futures.as_completed(waiting):
+            for i, made in zip(waiting[done], done.result(), strict=True):
+                found[i] = made
+            progress.update(len(waiting[done]))
+    return [one for one in found if one is not None]
+
+
+def _run_group(jobs: Sequence[Job], folder: str | Path, draws: str | Path | None) -> list[dict[str, Any]]:
+    return [run(job, folder, draws) for job in jobs]
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = float(np.mean(values))
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
+
+
+def trend(doublings: np.ndarray, values: np.ndarray, group: np.ndarray, *, seed: int = 0) -> Interval:
+    """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
+
+    A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only
+    changes with size within the same data count. Raises ValueError for fewer than two groups.
+    """
+    names = np.unique(group)
+    if len(names) < 2:
+        raise ValueError(f"group has {len(names)} distinct value; wanted at least 2")
+    parts = []
+    for name in names:
+        x, y = doublings[group == name], values[group == name]
+        parts.append((np.sum((x - x.mean()) * (y - y.mean())), np.sum(np.square(x - x.mean()))))
+    sums = np.array(parts)
+    rows = np.random.default_rng(seed).integers(0, len(names), (2000, len(names)))
+    again = sums[rows].sum(axis=1)
+    low, high = np.quantile(again[:, 0] / again[:, 1], [0.025, 0.975])
+    slope = sums[:, 0].sum() / sums[:, 1].sum()
+    return Interval(float(slope), float(low), float(high), len(values))

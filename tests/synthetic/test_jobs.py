@@ -1,0 +1,107 @@
+"""Jobs: resumable, one small record each, and statistics over them that are right on known input."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from isouq.synthetic import jobs
+from isouq.synthetic.jobs import Job
+from isouq.synthetic.posterior import Settings
+
+SMALL = Job(
+    problem="regression_linear",
+    resolution=12,
+    n_starts=2,
+    settings=Settings(n_chains=4, n_warmup=150, n_draws=250),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    return folder, jobs.run(SMALL, folder, folder / "draws")
+
+
+def test_a_record_is_small_and_complete(made):
+    folder, record = made
+    file = folder / SMALL.file()
+    assert file.stat().st_size < 6000
+    assert json.loads(file.read_text()) == json.loads(json.dumps(record))
+    assert record["correlation"]["la"]["pearson"] > 0.98
+    assert record["correlation"]["delta"]["pearson"] > 0.999
+    assert record["correlation"]["gn"] == pytest.approx(record["correlation"]["gn_draws"])
+    assert 0.9 < record["ceiling"]["epistemic"]["pearson"] <= 1
+    assert "aleatoric" not in record["ceiling"]
+
+
+def test_what_is_there_is_not_run_again(made, monkeypatch):
+    folder, record = made
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("ran again"))
+    again = jobs.run_all([SMALL, SMALL], folder)
+    assert again == [json.loads(json.dumps(record))] * 2
+
+
+def test_a_record_of_other_code_counts_only_where_asked(made, monkeypatch):
+    folder, _ = made
+    monkeypatch.setattr(jobs.cache, "code_digest", lambda: "other")
+    assert jobs.find(SMALL, [folder]) is None
+    assert jobs.find(SMALL, [folder], any_code=True) is not None
+
+
+def test_jobs_that_differ_have_files_that_differ():
+    others = [
+        replace(SMALL, seed=1),
+        replace(SMALL, n_examples=31),
+        replace(SMALL, prior_scale=2.0),
+        replace(SMALL, settings=replace(SMALL.settings, n_draws=251)),
+    ]
+    assert len({job.file() for job in (SMALL, *others)}) == 5
+    assert replace(SMALL, n_examples=30).file() == SMALL.file()
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    (tmp_path / SMALL.file()).write_text("{")
+    with pytest.raises(ValueError, match="is not a record of a job"):
+        jobs.find(SMALL, [tmp_path])
+
+
+def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="width is 0"):
+        jobs.run_all([SMALL, replace(SMALL, problem="binary_xor", width=0)], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_all_runs_what_is_missing(made, tmp_path):
+    _, record = made
+    found = jobs.run_all([SMALL], tmp_path, n_workers=1)
+    assert (tmp_path / SMALL.file()).is_file()
+    assert found[0]["correlation"]["gn"] == pytest.approx(record["correlation"]["gn"])
+
+
+def test_a_constant_map_has_no_correlation():
+    found = jobs.correlations(np.ones(5), np.arange(5.0))
+    assert found == {"pearson": None, "spearman": None}
+    with pytest.raises(ValueError, match="not finite"):
+        jobs.correlations(np.array([1.0, np.nan]), np.arange(2.0))
+
+
+def test_mean_interval_is_the_t_interval():
+    found = jobs.mean_interval([0.5, 0.6, 0.7])
+    assert found.value == pytest.approx(0.6)
+    assert found.low == pytest.approx(0.6 - 4.302653 * 0.1 / np.sqrt(3), abs=1e-6)
+    assert jobs.mean_interval([0.9, 0.99]).high == 1.0
+    assert jobs.mean_interval([0.9]) is None
+
+
+def test_trend_finds_a_known_slope_whatever_the_intercepts():
+    rng = np.random.default_rng(0)
+    doublings = np.tile(np.arange(6.0), 10)
+    group = np.repeat(np.arange(10), 6)
+    values = 0.05 * doublings + rng.normal(size=10)[group] + 0.01 * rng.normal(size=60)
+    found = jobs.trend(doublings, values, group)
+    assert found.low < 0.05 < found.high
+    assert found.high - found.low < 0.02
+    with pytest.raises(ValueError, match="at least 2"):
+        jobs.trend(doublings[:6], values[:6], group[:6])

@@ -1,0 +1,117 @@
+"""Point estimates against the closed form, laplace-torch and isouq's own torch engines."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from laplace import Laplace
+from scipy import stats
+
+import isouq
+from isouq.classifier import score_outputs
+from isouq.synthetic import point
+from isouq.synthetic.jobs import Job
+
+KINDS = ("binary_rings", "multiclass_spirals", "regression_nonlinear")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    problem = Job(problem=request.param, resolution=5).make()
+    best = point.find_map(problem, n_starts=6)
+    return problem, best, point.predicted_classes(problem, best.theta)
+
+
+def test_map_is_a_minimum_and_the_best_start(case):
+    problem, best, _ = case
+    assert best.gradient_norm < 1e-4
+    assert best.energy == best.energies.min()
+    assert np.linalg.eigvalsh(point.hessian(problem, best.theta)).min() > 0
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        near = [best.theta + 1e-2 * rng.normal(size=best.theta.shape) for _ in range(20)]
+        energies = [float(problem.model.energy(theta, problem.inputs, problem.targets)) for theta in near]
+    assert min(energies) > best.energy
+
+
+def test_gradients_are_those_of_the_torch_engine(case):
+    problem, best, classes = case
+    network, grid = point.torch_module(problem.model, best.theta), torch.tensor(problem.grid)
+    ours = np.square(point.gradients(problem, best.theta, classes)).sum(axis=1)
+    if problem.model.kind == "regression":
+        theirs = score_outputs(network, grid, noise_variance=problem.model.noise**2).epistemic[:, 0]
+    else:
+        link = "sigmoid" if problem.model.kind == "binary" else "softmax"
+        scores = isouq.score_classes(network, grid, link=link)
+        theirs = scores.epistemic
+        aleatoric = point.estimates(problem, best.theta, classes, laplace=False)["aleatoric"]
+        np.testing.assert_allclose(scores.aleatoric.numpy(), aleatoric, rtol=1e-9)
+    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", KINDS[1:], indirect=True)  # laplace-torch has no one-logit likelihood
+def test_ggn_is_that_of_laplace_torch(case):
+    problem, best, _ = case
+    model = problem.model
+    # torch stores a weight as (out, in) after our (in, out): where each of torch's parameters is in ours
+    order = np.concatenate(
+        [part for W, b in model.network.layers(np.arange(len(best.theta))) for part in (W.T.ravel(), b)]
+    )
+    is_regression = model.kind == "regression"
+    theirs = Laplace(
+        point.torch_module(model, best.theta),
+        "regression" if is_regression else "classification",
+        subset_of_weights="all",
+        hessian_structure="full",
+        sigma_noise=model.noise if is_regression else 1.0,
+        prior_precision=torch.tensor(model.scales()[order] ** -2.0),
+    )
+    targets = torch.tensor(problem.targets)
+    data = torch.utils.data.TensorDataset(torch.tensor(problem.inputs), targets[:, None] if is_regression else targets)
+    theirs.fit(torch.utils.data.DataLoader(data, batch_size=50))
+    ours = point.ggn(problem, best.theta)[np.ix_(order, order)]
+    np.testing.assert_allclose(theirs.posterior_precision.numpy(), ours, rtol=1e-6, atol=1e-8)
+
+
+def test_linear_regression_has_the_closed_form():
+    problem = Job(problem="regression_linear").make()
+    best = point.find_map(problem, n_starts=2)
+    estimates = point.estimates(problem, best.theta, np.zeros(len(problem.grid), dtype=int))
+    design, grid = (np.hstack([x, np.ones_like(x)]) for x in (problem.inputs, problem.grid))
+    covariance = np.linalg.inv(design.T @ design / problem.model.noise**2 + np.diag(problem.model.scales() ** -2.0))
+    mean = covariance @ design.T @ problem.targets / problem.model.noise**2
+    np.testing.assert_allclose(best.theta, mean, rtol=1e-6)
+    exact = np.einsum("ip,pq,iq->i", grid, covariance, grid)
+    for name in ("la", "ggn", "la_last"):
+        np.testing.assert_allclose(estimates[name], exact, rtol=1e-8)
+    np.testing.assert_allclose(estimates["gn"], 1 + problem.grid[:, 0] ** 2, rtol=1e-9)
+
+
+def test_laplace_is_left_out_where_the_hessian_is_not_positive_definite():
+    problem = Job(problem="binary_xor", resolution=5).make()
+    theta = np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
+    assert np.linalg.eigvalsh(point.hessian(problem, theta)).min() < 0
+    classes = point.predicted_classes(problem, theta)
+    found = point.estimates(problem, theta, classes)
+    assert "la" not in found
+    assert {"gn", "ggn", "aleatoric"} <= set(found)
+
+
+def test_rescaling_a_relu_layer_changes_the_norm_and_not_the_function():
+    problem = Job(problem="binary_rings", activation="relu", resolution=6).make()
+    theta = np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
+    classes = point.predicted_classes(problem, theta)
+    other = point.rescaled(problem.model, theta, factor=10.0)
+    before, after = (point.probabilities(problem, t, classes) for t in (theta, other))
+    np.testing.assert_allclose(after, before, rtol=1e-10)
+    norms = [point.estimates(problem, t, classes, laplace=False)["gn"] for t in (theta, other)]
+    assert np.median(norms[1] / norms[0]) > 5
+    assert stats.spearmanr(*norms)[0] > 0.3
+    with pytest.raises(ValueError, match="relu"):
+        point.rescaled(Job(problem="binary_rings").make().model, theta, factor=10.0)
+
+
+@pytest.mark.parametrize("name", ["n_starts", "max_steps"])
+def test_no_search_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        point.find_map(Job(problem="binary_linear").make(), **{name: 0})

@@ -1,0 +1,106 @@
+"""Problems: what cannot be sampled is refused by name before anything runs, and data depend on nothing but the seed."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isouq.synthetic import problems
+from isouq.synthetic.jobs import Job
+from isouq.synthetic.posterior import Settings
+from isouq.synthetic.problems import Model, Network
+
+
+@pytest.mark.parametrize("name", problems.SPECS)
+def test_data_follow_from_the_seed_and_lie_on_the_grid(name):
+    first, again, other = (problems.make(name, seed=seed) for seed in (3, 3, 4))
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert not np.array_equal(first.inputs, other.inputs)
+    low, high = first.limits
+    assert (first.inputs > low).mean() > 0.95
+    assert (first.inputs < high).mean() > 0.95
+    assert len(first.grid) == np.prod(first.shape)
+    assert 0.1 < first.near_data().mean() < 0.9
+
+
+def test_two_problems_of_one_seed_share_no_random_numbers():
+    rings, spirals = problems.make("multiclass_rings", seed=0), problems.make("multiclass_spirals", seed=0)
+    assert abs(np.corrcoef(rings.inputs.ravel(), spirals.inputs.ravel())[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (lambda: Job(problem="binary_ring"), "did you mean 'binary_rings'"),
+        (lambda: Job(problem="binary_xor", width=0), "width is 0; wanted an integer of at least 1"),
+        (lambda: Job(problem="binary_xor", depth=-1), "depth is -1"),
+        (lambda: Job(problem="binary_xor", activation="rely"), "did you mean 'relu'"),
+        (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale is 0.0"),
+        (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale is nan"),
+        (lambda: Job(problem="binary_xor", prior_scaling="fanin"), "did you mean 'fan_in'"),
+        (lambda: Job(problem="binary_xor", n_examples=2), "n_examples is 2"),
+        (lambda: Job(problem="binary_xor", resolution=1), "grid of 1 points"),
+        (lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)), "n_chains is 1; wanted at least 4"),
+        (lambda: Job(problem="binary_xor", settings=Settings(n_draws=10**9)), "over memory_gb = 2"),
+        (lambda: Job(problem="binary_xor", settings=Settings(sampler="nut")), "did you mean 'nuts'"),
+        (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept is 1.0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(job, message):
+    with pytest.raises(ValueError, match=message):
+        job().make()
+
+
+@pytest.mark.parametrize("limits", [(5.0, 9.0), (-30.0, 30.0), (2.0, -2.0)])
+def test_a_grid_outside_the_data_is_refused(limits):
+    with pytest.raises(ValueError, match=r"outside the data|low < high"):
+        problems.make("binary_xor", limits=limits)
+
+
+def test_a_model_of_another_kind_is_refused():
+    model = problems.SPECS["multiclass_rings"].model
+    with pytest.raises(ValueError, match="binary_rings wants"):
+        problems.make("binary_rings", model=model)
+    with pytest.raises(ValueError, match="noise is 0"):
+        replace(model, noise=0.0)
+
+
+def test_network_is_what_its_layers_say():
+    network = Network(n_inputs=2, n_outputs=3, width=4, depth=2, activation="relu")
+    rng = np.random.default_rng(0)
+    theta, x = rng.normal(size=network.n_parameters), rng.normal(size=(5, 2))
+    (A, a), (B, b), (C, c) = network.layers(theta)
+    by_hand = np.maximum(np.maximum(x @ A + a, 0) @ B + b, 0) @ C + c
+    np.testing.assert_allclose(problems.float64(network)(jnp.asarray(theta), jnp.asarray(x)), by_hand, rtol=1e-5)
+    assert network.n_parameters == 2 * 4 + 4 + 4 * 4 + 4 + 4 * 3 + 3
+
+
+def test_prior_scales():
+    network = Network(n_inputs=4, n_outputs=1, width=9)
+    fan_in = Model(kind="binary", network=network, prior_scale=3.0)
+    layers = [(np.unique(W).tolist(), np.unique(b).tolist()) for W, b in network.layers(fan_in.scales())]
+    assert layers == [([1.5], [3.0]), ([1.0], [3.0])]
+    assert set(replace(fan_in, prior_scaling="fixed").scales()) == {3.0}
+
+
+@pytest.mark.parametrize("kind", problems.KINDS)
+def test_the_likelihood_is_that_of_the_prediction(kind):
+    name = {"binary": "binary_xor", "multiclass": "multiclass_rings", "regression": "regression_nonlinear"}[kind]
+    problem = problems.make(name)
+    theta = np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
+    with jax.enable_x64(True):
+        prediction = np.asarray(problem.model.predict(theta, jnp.asarray(problem.inputs)))
+        value = float(problem.model.log_likelihood(theta, problem.inputs, problem.targets))
+    if kind == "regression":
+        wanted = -0.5 * np.square((problem.targets - prediction[:, 0]) / problem.model.noise).sum()
+    else:
+        p = np.hstack([1 - prediction, prediction]) if kind == "binary" else prediction
+        wanted = np.log(p[np.arange(len(p)), problem.targets]).sum()
+    np.testing.assert_allclose(value, wanted, rtol=1e-9)
+
+
+def test_float64_is_local():
+    inside = problems.float64(lambda: jnp.ones(1).dtype)()
+    assert (inside, jnp.ones(1).dtype) == (jnp.float64, jnp.float32)
