@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # the assets and profiles, since a scoring job is started with a profile and fetches its model.
 STEPS = (
     ("estimate", "gradients", "sequences", "evaluation", "plotting", "provenance", "_manifest"),
-    ("causal_lm", "classifier", "_pip"),
+    ("causal_lm", "classifier", "covariance", "distortion", "_pip"),
     ("assets",),
     ("profiles",),
     ("qa", "synthetic"),

@@ -1,0 +1,193 @@
+"""Every covariance against its definition, written out; every matrix under its own name; errors by name."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from isouq import covariance
+from isouq.covariance import Products, SingularCovarianceError
+
+N, C, P = 12, 3, 20
+DAMPINGS = (1e-3, 0.1, 10.0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def net(rng):
+    """(jacobian, logits) of a random model with N examples and C classes."""
+    return rng.normal(size=(N, C, P)), rng.normal(size=(N, C))
+
+
+@pytest.fixture
+def queries(rng):
+    return rng.normal(size=(7, P))
+
+
+def by_inverse(matrix, g, damping):
+    return np.einsum("qp,pr,qr->q", g, np.linalg.inv(matrix + damping * np.eye(len(matrix))), g)
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("n", [1, 5, P - 1, P, 3 * P])
+def test_rows_equal_the_dense_inverse_on_both_sides_of_woodbury(rng, queries, n, damping):
+    rows = rng.normal(size=(n, P))
+    built = covariance.from_rows(rows, "empirical_fisher")
+    assert isinstance(built, covariance.LowRank if n < P else covariance.Dense)
+    expected = by_inverse(rows.T @ rows / n, queries, damping)
+    np.testing.assert_allclose(built.quadratic_form(queries, damping=damping), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("n", [5, 3 * P])
+def test_inner_products_alone_equal_the_dense_inverse(rng, queries, n, damping):
+    rows = rng.normal(size=(n, P))
+    built = covariance.from_products(rows @ rows.T, "empirical_fisher")
+    products = Products(np.square(queries).sum(1), queries @ rows.T)
+    expected = by_inverse(rows.T @ rows / n, queries, damping)
+    np.testing.assert_allclose(built.quadratic_form(products, damping=damping), expected, rtol=1e-8)
+
+
+def test_fisher_equals_ggn_for_a_softmax_and_the_empirical_fisher_does_not(net, queries):
+    labels = np.arange(N) % C
+    forms = {
+        "fisher": covariance.fisher(*net).quadratic_form(queries, damping=0.1),
+        "ggn": covariance.ggn(*net).quadratic_form(queries, damping=0.1),
+        "empirical": covariance.empirical_fisher(*net, labels).quadratic_form(queries, damping=0.1),
+    }
+    np.testing.assert_allclose(forms["fisher"], forms["ggn"], rtol=1e-9)
+    assert (np.abs(forms["empirical"] / forms["ggn"] - 1) > 0.01).any()
+
+
+def test_scores_and_ggn_are_what_autograd_says(rng):
+    """Of a linear model in its logits, whose Hessian is its GGN."""
+    inputs, labels = torch.tensor(rng.normal(size=(N, 4))), torch.tensor(rng.integers(0, C, N))
+
+    def loss(weights, rows=slice(None)):
+        return nn.functional.cross_entropy(inputs[rows] @ weights.reshape(4, C), labels[rows])
+
+    weights = torch.tensor(rng.normal(size=4 * C), requires_grad=True)
+    logits = (inputs @ weights.reshape(4, C)).detach().numpy()
+    jacobian = np.einsum("ni,cd->ncid", inputs.numpy(), np.eye(C)).reshape(N, C, 4 * C)
+    each = [-torch.autograd.grad(loss(weights, slice(i, i + 1)), weights)[0].numpy() for i in range(N)]
+    np.testing.assert_allclose(covariance.scores(jacobian, logits, labels.numpy()), each, rtol=1e-9, atol=1e-12)
+    hessian = torch.autograd.functional.hessian(loss, weights.detach()).numpy()
+    np.testing.assert_allclose(covariance.ggn_matrix(jacobian, logits), hessian, rtol=1e-9, atol=1e-12)
+
+
+def test_one_logit_is_that_of_class_one_of_two(rng, queries):
+    jacobian, logits = rng.normal(size=(N, 1, P)), rng.normal(size=(N, 1))
+    labels = rng.integers(0, 2, N)
+    p = 1 / (1 + np.exp(-logits[:, 0]))
+    expected = (labels - p)[:, None] * jacobian[:, 0]
+    np.testing.assert_allclose(covariance.scores(jacobian, logits, labels), expected, rtol=1e-12)
+    weighted = np.sqrt(p * (1 - p))[:, None] * jacobian[:, 0]
+    expected = by_inverse(weighted.T @ weighted / N, queries, 0.1)
+    np.testing.assert_allclose(covariance.fisher(jacobian, logits).quadratic_form(queries, damping=0.1), expected)
+
+
+def test_diagonals_are_those_of_the_full_matrices(net, queries):
+    labels = np.arange(N) % C
+    rows = covariance.scores(*net, labels)
+    for built, matrix in (
+        (covariance.empirical_fisher(*net, labels, diagonal=True), rows.T @ rows / N),
+        (covariance.fisher(*net, diagonal=True), covariance.ggn_matrix(*net)),
+    ):
+        expected = by_inverse(np.diag(np.diag(matrix)), queries, 0.1)
+        np.testing.assert_allclose(built.quadratic_form(queries, damping=0.1), expected, rtol=1e-9)
+
+
+def test_isotropic_is_the_squared_norm_and_the_limit_of_large_damping(net, queries):
+    flat = covariance.isotropic().quadratic_form(queries)
+    np.testing.assert_allclose(flat, np.square(queries).sum(1))
+    np.testing.assert_allclose(1e9 * covariance.fisher(*net).quadratic_form(queries, damping=1e9), flat, rtol=1e-6)
+    products = Products(np.square(queries).sum(1), np.zeros((7, 2)))
+    np.testing.assert_allclose(covariance.isotropic(2.0).quadratic_form(products), 2 * flat)
+
+
+def test_posterior_draws_give_the_variance_of_a_linear_function(rng, queries):
+    draws = rng.normal(size=(50, P)) @ rng.normal(size=(P, P))
+    expected = (draws @ queries.T).var(axis=0, ddof=1)
+    np.testing.assert_allclose(covariance.posterior(draws).quadratic_form(queries), expected, rtol=1e-9)
+    shrunk = covariance.posterior(draws).quadratic_form(queries, damping=2.0)
+    np.testing.assert_allclose(shrunk, expected + 2 * np.square(queries).sum(1), rtol=1e-9)
+
+
+def test_more_curvature_never_raises_the_variance(net, queries):
+    matrix = covariance.ggn_matrix(*net)
+    forms = [covariance.hessian(k * matrix).quadratic_form(queries, damping=0.1) for k in (0.0, 0.5, 1.0)]
+    assert (forms[0] >= forms[1]).all()
+    assert (forms[1] >= forms[2]).all()
+    assert (forms[2] > 0).all()
+
+
+def test_a_singular_matrix_needs_damping(rng, net, queries):
+    few = covariance.from_rows(rng.normal(size=(4, P)), "empirical_fisher")
+    with pytest.raises(SingularCovarianceError, match=r"empirical_fisher.*4 rows.*damping above 0"):
+        few.quadratic_form(queries)
+    flat = covariance.hessian(np.diag([0.0, *np.ones(P - 1)]))
+    with pytest.raises(SingularCovarianceError, match="hessian: is singular"):
+        flat.quadratic_form(queries)
+    bent = covariance.hessian(np.diag([-0.5, *np.ones(P - 1)]))
+    with pytest.raises(SingularCovarianceError, match=r"negative eigenvalue -5.0e-01; give a damping above 5.0e-01"):
+        bent.quadratic_form(queries, damping=0.4)
+    assert (bent.quadratic_form(queries, damping=0.6) > 0).all()
+
+
+def test_a_form_lost_in_rounding_is_an_error(rng):
+    """A query inside the proxies' span at a damping far below the precision of its products."""
+    rows = 1e3 * rng.normal(size=(4, P))
+    gram = (rows @ rows.T).astype(np.float32)
+    products = Products(np.diag(gram).astype(np.float64) * (1 - 1e-5), gram.astype(np.float64))
+    with pytest.raises(SingularCovarianceError, match="lost in the rounding"):
+        covariance.from_products(gram, "fisher").quadratic_form(products, damping=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda j, z: covariance.empirical_fisher(j, z, np.full(N, C)), "labels: 3 to 3 given, classes 0 to 2"),
+        (lambda j, z: covariance.empirical_fisher(j, z, np.full(N, -1)), "labels: -1 to -1"),
+        (lambda j, z: covariance.empirical_fisher(j, z, np.zeros(N + 1, int)), "labels: shape"),
+        (lambda j, z: covariance.fisher(j[:0], z[:0]), "at least one example"),
+        (lambda j, z: covariance.fisher(j, z[:, :2]), "jacobian and logits: shapes"),
+        (lambda j, z: covariance.fisher(j * np.nan, z), "jacobian and logits: NaN"),
+        (lambda j, z: covariance.from_rows(j[:0, 0], "fisher"), "rows: shape"),
+        (lambda j, z: covariance.from_products(np.zeros((0, 0)), "fisher"), "at least one row"),
+        (lambda j, z: covariance.from_products(-np.eye(3), "fisher"), "negative"),
+        (lambda j, z: covariance.hessian(np.triu(np.ones((3, 3)))), "not symmetric"),
+        (lambda j, z: covariance.hessian(np.full((3, 3), np.nan)), "not symmetric|NaN"),
+        (lambda j, z: covariance.posterior(np.zeros((1, 3))), "draws: 1 given"),
+        (lambda j, z: covariance.isotropic(0.0), "variance: 0.0"),
+        (lambda j, z: covariance.isotropic().quadratic_form(np.full((2, 3), np.nan)), "g: NaN"),
+        (lambda j, z: covariance.fisher(j, z).quadratic_form(np.ones((2, P)), damping=-1.0), "damping: -1.0"),
+        (lambda j, z: covariance.fisher(j, z).quadratic_form(np.ones((2, P + 1)), damping=1.0), "g: shape"),
+        (lambda j, z: Products(-np.ones(2), np.ones((2, 3))), "squares: negative"),
+        (lambda j, z: Products(np.ones(2), np.full((2, 3), np.nan)), "products: NaN"),
+        (
+            lambda j, z: covariance.from_products(np.eye(4), "fisher").quadratic_form(
+                Products(np.ones(2), np.ones((2, 3))), damping=1.0
+            ),
+            "with 3 rows given, 4 wanted",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(net, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*net)
+
+
+def test_products_and_gradients_are_not_mixed_up(net):
+    products = Products(np.ones(2), np.ones((2, N)))
+    with pytest.raises(TypeError, match="needs the gradients themselves"):
+        covariance.fisher(*net, diagonal=True).quadratic_form(products, damping=1.0)
+    with pytest.raises(TypeError, match="give Products"):
+        covariance.from_products(np.eye(4), "fisher").quadratic_form(np.ones((2, P)), damping=1.0)

@@ -1,0 +1,147 @@
+"""Distortion is zero where there is none, finds what was planted and only that, and does not see the scale."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from isouq import covariance, distortion
+
+N = 200
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def points(rng):
+    return rng.uniform(-3, 3, (N, 2))
+
+
+def test_equal_covariances_are_not_distorted(rng):
+    g, rows = rng.normal(size=(N, 30)), rng.normal(size=(10, 30))
+    first = covariance.from_rows(rows, "empirical_fisher").quadratic_form(g, damping=0.1)
+    second = covariance.from_products(rows @ rows.T, "empirical_fisher").quadratic_form(
+        covariance.Products(np.square(g).sum(1), g @ rows.T), damping=0.1
+    )
+    found = distortion.distortion(first, second)
+    assert np.abs(found.field).max() < 1e-9
+    assert found.spread < 1e-9
+    assert found.scale == pytest.approx(1)
+    features = rng.normal(size=(N, 2))
+    seen = distortion.structure(found.field, features, distortion.shuffles(N, 99, seed=0))
+    assert (seen.explained, seen.p_value) == (0.0, 1.0)
+
+
+def test_scale_is_taken_out(rng):
+    reference, bend = rng.uniform(1, 2, N), rng.normal(size=N)
+    bend -= bend.mean()
+    found = distortion.distortion(1e-7 * reference * np.exp(bend), reference)
+    np.testing.assert_allclose(found.field, bend, atol=1e-12)
+    assert found.scale == pytest.approx(1e-7)
+    assert found.spread == pytest.approx(bend.std())
+
+
+def test_planted_structure_is_found_and_measured(rng, points):
+    near = distortion.nearness(points, rng.normal(size=(20, 2)))
+    signal = (near[:, 0] - near[:, 0].mean()) / near[:, 0].std()
+    field = signal + rng.normal(size=N)  # half of the variance is structure
+    found = distortion.structure(field, near, distortion.shuffles(N, 199, seed=0))
+    assert found.p_value == 1 / 200
+    assert 0.4 < found.explained < 0.6
+    assert 0.4 < found.beyond_chance < found.explained
+
+
+def test_no_structure_is_found_where_none_was_planted(rng, points):
+    """The p-values of pure noise are uniform, and R² beyond chance is zero on average."""
+    near = distortion.nearness(points, rng.normal(size=(20, 2)))
+    permutations = distortion.shuffles(N, 99, seed=0)
+    found = [distortion.structure(rng.normal(size=N), near, permutations) for _ in range(200)]
+    rejected = sum(one.p_value <= 0.05 for one in found)
+    assert 2 <= rejected <= 20  # 10 expected, the binomial's central 99.5 %
+    assert abs(np.mean([one.beyond_chance for one in found])) < 0.005
+
+
+def smooth_maps(rng, shape, n_maps):
+    """Random maps whose neighbours are alike: white noise with its high frequencies cut off."""
+    noise = np.fft.fft2(rng.normal(size=(n_maps, *shape)))
+    frequency = np.add.outer(np.abs(np.fft.fftfreq(shape[0])), np.abs(np.fft.fftfreq(shape[1])))
+    return np.fft.ifft2(noise * np.exp(-20 * frequency)).real.reshape(n_maps, -1)
+
+
+def test_shifts_do_not_take_smoothness_for_structure_as_shuffles_do(rng):
+    shape = (14, 14)
+    maps = smooth_maps(rng, shape, 120)
+    rates = {}
+    for name, permutations in (
+        ("shuffles", distortion.shuffles(196, 99, seed=0)),
+        ("shifts", distortion.grid_shifts(shape, 99, seed=0)),
+    ):
+        pairs = zip(maps[:60], maps[60:], strict=True)
+        found = [distortion.structure(field, other[:, None], permutations) for field, other in pairs]
+        rates[name] = np.mean([one.p_value <= 0.05 for one in found])
+    assert rates["shuffles"] > 0.5  # 0.05 would be right
+    assert rates["shifts"] < 0.15
+
+
+def test_shuffles_stay_within_their_groups():
+    groups = np.repeat([0, 1], [30, 20])
+    rows = distortion.shuffles(50, 20, seed=1, groups=groups)
+    assert (np.sort(rows, axis=1) == np.arange(50)).all()
+    assert (groups[rows] == groups).all()
+    assert len({tuple(row) for row in rows}) == 20
+
+
+def test_grid_shifts_keep_neighbours():
+    rows = distortion.grid_shifts((6, 5), 30, seed=1).reshape(30, 6, 5)
+    assert (np.sort(rows.reshape(30, -1), axis=1) == np.arange(30)).all()
+    for row in rows:
+        y, x = np.divmod(row, 5)
+        assert (np.isin(np.diff(x, axis=1) % 5, (1, 4))).all()
+        assert (np.isin(np.diff(y, axis=0) % 6, (1, 5))).all()
+
+
+def test_nearness_falls_with_distance():
+    line = np.stack([np.linspace(0, 10, 21), np.zeros(21)], 1)
+    nearest, affinity = distortion.nearness(line, np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).T
+    assert nearest[0] == 0
+    assert nearest[-1] == 9
+    assert (np.diff(affinity[4:]) < 0).all()
+
+
+def test_overlap_of_subspaces_from_products_alone(rng):
+    X, Y = rng.normal(size=(2, 8, 60)) * np.geomspace(1, 5, 8)[None, :, None]
+    U, V = (np.linalg.svd(Z, full_matrices=False)[2][:3] for Z in (X, Y))
+    expected = np.square(U @ V.T).sum() / 3
+    assert distortion.overlap(X @ X.T, Y @ Y.T, X @ Y.T, 3) == pytest.approx(expected, rel=1e-9)
+    assert distortion.overlap(X @ X.T, X @ X.T, X @ X.T, 3) == pytest.approx(1)
+    random = [np.linalg.qr(rng.normal(size=(60, 3)))[0].T for _ in range(200)]
+    pairs = itertools.pairwise(random)
+    chance = np.mean([distortion.overlap(np.eye(3), np.eye(3), a @ b.T, 3) for a, b in pairs])
+    assert chance == pytest.approx(3 / 60, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: distortion.distortion(np.ones(3), np.zeros(3)), "reference: a variance is zero at 3 of 3"),
+        (
+            lambda: distortion.distortion(np.array([1.0, -1, 1]), np.ones(3)),
+            "estimate: a variance is negative at 1",
+        ),
+        (lambda: distortion.distortion(np.array([1.0, np.nan]), np.ones(2)), "estimate: NaN"),
+        (lambda: distortion.distortion(np.ones(3), np.ones(4)), "3 and 4 points"),
+        (lambda: distortion.nearness(np.ones((3, 2)), np.ones((0, 2))), "proxies: 0 given"),
+        (lambda: distortion.nearness(np.ones((3, 2)), np.ones((4, 2))), "coincide"),
+        (lambda: distortion.nearness(np.ones((3, 2)), np.ones((4, 3))), "of one width"),
+        (lambda: distortion.structure(np.ones(9), np.ones((8, 2)), np.zeros((1, 9), int)), "field and features"),
+        (lambda: distortion.structure(np.full(9, np.nan), np.ones((9, 2)), np.zeros((1, 9), int)), "NaN"),
+        (lambda: distortion.structure(np.ones(9), np.ones((9, 2)), np.zeros((0, 9), int)), "permutations"),
+        (lambda: distortion.overlap(np.eye(3), np.eye(3), np.eye(3), 4), "k: 4 given, but first has 3"),
+    ],
+)
+def test_what_is_wrong_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
