@@ -35,8 +35,19 @@ def squared_norms(
     chosen = select_parameters(model, parameters)
     if engine != "autograd":
         try:
-            return ghost.squared_norms(model, objective, n_examples, parameters=chosen)
+            return _finite(ghost.squared_norms(model, objective, n_examples, parameters=chosen))
         except NotCovered:
             if engine == "ghost":
                 raise
-    return autograd.squared_norms(model, objective, n_examples, parameters=chosen)
+    return _finite(autograd.squared_norms(model, objective, n_examples, parameters=chosen))
+
+
+def _finite(norms: SquaredNorms) -> SquaredNorms:
+    wrong = (~norms.by_parameter.isfinite()).nonzero()
+    if len(wrong):
+        example, _, place = wrong[0].tolist()
+        raise ValueError(
+            f"model: the gradient of {norms.names[place]} is NaN or infinite for example {example} of a batch, finite "
+            "ones wanted; a model in float16 overflows where bfloat16 and float32 do not"
+        )
+    return norms

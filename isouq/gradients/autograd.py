@@ -11,7 +11,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.common import Objective, SquaredNorms, Tracked, differentiable
+from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
+from isouq.gradients.graph import Graph, is_custom
 
 
 def squared_norms(
@@ -22,6 +23,7 @@ def squared_norms(
     for i in range(n_examples):
         with differentiable(model, parameters) as tracked:
             values = objective(slice(i, i + 1))[0]
+            check_differentiable(values)
             found.append(values.detach().double().cpu())
             rows.append(torch.stack([_one(values, k, tracked) for k in range(len(values))]))
     n_parameters = sum(p.numel() for p in parameters.values())
@@ -31,42 +33,48 @@ def squared_norms(
 def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
     """The squared norm of the gradient of values[k], by parameter: (param,) float64."""
     squares = {name: torch.zeros((), dtype=torch.float64) for name in tracked.parameters}
-    tensors = [*tracked.parameters.values(), *tracked.loaded]
-    kept = [p.grad for p in tensors]
-    copies = Counter(tracked.names[id(p)] for p in tracked.loaded)  # more than one where offloading tore a tie
+    graph = Graph(values)
+    outside = [leaf for _, leaf in graph.leaves() if id(leaf) not in tracked.names]
+    kept = [(p, p.grad) for p in [*tracked.tensors, *outside]]
+    copies = Counter(tracked.names[id(p)] for p in tracked.tensors)  # more than one where offloading tore a tie
     sums: dict[str, Tensor] = {}
 
     def square(p: Tensor) -> None:
         name, grad = tracked.names[id(p)], p.grad
-        assert grad is not None
         p.grad = None
+        if name not in squares or grad is None:
+            return
+        grad = grad.to_dense() if grad.is_sparse else grad
         if copies[name] > 1:
-            grad = sums[name] = grad + sums[name] if name in sums else grad
+            grad = sums[name] = grad + sums.get(name, 0)
         norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(p.dtype, torch.float32))
         squares[name] = norm.double().square().cpu()
 
-    for p in tensors:
+    for p, _ in kept:
         p.grad = None
-    handles = [p.register_post_accumulate_grad_hook(square) for p in tensors if p.requires_grad and p.is_leaf]
+    leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
+    # A custom function, such as reentrant checkpointing, may bring a gradient in parts: then all are kept to the end.
+    in_parts = any(is_custom(node) for node in graph.order)
+    handles = [] if in_parts else [p.register_post_accumulate_grad_hook(square) for p in leaves]
     try:
-        if values.requires_grad:
-            values[k].backward(retain_graph=k + 1 < len(values))
+        values[k].backward(retain_graph=k + 1 < len(values))
+        for p in leaves if in_parts else ():
+            square(p)
     finally:
         for handle in handles:
             handle.remove()
-        for p, grad in zip(tensors, kept, strict=True):
+        for p, grad in kept:
             p.grad = grad
     return torch.stack(list(squares.values()))
 
 
 def gradient(value: Tensor, tracked: Tracked) -> Tensor:
     """The gradient of one scalar over all parameters, flattened: (param,), at least float32, on the CPU."""
-    tensors = [*tracked.parameters.values(), *tracked.loaded]
+    check_differentiable(value)
     flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
-    if value.requires_grad:
-        leaves = [p for p in tensors if p.requires_grad]
-        for p, grad in zip(leaves, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
-            if grad is not None:
-                name = tracked.names[id(p)]
-                flat[name] = flat[name] + grad.flatten().cpu()
+    leaves = [p for p in tracked.tensors if p.requires_grad and tracked.names[id(p)] in flat]
+    for p, grad in zip(leaves, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
+        if grad is not None:
+            name = tracked.names[id(p)]
+            flat[name] = flat[name] + grad.to_dense().flatten().cpu()
     return torch.cat(list(flat.values()))

@@ -15,6 +15,9 @@ Objective = Callable[[slice], Tensor]
 """Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
 
 
+DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class SquaredNorms:
     """What was differentiated, its squared gradient norms, and over which parameters.
@@ -56,7 +59,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
 
 
 def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
-    wrong = [f"{n} ({p.dtype})" for n, p in chosen.items() if not p.is_floating_point() or p.is_quantized]
+    wrong = [f"{n} ({p.dtype})" for n, p in chosen.items() if p.dtype not in DIFFERENTIABLE or p.is_quantized]
     wrong += [
         f"{n} ({type(m).__name__})"
         for n, m in model.named_modules()
@@ -71,16 +74,19 @@ def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None
 
 @dataclass
 class Tracked:
-    """Which tensor stands for which parameter: the parameters themselves, and the copies that offloading loads."""
+    """Which tensor stands for which parameter: the parameters themselves, and the copies that offloading loads.
+
+    `parameters` are the chosen ones, `names` (by identity) those of all, `tensors` all that may gather a gradient.
+    """
 
     parameters: dict[str, nn.Parameter]
     names: dict[int, str] = field(default_factory=dict)
-    loaded: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Take note of a tensor that a hook puts in a parameter's place; holding it keeps its identity."""
         self.names[id(tensor)] = name
-        self.loaded.append(tensor)
+        self.tensors.append(tensor)
 
 
 class _Watched(dict[str, Any]):
@@ -108,19 +114,24 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]:
-    """Let exactly the `chosen` parameters require a gradient, and put everything back, also after an error."""
+    """Let all parameters require a gradient, of which the `chosen` are asked for; put everything back afterwards.
+
+    All of them, so that autograd's graph tells how the examples are laid out from the input on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
     tied, every = _tied(model), dict(model.named_parameters(remove_duplicate=False))
-    tracked = Tracked({name: every[name] for name in chosen})
-    tracked.names = {id(p): name for name, p in tracked.parameters.items()}
-    tracked.names |= {id(every[name]): to for name, to in tied.items() if to in tracked.parameters}
+    tracked = Tracked({name: every[name] for name in chosen}, tensors=list(model.parameters()))
+    tracked.names = {id(p): name for name, p in reversed(every.items())}
+    tracked.names |= {id(every[name]): to for name, to in tied.items()}
     flags = [(p, p.requires_grad) for p in every.values()]
     offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
     try:
         for p, _ in flags:
-            if p.is_floating_point():
-                p.requires_grad_(id(p) in tracked.names)
+            if p.dtype in DIFFERENTIABLE:
+                p.requires_grad_()
         for module in offloaded:
-            names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if id(p) in tracked.names}
+            names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
         with torch.enable_grad():
             yield tracked
@@ -129,3 +140,9 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
             module._parameters = dict(module._parameters)
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def check_differentiable(values: Tensor) -> None:
+    """Refuse values that no parameter could have a gradient from; a score of exactly zero would hide the reason."""
+    if not values.requires_grad:
+        raise ValueError("model: its output carries no gradient (detached, or computed under torch.no_grad())")

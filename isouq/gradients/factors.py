@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 
+class NoRule(Exception):
+    """Two forms of gradient meet, or one meets an operation, for which there is no rule; says which."""
+
+
 @dataclass(frozen=True)
 class Outer:
     """Σ_t left_t ⊗ right_t per example: left (example, token, a), right (example, token, b), gradient (a, b).
@@ -137,7 +141,7 @@ def inner(f: Factor, g: Factor) -> Tensor:
         return total(values * (wide(f.right) @ wide(g.rows).transpose(1, 2)))
     if isinstance(f, Dense) or isinstance(g, Dense):
         return inner(_densified(f), _densified(g))
-    raise TypeError(f"no inner product of {type(f).__name__} with {type(g).__name__}")
+    raise NoRule(f"has a {type(f).__name__} and a {type(g).__name__} gradient, whose product has no rule")
 
 
 def _densified(f: Factor) -> Dense:
@@ -145,7 +149,7 @@ def _densified(f: Factor) -> Dense:
         return Dense(f.dense())
     if isinstance(f, Dense):
         return f
-    raise TypeError(f"a {type(f).__name__} gradient meets a dense one of the same parameter")
+    raise NoRule(f"has a dense gradient besides that of another form ({type(f).__name__})")
 
 
 def pick(f: Outer, index: Tensor) -> Tensor:

@@ -8,18 +8,21 @@ them. A use without a rule raises `NotCovered` before anything is returned.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointError
 
-from isouq.gradients.common import Objective, SquaredNorms, differentiable
-from isouq.gradients.factors import Factor, Outer, Picked, inner, pick, squared_norm
-from isouq.gradients.graph import Graph, Layout, Node, NotCovered, operation, output_shape
-from isouq.gradients.rules import RULES, Context, Rule, SharedGrams, Step, saved_matrix, step
+from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
+from isouq.gradients.factors import Factor, NoRule, Outer, Picked, inner, pick, squared_norm
+from isouq.gradients.graph import Graph, Layout, Node, NotCovered, is_custom, operation, output_shape
+from isouq.gradients.rules import INPUT_FIRST, RULES, Context, Rule, SharedGrams, Step, step
 
 Visit = Callable[["Use", list[Factor]], None]
 
@@ -40,7 +43,12 @@ class Use:
         out: list[Factor] = []
         for factor in found if isinstance(found, list) else [found]:
             for back in self.steps:
-                factor = back(factor)
+                try:
+                    factor = back(factor)
+                except NoRule as error:
+                    raise self.context.refuse(str(error)) from None
+            if len(next(v for v in vars(factor).values() if isinstance(v, Tensor))) != self.context.n_examples:
+                raise self.context.refuse(f"meets a value in {self.node.name()} that is not laid out by example")
             out.append(factor)
         return out
 
@@ -50,7 +58,7 @@ class Plan:
     """All uses of the parameters in one batch's graph, and the backward pass that visits them."""
 
     values: Tensor
-    names: dict[int, str]
+    tracked: Tracked
     n_examples: int
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     by_node: dict[Node, list[Use]] = field(default_factory=lambda: defaultdict(list))
@@ -60,12 +68,13 @@ class Plan:
         self.grams = SharedGrams()
         self.layout = Layout(self.n_examples)
         for leaf, variable in self.graph.leaves():
-            if id(variable) not in self.names:
+            name = self.tracked.names.get(id(variable))
+            if name is None:
                 raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
-            self._follow(leaf, self.names[id(variable)], tuple(variable.shape), ())
-        for x in (saved_matrix(use.node, use.slot) for uses in self.by_node.values() for use in uses):
-            if x is not None:
-                self.grams.announce(x)
+            if name in self.tracked.parameters:
+                self._follow(leaf, name, tuple(variable.shape), ())
+        self._check_custom_functions()
+        self.grams.announce((use.node, use.slot) for uses in self.by_node.values() for use in uses)
         self.roots = self.graph.roots(set(self.by_node))
 
     def _follow(self, node: Node, name: str, shape: tuple[int, ...], steps: tuple[Step, ...]) -> None:
@@ -75,11 +84,26 @@ class Plan:
                 self._follow(consumer, name, output_shape(consumer), (back, *steps))
                 continue
             rule = RULES.get(operation(consumer))
-            if rule is None:
+            if rule is None or (slot == 0 and operation(consumer) in INPUT_FIRST):
                 raise NotCovered(name, f"is used by {consumer.name()}, which no rule covers")
             use = Use(consumer, slot, steps, rule, Context(name, shape, self.layout, self.grams))
             self.uses[name].append(use)
             self.by_node[consumer].append(use)
+
+    def _check_custom_functions(self) -> None:
+        """A Python autograd.Function may run a backward pass of its own, for parameters that this graph lacks."""
+        absent = [name for name in self.tracked.parameters if name not in self.uses]
+        for node in filter(is_custom, self.graph.order):
+            if absent or "checkpoint" in node.name().lower():
+                raise NotCovered(absent[0] if absent else "an activation", f"may be used inside {node.name()}")
+
+    def squares(self, k: int, *, weights: Tensor | None = None, retain: bool) -> Tensor:
+        """‖∇ objective[i, k]‖² by parameter, (example, param) float64; the objectives times `weights` (example,)."""
+        collector, column = Collector(self), self.values[:, k]
+        seed = column.sum() if weights is None else column @ weights.to(column)
+        self.backward(seed, collector, retain=retain)
+        nothing = torch.zeros(self.n_examples, dtype=torch.float64)
+        return torch.stack([collector.squares.get(name, nothing) for name in self.tracked.parameters], 1)
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
         """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it."""
@@ -117,7 +141,10 @@ class Collector:
         name = use.context.parameter
         earlier = self.pending[name]
         for factor in factors:
-            square = squared_norm(factor) + sum(2 * inner(factor, other) for other in earlier)
+            try:
+                square = squared_norm(factor) + sum(2 * inner(factor, other) for other in earlier)
+            except NoRule as error:
+                raise use.context.refuse(str(error)) from None
             self.squares[name] = self.squares.get(name, 0) + square.cpu()
         if len(self.plan.uses[name]) > 1:
             earlier.extend(self._shrink(use, factor) for factor in factors)
@@ -125,7 +152,8 @@ class Collector:
     def _shrink(self, use: Use, factor: Factor) -> Factor:
         """Of a head's (token, vocab) gradient, keep only the columns that the tied embedding's tokens will ask for."""
         others = [u for u in self.plan.uses[use.context.parameter] if u is not use]
-        if isinstance(factor, Outer) and len(others) == 1 and others[0].rule is RULES["Embedding"]:
+        look_up = len(others) == 1 and others[0].rule is RULES["Embedding"] and not others[0].steps
+        if isinstance(factor, Outer) and look_up:
             index = others[0].node._saved_indices.reshape(self.plan.n_examples, -1)
             return Picked(pick(factor, index), factor.right)
         return factor
@@ -139,37 +167,69 @@ def squared_norms(
     Raises NotCovered, naming the parameter, where exactness cannot be vouched for.
     """
     n_parameters = sum(p.numel() for p in parameters.values())
-    with differentiable(model, parameters) as tracked:
+    with differentiable(model, parameters) as tracked, _refusing_recomputation():
         values = objective(slice(0, n_examples))
-        out = torch.zeros(*values.shape, len(parameters), dtype=torch.float64)
-        if values.requires_grad:
-            plan = Plan(values, tracked.names, n_examples)
-            check_isolation(model, plan)
-            for k in range(values.shape[1]):
-                collector = Collector(plan)
-                plan.backward(values[:, k].sum(), collector, retain=k + 1 < values.shape[1])
-                for place, name in enumerate(parameters):
-                    out[:, k, place] = collector.squares.get(name, 0)
-        return SquaredNorms(values.detach().double().cpu(), out, tuple(parameters), "ghost", n_parameters)
+        check_differentiable(values)
+        plan = Plan(values, tracked, n_examples)
+        last = values.shape[1] - 1
+        columns = [plan.squares(0, retain=last > 0 or not isolated(model, plan))]
+        check_isolation(model, plan, objective, columns[0])
+        columns += [plan.squares(k, retain=k < last) for k in range(1, last + 1)]
+        by_parameter = torch.stack(columns, 1)
+    return SquaredNorms(values.detach().double().cpu(), by_parameter, tuple(parameters), "ghost", n_parameters)
 
 
-_ISOLATED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+@contextmanager
+def _refusing_recomputation() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise NotCovered("an activation", "is computed anew in the backward pass (gradient checkpointing)") from error
 
 
-def check_isolation(model: nn.Module, plan: Plan) -> None:
-    """Once per model: the gradient of example 0 alone must leave every other example's rows exactly zero.
+# ── Do the examples of a batch stay apart? Layouts are read off shapes, so each kind of graph is tried once. ────────
 
-    This catches a layout that was read wrongly and models in which the examples of a batch meet.
+_ISOLATED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+
+
+def _structure(model: nn.Module, plan: Plan) -> int:
+    """What a layout hangs on: the modules' modes, and through which operations each parameter is used."""
+    modes = tuple(module.training for module in model.modules())
+    uses = frozenset((use.context.parameter, operation(use.node), len(use.steps)) for use in chain(*plan.uses.values()))
+    return hash((modes, uses))
+
+
+def isolated(model: nn.Module, plan: Plan) -> bool:
+    """Whether `check_isolation` has nothing left to do."""
+    return plan.n_examples == 1 or _structure(model, plan) in _ISOLATED.get(model, ())
+
+
+def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None) -> None:
+    """Refuse a layout that was read wrongly, and models in which the examples of a batch meet.
+
+    With weights w_i on the objectives each example's squared norm must grow by exactly w_i², or another's gradient is
+    in it; and the last example alone must have the value that it has in the batch. Done once for each structure of the
+    graph, and for every batch where rows of the raw input are multiplied, as nothing tells whose they are.
+    `squares` are those of column 0, where they are known.
     """
-    if plan.n_examples == 1 or model in _ISOLATED:
+    if isolated(model, plan):
         return
-
-    def visit(use: Use, factors: list[Factor]) -> None:
-        for factor in factors:
-            sides = [v for v in vars(factor).values() if isinstance(v, Tensor) and v.is_floating_point()]
-            if all(bool(side[1:].any()) for side in sides):
-                why = "gathers gradients of one example from another's rows: the examples of a batch meet"
-                raise NotCovered(use.context.parameter, why)
-
-    plan.backward(plan.values[0, 0], visit, retain=True)
-    _ISOLATED[model] = True
+    n, types = plan.n_examples, {p.dtype for p in model.parameters()}
+    squares = plan.squares(0, retain=True) if squares is None else squares
+    radix, base = (4 if torch.float16 in types else 16), 1  # powers of two scale exactly, within the type's range
+    while base < n:
+        weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
+        base *= radix
+        scaled = plan.squares(0, weights=weights, retain=True) / weights.double().square()[:, None]
+        allowed = (0.2 if torch.float16 in types else 1e-4) * squares + 1e-9 * squares.sum(1, keepdim=True)
+        wrong = ((scaled - squares).abs() > allowed).any(0).nonzero().flatten()
+        if len(wrong):
+            name = list(plan.tracked.parameters)[int(wrong[0])]
+            raise NotCovered(name, "gathers gradients of one example in another's: the examples of a batch meet")
+    with torch.no_grad():
+        alone, together = objective(slice(n - 1, n))[0], plan.values[-1]
+    slack = 0.1 if types & {torch.float16, torch.bfloat16} else 1e-4
+    if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
+        raise NotCovered("the output", "for an example changes with the others of its batch, or with its padding")
+    if not plan.layout.assumed:
+        _ISOLATED.setdefault(model, set()).add(_structure(model, plan))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that depend on the operation
 
@@ -69,6 +70,15 @@ def operation(node: Node) -> str:
     return node.name().rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
 
 
+def is_custom(node: Node) -> bool:
+    """Whether a Python autograd.Function stands at the node: it may hold parameters that the graph does not show.
+
+    Operators registered with torch.library name all their inputs, so theirs are not meant.
+    """
+    name: str = node.name()
+    return isinstance(node, BackwardCFunction) and not name.startswith("GeneratedBackwardFor_")
+
+
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of the value that the node's operation gave."""
     return tuple(node._input_metadata[number].shape)
@@ -119,6 +129,7 @@ class Layout:
     """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples."""
 
     n_examples: int
+    assumed: bool = False  # whether rows of a value without a history were taken to be in the examples' order
     _known: dict[Node, Tensor | None] = field(default_factory=dict)
 
     def split(self, matrix: Tensor, owner: Tensor | None) -> Tensor:
@@ -143,6 +154,7 @@ class Layout:
             return None
         source, number = node.next_functions[slot]
         if source is None:  # the raw input
+            self.assumed = True
             return self._checked(None, n_rows, node, parameter)
         return self._checked(self._trace(source, number), n_rows, node, parameter)
 
@@ -185,6 +197,7 @@ class Layout:
     def _child(self, node: Node, slot: int, shape: tuple[int, ...]) -> Any:
         source, number = node.next_functions[slot]
         if source is None:
+            self.assumed = True
             return None if slot == 0 and shape[0] % self.n_examples == 0 else False
         if output_shape(source, number)[:1] != shape[:1] and operation(node) not in RESHAPES:
             return False

@@ -104,8 +104,8 @@ def _factor_bytes(model: nn.Module, batch: tuple[Objective, int], chosen: dict[s
         sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors) / n
 
     with differentiable(model, chosen) as tracked:
-        plan = Plan(objective(slice(0, n)), tracked.names, n)
-        check_isolation(model, plan)
+        plan = Plan(objective(slice(0, n)), tracked, n)
+        check_isolation(model, plan, objective)
         plan.backward(plan.values[:, 0].sum(), visit, retain=False)
     return sizes
 
@@ -126,7 +126,7 @@ def _gather(
         with differentiable(model, chosen) as tracked:
             values = objective(slice(0, n))
             if values.requires_grad:
-                Plan(values, tracked.names, n).backward(values[:, 0].sum(), visit, retain=False)
+                Plan(values, tracked, n).backward(values[:, 0].sum(), visit, retain=False)
         start += n
     return kept
 

@@ -7,7 +7,8 @@ To cover a new layer, add one function here and one row to the table in tests/gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isouq.gradients.factors import Dense, Factor, Outer, Rows, gram, wide
+from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, gram, wide
 from isouq.gradients.graph import Layout, Node, NotCovered, operation, output_shape
 
 Step = Callable[[Factor], Factor]
@@ -39,9 +40,16 @@ class SharedGrams:
         """Saved tensors are alive together, so equal storage and shape mean the same activation."""
         return x.device, x.data_ptr(), x.shape, x.stride()
 
-    def announce(self, x: Tensor) -> None:
-        """Count one more user of x."""
-        self.users[self.key(x)] = self.users.get(self.key(x), 0) + 1
+    def announce(self, uses: Iterable[tuple[Node, int]]) -> None:
+        """Count the users of each activation; none where saved tensors are unpacked anew, as then keys say nothing."""
+        users: Counter[tuple[Any, ...]] = Counter()
+        for node, slot in uses:
+            x, again = saved_matrix(node, slot), saved_matrix(node, slot)
+            if x is not None and again is not None:
+                if x.data_ptr() != again.data_ptr():
+                    return
+                users[self.key(x)] += 1
+        self.users = dict(users)
 
     def get(self, x: Tensor, split: Tensor) -> Callable[[], Tensor] | None:
         """A function giving split·splitᵀ, or None where nobody shares it."""
@@ -258,6 +266,8 @@ RULES: dict[str, Rule] = {
     "NativeGroupNorm": _group_norm,
     "Convolution": _convolution,
 }
+INPUT_FIRST = frozenset(["NativeLayerNorm", "FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "Convolution"])
+"""Operations whose first input is the activation; a parameter there has no rule."""
 
 # ── Steps: operations on the parameter alone, undone on the factor ─────────────────────────────────────────────
 
@@ -269,13 +279,19 @@ def _same(factor: Factor) -> Factor:
 def _transpose(factor: Factor) -> Factor:
     if isinstance(factor, Outer):
         return factor.transposed()
-    assert isinstance(factor, Dense)
-    return Dense(factor.grad.transpose(-1, -2))
+    return Dense(_dense(factor, "is transposed").transpose(-1, -2))
+
+
+def _dense(factor: Factor, what: str) -> Tensor:
+    if not isinstance(factor, Dense):
+        raise NoRule(f"{what} before a use of which the gradient is in the form {type(factor).__name__}")
+    return factor.grad
 
 
 def _reshape(shape: tuple[int, ...]) -> Step:
     def back(factor: Factor) -> Factor:
-        grad = factor.dense() if isinstance(factor, Outer) else factor.grad  # type: ignore[union-attr]
+        whole = isinstance(factor, Outer) and factor.slot is None
+        grad = factor.dense() if whole else _dense(factor, "is reshaped")  # type: ignore[union-attr]
         return Dense(grad.reshape(len(grad), *shape))
 
     return back
@@ -285,8 +301,8 @@ def _look_up(index: Tensor, padding: int) -> Step:
     """Back through an embedding that was looked up once for all examples (positions)."""
 
     def back(factor: Factor) -> Factor:
-        assert isinstance(factor, Dense)
-        rows = factor.grad.reshape(len(factor.grad), index.numel(), -1)
+        grad = _dense(factor, "is looked up")
+        rows = grad.reshape(len(grad), index.numel(), -1)
         flat = index.reshape(1, -1).expand(len(rows), -1)
         if 0 <= padding < 2**63:
             rows = rows.masked_fill((flat == padding).unsqueeze(-1), 0)
@@ -298,7 +314,7 @@ def _look_up(index: Tensor, padding: int) -> Step:
 def _slot(expert: int) -> Step:
     def back(factor: Factor) -> Factor:
         if not isinstance(factor, Outer) or factor.slot is not None:
-            raise NotCovered("a slice of a stacked parameter", "has no rule for this use")
+            raise NoRule("is sliced before a use that has no rule")
         return Outer(factor.left, factor.right, factor.left_gram, factor.right_gram, slot=expert)
 
     return back
@@ -318,14 +334,19 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
     if name == "Embedding" and node._saved_indices.shape[0] != n_examples:
         return None if node._saved_scale_grad_by_freq else _look_up(node._saved_indices, node._saved_padding_idx)
     if name == "Select" and node._saved_dim in (0, 2**64 - len(shape)):
-        return _slot(int(node._saved_index))
+        return _slot(_signed(node._saved_index) % shape[0])
     if name == "Index":
         index = node._saved_indices
         if len(index) == 1 and index[0] is not None and index[0].dim() == 0:
-            return _slot(int(index[0]))
+            return _slot(int(index[0]) % shape[0])
     return None
 
 
+def _signed(number: int) -> int:
+    """Negative numbers are stored unsigned."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def _last_two(node: Node, n_dims: int) -> bool:
-    dims = {(d - 2**64 if d >= 2**63 else d) % n_dims for d in (node._saved_dim0, node._saved_dim1)}
+    dims = {_signed(d) % n_dims for d in (node._saved_dim0, node._saved_dim1)}
     return dims == {n_dims - 2, n_dims - 1}
