@@ -1,0 +1,110 @@
+"""Keep a run and quote it in the README: results/PROFILE/{results.json,overview.svg} and the README's measured block.
+
+    python book/readme.py build/embedded/results.json
+
+No number of ours is typed into the README: what stands between its two markers is written here, from that file.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+from isouq_book import figure, results  # noqa: E402
+from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
+
+BEGIN, END = "<!-- measured: written by book/readme.py -->", "<!-- end of what was measured -->"
+MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
+DATA_SETS = {"truthfulqa_choose": "TruthfulQA (choosing)", "wikidata": "Wikidata recall", "triviaqa": "TriviaQA"}
+METHODS = {
+    "likelihood": "negative log-likelihood (the control)",
+    "epistemic": "epistemic U_E",
+    "aleatoric": "aleatoric U_A",
+    "combined": "both, fitted",
+    "log_gradient": "log G, the variance of log p",
+}
+
+
+def measured(run: Results, folder: str) -> str:
+    """The README's block: the figure, the table behind it, what a score costs, and which run it was."""
+    entries = run.entries
+    model = next((name for name in MODELS if f"qa.{name}.wikidata.accuracy" in entries), None)
+    if model is None:
+        raise ValueError("results.json holds no question-answering results; run a profile with 04_llm_qa")
+    lines = [
+        f"![How well each score tells wrong answers of {MODELS[model]} from right ones]({folder}/overview.svg)",
+        "",
+        f"AUROC for “the answer is wrong” of {MODELS[model]} (4-bit checkpoint, in float32), high = wrong, with 95 %",
+        "bootstrap intervals over questions. ½ is chance; below ½ a score points the wrong way.",
+        "",
+        "| | " + " | ".join(DATA_SETS.values()) + " |",
+        "| --- |" + " --- |" * len(DATA_SETS),
+        "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in DATA_SETS) + " |",
+    ]
+    for method, label in METHODS.items():
+        cells = [_cell(entries, f"qa.{model}.{d}.{method}.auroc") for d in DATA_SETS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_cost(entries), _run(run.meta)])
+
+
+def _cell(entries: Mapping[str, Entry], key: str) -> str:
+    return format_interval(entries[key]) if key in entries else "too few of a class to say"
+
+
+def _cost(entries: Mapping[str, Entry]) -> list[str]:
+    found = []
+    for model, label in MODELS.items():
+        keys = [f"cost.{model}.epistemic.relative_to_forward", f"cost.{model}.epistemic.speedup_over_autograd"]
+        if all(key in entries for key in keys):
+            ratio, speedup = (format_number(entries[key].value, ".1f") for key in keys)
+            found.append(
+                f"{label}: {ratio} × its plain forward pass, {speedup} × faster than a backward pass per example"
+            )
+    head = "Cost of the exact norm over all parameters, batches of 8 at 64 tokens: "
+    return [head + "; ".join(found) + ".", ""] if found else []
+
+
+def _run(meta: Mapping[str, object]) -> str:
+    created, commit = str(meta.get("created", ""))[:10], str(meta.get("commit", ""))[:10]
+    hardware = meta.get("hardware")
+    machine = (
+        f", {hardware.get('cpu_count')} cores" if isinstance(hardware, Mapping) and "cpu_count" in hardware else ""
+    )
+    return f"Profile `{meta.get('profile')}`, {created}, commit {commit}{machine}."
+
+
+def with_block(readme: str, block: str) -> str:
+    """The README's text with the block between its markers. Raises ValueError when a marker is missing."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(readme):
+        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}")
+    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", readme)
+
+
+def main(path: str) -> None:
+    """Copy the results, draw the overview and rewrite the README's block."""
+    run = results.load(path)
+    folder = f"results/{run.meta['profile']}"
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, ROOT / folder / "results.json")
+    model = next(name for name in MODELS if f"qa.{name}.wikidata.accuracy" in run.entries)
+    patterns = [f"qa.{model}.{data_set}.{{method}}.auroc" for data_set in DATA_SETS]
+    methods = list(METHODS)
+    panels = figure.read_panels(patterns, list(DATA_SETS.values()), methods, run.entries)
+    target = ROOT / folder / "overview.svg"
+    figure.draw(panels, methods, target, xlabel="AUROC, wrong answers", reference=0.5)
+    readme = ROOT / "README.md"
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), measured(run, folder)), encoding="utf-8")
+    print(f"{folder} and README.md: written")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python book/readme.py build/PROFILE/results.json")
+    main(sys.argv[1])
