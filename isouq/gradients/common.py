@@ -114,9 +114,9 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]:
-    """Let all parameters require a gradient, of which the `chosen` are asked for; put everything back afterwards.
+    """Let all parameters require a gradient, or none if none is `chosen`; put everything back afterwards.
 
-    All of them, so that autograd's graph tells how the examples are laid out from the input on.
+    All of them, as autograd's graph then tells from the input on how the examples are laid out.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
@@ -129,7 +129,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
     try:
         for p, _ in flags:
             if p.dtype in DIFFERENTIABLE:
-                p.requires_grad_()
+                p.requires_grad_(bool(tracked.parameters))
         for module in offloaded:
             names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
