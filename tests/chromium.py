@@ -127,6 +127,7 @@ def browse(profile: Path) -> Iterator[Page]:
     """A fresh browser with an empty profile in the folder `profile`; it is gone afterwards."""
     process = subprocess.Popen(
         [executable(), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        env=os.environ | {"TMPDIR": str(profile)},  # what it leaves behind goes with the folder
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
