@@ -73,9 +73,7 @@ def _cost(entries: Mapping[str, Entry]) -> list[str]:
 def _run(meta: Mapping[str, object]) -> str:
     created, commit = str(meta.get("created", ""))[:10], str(meta.get("commit", ""))[:10]
     hardware = meta.get("hardware")
-    machine = (
-        f", {hardware.get('cpu_count')} cores" if isinstance(hardware, Mapping) and "cpu_count" in hardware else ""
-    )
+    machine = f", {hardware.get('cores')} cores" if isinstance(hardware, Mapping) and "cores" in hardware else ""
     return f"Profile `{meta.get('profile')}`, {created}, commit {commit}{machine}."
 
 

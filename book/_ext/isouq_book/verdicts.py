@@ -52,7 +52,7 @@ def judge(rule: Mapping[str, Any], key: str, results: Mapping[str, Measured], *,
         return Verdict("not yet run")
     bounds = [_bounds(results[one], exact) for one in needed]
     if None in bounds:
-        return Verdict("undecided", "too few examples for an interval")
+        return Verdict("undecided", "no interval at this size")
     low, high = bounds[0]
     if name == "greater_than":
         return _compare(low, high, *bounds[1])
