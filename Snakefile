@@ -2,7 +2,7 @@
 #
 #   make book PROFILE=smoke      what most people type
 #   make plan PROFILE=smoke      what would run, and why
-#   snakemake --cores all --config profile=smoke --executor slurm     the same graph on a cluster
+#   snakemake --config profile=smoke --executor slurm --jobs 20     the same graph on a cluster (with its plugin)
 #
 # A job runs again when what it depends on has changed in content: its notebook, the modules that the notebook
 # can reach, its own section of the profile, the checksums of its assets, the lock, or the rule itself.
