@@ -1,0 +1,43 @@
+"""The README says what is so: its snippets run as they stand, its numbers are those of the kept results."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+import readme  # noqa: E402
+from isouq_book import results  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs_as_it_stands(snippet, capsys):
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.search(r"\d\.\d", capsys.readouterr().out)
+
+
+def test_there_are_snippets_for_every_public_function():
+    for name in ("load_causal_lm", "score_texts", "score_tokens", "score_classes", "score_outputs", "inner_products"):
+        assert any(f".{name}(" in snippet for snippet in SNIPPETS), name
+
+
+def test_the_measured_block_is_that_of_the_kept_results():
+    kept = sorted((ROOT / "results").glob("*/results.json"))
+    assert kept, "no results are kept: python book/readme.py build/PROFILE/results.json"
+    folder = re.search(r"\((results/[\w-]+)/overview\.svg\)", TEXT)
+    assert folder, "the README shows no figure made from results"
+    run = results.load(ROOT / folder[1] / "results.json")
+    assert readme.with_block(TEXT, readme.measured(run, folder[1])) == TEXT
+    assert (ROOT / folder[1] / "overview.svg").is_file()
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="lacks the markers"):
+        readme.with_block("nothing", "block")
