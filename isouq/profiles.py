@@ -31,6 +31,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
+SyntheticProblem = (
+    MulticlassProblem
+    | Literal["binary_linear", "binary_xor", "binary_rings"]
+    | Literal["regression_linear", "regression_nonlinear"]
+)
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -66,15 +71,32 @@ class Derivation(Parameters):
     n_draws: Count = 1000
 
 
+class Mcmc(Parameters):
+    """03_mcmc: eight problems against reference posteriors, and the network's size."""
+
+    store_dir: str = "build/store"
+    records_dir: str = "build/store/mcmc"
+    n_workers: Count = 2
+    n_seeds: Count = 2
+    n_chains: Annotated[int, Field(ge=4)] = 8
+    n_warmup: Count = 400
+    n_draws: Annotated[int, Field(ge=100)] = 500
+    data_sizes: list[Count] = Field(default=[20, 80, 320], min_length=2)
+    size_problems: list[SyntheticProblem] = Field(default=["binary_rings", "multiclass_clusters"], min_length=1)
+    size_widths: list[Count] = Field(default=[4, 16, 64], min_length=2)
+    size_depths: list[Count] = Field(default=[1], min_length=1)
+    size_seeds: Count = 2
+
+
 class LlmQa(Parameters):
     """04_llm_qa: real language models on real questions."""
 
     store_dir: str = "build/store"
     models: list[str] = Field(default=["smollm2-135m-instruct"], min_length=1)
     data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
-    n_questions: Count = 60
+    n_questions: Count = 120
     n_shots: Annotated[int, Field(ge=0, le=32)] = 5
-    n_token_mean: Annotated[int, Field(ge=0)] = 60
+    n_token_mean: Annotated[int, Field(ge=0)] = 40
     engine: Engine = "auto"
     batch_size: Count = 8
     max_new_tokens: Count = 24
@@ -102,7 +124,7 @@ class LlmQa(Parameters):
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {"01_derivation": Derivation, "04_llm_qa": LlmQa}
+SCHEMAS: dict[str, type[Parameters]] = {"01_derivation": Derivation, "03_mcmc": Mcmc, "04_llm_qa": LlmQa}
 
 # No default that validates: a section is there, as a mapping, or the notebook does not run.
 _SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}

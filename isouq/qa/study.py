@@ -47,8 +47,8 @@ class Settings:
     n_shots: int = 5
     max_new_tokens: int = 24
     engine: Engine = "auto"
-    n_questions: int = 60
-    n_token_mean: int = 60  # questions also scored by `token_mean`, which costs a backward pass per token
+    n_questions: int = 120
+    n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
     store_dir: str = "build/store"
 

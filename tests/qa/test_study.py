@@ -136,7 +136,7 @@ def test_kill_9_at_any_point_loses_nothing_and_repeats_nothing(tmp_path: Path, l
     path = tmp_path / "killed.sqlite"
     command = [sys.executable, "-c", KILLED, str(path), str(Path(__file__).parent)]
     written: list[str] = []
-    for limit in (7, 31, 44, 80, 10**9):  # among the questions, the answers, the estimates, and to the end
+    for limit in (7, 44, 70, 10**9):  # among the questions, the answers, the estimates, and to the end
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
