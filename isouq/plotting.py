@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,6 +42,9 @@ METHODS: dict[str, Method] = {
     "ensemble": Method("#222222", "d", "ensemble"),
     "length": Method("#8A8A8A", "p", "answer length"),
 }
+
+
+_CLASS_COLOURS = ("#0072B2", "#B84700", "#2E8B6F")  # told apart by marker too
 
 
 def use_style() -> None:
@@ -137,7 +140,7 @@ def interval_grid(
         ax = intervals(table, axes[i, j], xlabel=xlabel, reference=reference)
         if table["value"].isna().all():
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
-            ax.text(0.5, (len(table) - 1) / 2, absent, ha="center", va="center", size="small", bbox=box)
+            ax.text(0.5, 0.75 * (len(table) - 1), absent, ha="center", va="center", size="small", bbox=box)
         ax.set(xlim=(0, 1), title=column if i == 0 else "", ylabel=row)
         ax.label_outer()
         if ax.get_legend():
@@ -165,8 +168,8 @@ def plane(problem, values: np.ndarray, ax: Axes, *, diverging: bool = False, dat
 
     A diverging map is symmetric about 0. The examples' classes differ by marker, so that no colour is needed.
     """
-    reach = np.abs(values).max() if diverging else None
-    look = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
+    reach = float(np.abs(values).max())
+    look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
     x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
     mesh = ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
     bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.75, pad=0.02)
@@ -174,7 +177,8 @@ def plane(problem, values: np.ndarray, ax: Axes, *, diverging: bool = False, dat
     if data:
         for label, marker in zip(np.unique(problem.targets), "o^s", strict=False):
             examples = problem.inputs[problem.targets == label]
-            ax.scatter(*examples.T, s=7, marker=marker, color="white", edgecolors="black", linewidths=0.5)
+            x, y = examples[:, 0], examples[:, 1]
+            ax.scatter(x, y, s=7, marker=marker, color="white", edgecolors="black", linewidths=0.5)
     ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
     return ax
 
@@ -222,6 +226,106 @@ def stepwise(chain: Mapping[str, np.ndarray]) -> Figure:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_minor_formatter(NullFormatter())
     return figure
+
+
+def data_sets(problems: Mapping[str, Any]) -> Figure:
+    """The data of every synthetic problem, titled by the keys of `problems`, four panels a row."""
+    figure, axes = panels(4, -(-len(problems) // 4), aspect=1.0)
+    for ax, (title, problem) in zip(axes.flat, problems.items(), strict=False):
+        ax.set_title(title, fontsize="small")
+        if problem.inputs.shape[1] == 1:
+            ax.plot(problem.inputs[:, 0], problem.targets, ".", color="#444444", markersize=4)
+            ax.set(xlim=problem.limits)
+            continue
+        for label, marker, colour in zip(np.unique(problem.targets), "o^s", _CLASS_COLOURS, strict=False):
+            examples = problem.inputs[problem.targets == label]
+            ax.scatter(examples[:, 0], examples[:, 1], s=9, marker=marker, color=colour, linewidths=0)
+        ax.set(xlim=problem.limits, ylim=problem.limits, aspect="equal")
+    return figure
+
+
+def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """Maps with one row a problem and one column a quantity, each map scaled to [0, 1] by its own extremes.
+
+    `columns`: title -> one array (point,) per problem. A title that begins with "difference" is drawn from −1 to
+    1 as it is.
+    """
+    figure, axes = panels(len(columns), len(problems), aspect=1.0)
+    for row, name in zip(axes, problems, strict=True):
+        row[0].set_ylabel(name, fontsize="x-small")
+    for column, (title, arrays) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize="x-small")
+        for ax, problem, values in zip(axes[:, column], problems.values(), arrays, strict=True):
+            difference = title.startswith("difference")
+            look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if difference else {"cmap": "viridis"}
+            x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
+            ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
+            ax.plot(*problem.inputs.T, ".", color="white", markersize=1.2, alpha=0.7)
+            ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
+    return figure
+
+
+def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
+    """Standard deviations over a one-dimensional input, each divided by its largest; ticks mark the data.
+
+    `curves`: key of METHODS -> variance (point,).
+    """
+    for name, variance in curves.items():
+        colour, marker, label = _method(name)
+        height = np.sqrt(variance / variance.max())
+        ax.plot(problem.grid[:, 0], height, color=colour, marker=marker, markevery=12, markersize=4, label=label)
+    ax.plot(problem.inputs[:, 0], np.full(len(problem.inputs), -0.03), "|", color="#444444", markersize=6)
+    ax.set(xlabel="input $x$", ylabel="standard deviation\n(largest = 1)", ylim=(-0.06, 1.05))
+    return ax
+
+
+def rank_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, xlabel: str, ylabel: str) -> Figure:
+    """Ranks of one array against those of another, both (point,) and scaled to [0, 1]; four panels a row."""
+    figure, axes = panels(4, -(-len(pairs) // 4), aspect=1.0, sharex=True, sharey=True)
+    for ax, (title, arrays) in zip(axes.flat, pairs.items(), strict=False):
+        x, y = (pd.Series(array).rank(pct=True) for array in arrays)
+        ax.plot(x, y, ".", color=_method("epistemic").colour, markersize=2.5, alpha=0.6)
+        ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, zorder=0)
+        ax.set_title(title, fontsize="small")
+    figure.supxlabel(xlabel, fontsize="small")
+    figure.supylabel(ylabel, fontsize="small")
+    return figure
+
+
+def beside_paper(table: pd.DataFrame, ax: Axes, *, method: str, xlabel: str) -> Axes:
+    """One row a problem: our value as a marker with its interval, the paper's hollow, the noise ceiling a bar.
+
+    Columns: title, value, low, high, paper, ceiling; what is absent (NaN) is left out.
+    """
+    _require(table, ("title", "value", "low", "high", "paper", "ceiling"))
+    colour, marker, label = _method(method)
+    rows = np.arange(len(table))
+    ax.hlines(rows, table["low"], table["high"], color=colour, linewidth=2)
+    ax.plot(table["value"], rows, marker, color=colour, label="here")
+    ax.plot(table["paper"], rows + 0.28, "o", mfc="white", mec="#444444", markersize=5, label="the paper")
+    ax.plot(table["ceiling"], rows, "|", color="black", markersize=11, label="noise ceiling")
+    ax.axvline(0, color="#777777", linestyle="--", linewidth=1, zorder=0)
+    ax.set_yticks(rows, table["title"])
+    ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(-1.05, 1.05), xlabel=xlabel, title=label)
+    return ax
+
+
+def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes:
+    """`y` against the width of the network, a thin line per data seed, a thick one for each problem's mean.
+
+    Columns: problem, seed, width and `y`.
+    """
+    _require(table, ("problem", "seed", "width", y))
+    for (name, group), marker, colour in zip(table.groupby("problem"), "o^s", _CLASS_COLOURS, strict=False):
+        for _, one in group.groupby("seed"):
+            ax.plot(one["width"], one[y], color=colour, linewidth=0.7, alpha=0.5)
+        mean = group.groupby("width")[y].mean()
+        ax.plot(mean.index, mean, marker=marker, color=colour, markersize=5, label=name)
+    ax.set_xscale("log", base=2)
+    widths = sorted(table["width"].unique())
+    ax.set_xticks(widths, widths)
+    ax.set(xlabel="width", ylabel=ylabel)
+    return ax
 
 
 def _method(name: str) -> Method:

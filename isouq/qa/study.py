@@ -296,7 +296,13 @@ def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
 
 @functools.lru_cache(maxsize=1)  # a notebook asks the same model about several sets
 def _load_model(name: str) -> tuple[Any, Any, str]:
-    model, tokenizer = assets.load_causal_lm(name)
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # no bar of loaded weights in a page of the book
+    try:
+        model, tokenizer = assets.load_causal_lm(name)
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer, fingerprint(model, tokenizer)
 
 
