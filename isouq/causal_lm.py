@@ -74,7 +74,7 @@ def score_aggregations(
     breakdown: bool = False,
 ) -> dict[Aggregation, Estimate]:
     """`score_tokens` for several aggregations at once; they share the forward pass, the first two the backward too."""
-    for name in aggregations:
+    for name in aggregations or (None,):
         if name not in AGGREGATIONS:
             raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
     sequences = checked(model, input_ids, answer_mask, attention_mask)
@@ -109,7 +109,9 @@ def log_probs(
     counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
     with torch.no_grad():
         for batch in batches(sequences, batch_size):
-            totals[batch.rows] = _token_log_probs(model, batch).double().sum(1).cpu()
+            values = _token_log_probs(model, batch)
+            _check_finite(values, batch)
+            totals[batch.rows] = values.double().sum(1).cpu()
     return totals, counts
 
 

@@ -54,7 +54,9 @@ class Estimate:
     @property
     def log_gradient(self) -> Float[Tensor, " example"]:
         """log(U_E / p²): the delta method's variance of log p, for `sequence` log G itself."""
-        return self.log_epistemic - 2 * self.probability.log()
+        # Only e^S of a long answer can leave the range of float64, and its logarithm is S.
+        log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
+        return self.log_epistemic - 2 * log_p
 
     def __len__(self) -> int:
         """The number of examples."""

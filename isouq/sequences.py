@@ -34,11 +34,14 @@ def checked(
 ) -> list[tuple[Tensor, Tensor]]:
     """(ids, answer) of each example without its padding, after every check that needs no forward pass."""
     _check_model(model)
-    for name, value in (("input_ids", input_ids), ("answer_mask", answer_mask)):
-        if not isinstance(value, Tensor):
+    given = {"input_ids": input_ids, "answer_mask": answer_mask, "attention_mask": attention_mask}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and not (name == "attention_mask" and value is None):
             raise TypeError(f"{name}: {type(value).__name__} given, a torch.Tensor wanted")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids: {_kind(input_ids)} given, (example, token) int64 wanted")
+    if not len(input_ids):
+        raise ValueError("input_ids: no example given, at least one wanted")
     if answer_mask.dtype is not torch.bool:
         raise TypeError(f"answer_mask: {answer_mask.dtype} given, torch.bool wanted")
     if answer_mask.shape != input_ids.shape:
