@@ -1,0 +1,211 @@
+"""The reference engine beside plain autograd, and what it and the fast engine leave behind."""
+
+import pytest
+import torch
+from closeness import assert_close
+from comparison import assert_same, classes, wanted
+from torch import nn
+
+from isouq.gradients import squared_norms
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_reference_is_plain_autograd(model, inputs):
+    found = squared_norms(model, classes(model, inputs), 5, engine="autograd")
+    assert found.engine == "autograd"
+    assert found.names == tuple(name for name, _ in model.named_parameters())
+    assert found.n_parameters == sum(p.numel() for p in model.parameters())
+    assert_close(found.objective, model(inputs).log_softmax(-1)[:, :2].detach())
+    assert_same(found, wanted(model, classes(model, inputs), 5))
+
+
+def test_reference_sees_one_example_at_a_time(model, inputs):
+    seen = []
+    objective = classes(model, inputs)
+
+    def watched(rows):
+        seen.append((rows.start, rows.stop))
+        return objective(rows)
+
+    squared_norms(model, watched, 5, engine="autograd")
+    assert seen == [(i, i + 1) for i in range(5)]
+
+
+def test_reference_holds_one_gradient_at_a_time(model, inputs):
+    """Its peak of memory is the largest parameter: when one gradient is complete, all earlier ones are gone."""
+    held = []
+
+    def count(_):
+        held.append(sum(p.grad is not None for p in model.parameters()))
+
+    handles = [p.register_post_accumulate_grad_hook(count) for p in model.parameters()]
+    squared_norms(model, classes(model, inputs), 5, engine="autograd")
+    for handle in handles:
+        handle.remove()
+    assert len(held) == 5 * 2 * len(list(model.parameters()))
+    assert set(held) == {1}
+
+
+def test_a_weight_in_half_precision_is_squared_in_float32():
+    """Squares of small gradients underflow in float16: 1e-4² is 0 there."""
+    layer = nn.Linear(4, 2, bias=False).half()
+    x = torch.full((1, 4), 1e-4, dtype=torch.float16)
+    for engine in ("autograd", "ghost"):
+        found = squared_norms(layer, lambda rows: layer(x[rows])[:, :1], 1, engine=engine)
+        assert_close(found.total, torch.tensor([[4 * x[0, 0].double().square()]]), torch.float32)
+
+
+# ── Properties of both engines ─────────────────────────────────────────────────────────────────────────────────
+
+ENGINES = pytest.mark.parametrize("engine", ["ghost", "autograd"])
+
+
+@ENGINES
+def test_linear_softmax_in_closed_form(engine):
+    """p = softmax(Wx + b): ‖∇ log p_c‖² = ‖e_c − p‖²·(‖x‖² + 1)."""
+    layer = nn.Linear(4, 3).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    found = squared_norms(layer, lambda rows: layer(x[rows]).log_softmax(-1), 6, engine=engine)
+    p = layer(x).softmax(-1).detach()
+    residual = (torch.eye(3) - p[:, None]).square().sum(-1)
+    assert_close(found.total, residual * (x.square().sum(1, keepdim=True) + 1))
+    assert_close(found.by_parameter[..., 1], residual)
+
+
+@ENGINES
+def test_a_multiple_of_the_objective_multiplies_the_norm_by_its_square(model, inputs, engine):
+    objective = classes(model, inputs)
+    once = squared_norms(model, objective, 5, engine=engine).by_parameter
+    scaled = squared_norms(model, lambda rows: -3 * objective(rows), 5, engine=engine).by_parameter
+    assert_close(scaled, 9 * once)
+
+
+@ENGINES
+def test_the_order_of_the_batch_is_that_of_the_result(model, inputs, engine):
+    order = torch.tensor([3, 0, 4, 2, 1])
+    once = squared_norms(model, classes(model, inputs), 5, engine=engine).by_parameter
+    assert_close(squared_norms(model, classes(model, inputs[order]), 5, engine=engine).by_parameter, once[order])
+
+
+@ENGINES
+@pytest.mark.parametrize("patterns", [["3.*"], ["*.bias"], ["0.weight", "5.*"], ["1.*"]])
+def test_a_subset_of_parameters_is_the_same_part_of_the_whole(model, inputs, engine, patterns):
+    whole = squared_norms(model, classes(model, inputs), 5, engine="autograd")
+    part = squared_norms(model, classes(model, inputs), 5, engine=engine, parameters=patterns)
+    places = [whole.names.index(name) for name in part.names]
+    assert 0 < len(places) < len(whole.names)
+    assert part.n_parameters == sum(p.numel() for n, p in model.named_parameters() if n in part.names)
+    assert_close(part.by_parameter, whole.by_parameter[..., places])
+
+
+@ENGINES
+def test_columns_are_differentiated_apart(model, inputs, engine):
+    objective = classes(model, inputs)
+    both = squared_norms(model, objective, 5, engine=engine)
+    second = squared_norms(model, lambda rows: objective(rows)[:, 1:], 5, engine=engine)
+    assert_close(both.columns(slice(1, 2)).total, second.total)
+
+
+# ── The model is left as it was found ──────────────────────────────────────────────────────────────────────────
+
+
+def state(model: nn.Module) -> dict:
+    """All that a caller could miss: hooks, flags, gradients by identity and value, modes, weights."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "hooks": {n: [len(getattr(m, h)) for h in hooks] for n, m in model.named_modules()},
+        "tensor hooks": {
+            n: [len(h or ()) for h in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+            for n, p in model.named_parameters()
+        },
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "grad": {n: (id(p.grad), p.grad is not None and p.grad.tolist()) for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "weights": {n: (id(v), v.tolist()) for n, v in model.named_parameters()},
+        "buffers": {n: v.tolist() for n, v in model.named_buffers()},
+        "stores": {n: type(m._parameters) for n, m in model.named_modules()},
+    }
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt: not an Exception."""
+
+
+@pytest.fixture
+def lived_in():
+    """A model in use: one layer frozen, a gradient kept, a user's hooks, one module in another mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).eval()
+    model[0].requires_grad_(False)
+    model[4].weight.grad = torch.ones(3, 6)
+    model[3].register_forward_hook(lambda *_: None)
+    model[4].weight.register_hook(lambda grad: None)
+    model[3].train()
+    return model
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "autograd"])
+@pytest.mark.parametrize(
+    "end", ["a score", "an error before", "an error after", "an interrupt", "in the backward pass"]
+)
+def test_nothing_is_left_on_the_model(lived_in, engine, end):
+    x = torch.randn(5, 4)
+    before = state(lived_in)
+    calls = []
+
+    def objective(rows):
+        calls.append(rows)
+        if end == "an error before":
+            raise ValueError("NaN logits")
+        values = classes(lived_in, x)(rows)
+        if end == "in the backward pass":
+            values.register_hook(lambda _: (_ for _ in ()).throw(ZeroDivisionError("in the backward pass")))
+        if end == "an error after":
+            raise ValueError("NaN logits")
+        if end == "an interrupt":
+            raise Stop
+        return values
+
+    if end == "a score":
+        assert (squared_norms(lived_in, objective, 5, engine=engine).total > 0).all()
+    else:
+        with pytest.raises((ValueError, Stop, ZeroDivisionError)):
+            squared_norms(lived_in, objective, 5, engine=engine)
+    assert calls
+    assert state(lived_in) == before
+
+
+def test_a_gradient_that_the_user_keeps_does_not_enter_the_score(lived_in):
+    x = torch.randn(5, 4)
+    with_grad = squared_norms(lived_in, classes(lived_in, x), 5, engine="autograd").total
+    lived_in[4].weight.grad = None
+    assert_close(squared_norms(lived_in, classes(lived_in, x), 5, engine="autograd").total, with_grad, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "fast"}, r"engine: 'fast' given, one of auto, ghost, autograd wanted"),
+        ({"parameters": ["head.*"]}, r"parameters: 'head\.\*' matches none of the model's, such as '0\.weight'"),
+    ],
+)
+def test_what_is_asked_for_has_to_exist(model, inputs, options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        squared_norms(model, classes(model, inputs), 5, **options)
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="no parameters"):
+        squared_norms(nn.Tanh(), lambda rows: torch.zeros(1, 1), 1)

@@ -1,0 +1,157 @@
+"""Each form of a gradient per example, beside the gradient written out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from closeness import assert_close
+
+from isouq.gradients import factors
+from isouq.gradients.factors import Dense, NoRule, Outer, Picked, Rows
+from isouq.gradients.rules import SharedGrams
+
+N, VOCAB, WIDTH = 3, 7, 5
+
+
+def outer(n_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64, slot: int | None = None) -> Outer:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(N, n_tokens, size, generator=generator, dtype=dtype) for size in (VOCAB, WIDTH))
+    return Outer(left, right, slot=slot)
+
+
+def rows(n_tokens: int, seed: int = 0) -> Rows:
+    """Few different tokens, so that some occur twice."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, 3, (N, n_tokens), generator=generator)
+    return Rows(index, torch.randn(N, n_tokens, WIDTH, generator=generator, dtype=torch.float64))
+
+
+def dense(seed: int = 0) -> Dense:
+    generator = torch.Generator().manual_seed(seed)
+    return Dense(torch.randn(N, VOCAB, WIDTH, generator=generator, dtype=torch.float64))
+
+
+def written_out(factor: factors.Factor) -> torch.Tensor:
+    """(example, vocab, width), by loops over examples and tokens."""
+    if isinstance(factor, Dense):
+        return factor.grad
+    grad = torch.zeros(N, VOCAB, WIDTH, dtype=torch.float64)
+    for i in range(N):
+        if isinstance(factor, Outer):
+            for left, right in zip(factor.left[i].double(), factor.right[i].double(), strict=True):
+                grad[i] += torch.outer(left, right)
+        elif isinstance(factor, Rows):
+            for place, row in zip(factor.index[i], factor.rows[i], strict=True):
+                grad[i, place] += row
+    return grad
+
+
+def squares(factor: factors.Factor) -> torch.Tensor:
+    return written_out(factor).square().sum((1, 2))
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [outer(1), outer(2), outer(4), outer(40), outer(4).transposed(), rows(1), rows(6), dense()],
+    ids=["outer of a token", "of 2 tokens", "of 4", "of 40", "transposed", "a row", "rows that collide", "dense"],
+)
+def test_squared_norm_is_that_of_the_gradient_written_out(factor):
+    transposed = isinstance(factor, Outer) and factor.left.shape[2] == WIDTH
+    assert_close(factors.squared_norm(factor), squares(factor.transposed() if transposed else factor))
+
+
+def test_both_ways_to_the_norm_of_an_outer_sum_are_taken_in_this_file():
+    assert factors.cheaper_as_gram(outer(2))
+    assert not factors.cheaper_as_gram(outer(40))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_tokens", [1, 2, 40])
+def test_half_precision_factors_are_multiplied_in_float32(dtype, n_tokens):
+    """Against float64 of the same rounded numbers the error is float32's."""
+    factor = outer(n_tokens, dtype=dtype)
+    assert_close(factors.squared_norm(factor), squares(factor), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("f", "g"),
+    [
+        (outer(4), outer(6, seed=1)),
+        (outer(4), rows(6, seed=1)),
+        (rows(4), rows(6, seed=1)),
+        (outer(4), dense(seed=1)),
+        (dense(), dense(seed=1)),
+    ],
+    ids=["outer, outer", "outer, rows", "rows, rows", "outer, dense", "dense, dense"],
+)
+def test_inner_product_of_two_forms(f, g):
+    right = (written_out(f) * written_out(g)).sum((1, 2))
+    assert_close(factors.inner(f, g), right)
+    assert_close(factors.inner(g, f), right)
+
+
+def test_what_an_outer_keeps_for_an_embedding_of_its_weight_is_enough():
+    f, g = outer(4), rows(6, seed=1)
+    picked = Picked(factors.pick(f, g.index), f.right)
+    assert_close(factors.inner(picked, g), factors.inner(f, g))
+    assert_close(factors.inner(g, picked), factors.inner(f, g))
+
+
+def test_gradients_of_different_slices_are_orthogonal():
+    assert (factors.inner(outer(4, slot=0), outer(6, slot=1)) == 0).all()
+    assert_close(factors.inner(outer(4, slot=1), outer(6, slot=1)), factors.inner(outer(4), outer(6)))
+
+
+@pytest.mark.parametrize(
+    ("f", "g"),
+    [(rows(4), dense()), (outer(4, slot=0), dense()), (Picked(torch.ones(N, 4, 6), torch.ones(N, 4, 5)), dense())],
+)
+def test_forms_without_a_common_rule_are_refused(f, g):
+    with pytest.raises(NoRule, match="dense"):
+        factors.inner(f, g)
+
+
+def nodes(*tensors: torch.Tensor, fresh: bool) -> list:
+    """Stand-ins for matrix products that saved these activations; `fresh` ones unpack a copy at each access."""
+
+    class Node:
+        def __init__(self, x):
+            self.x = x
+
+        def name(self):
+            return "MmBackward0"
+
+        @property
+        def _saved_self(self):
+            return self.x.clone() if fresh else self.x
+
+    return [(Node(x), 1) for x in tensors]
+
+
+def test_an_activation_that_several_weights_multiply_is_multiplied_with_itself_once(monkeypatch):
+    shared, single = torch.randn(6, 4), torch.randn(6, 4)
+    grams = SharedGrams()
+    grams.announce(nodes(shared, shared, single, fresh=False))
+    grams.start()
+    assert grams.get(single, single[None]) is None
+    products = [grams.get(shared, shared[None]) for _ in range(2)]
+    calls = SimpleNamespace(n=0)
+
+    def counted(x):
+        calls.n += 1
+        return factors.gram(x)
+
+    monkeypatch.setattr("isouq.gradients.rules.gram", counted)
+    assert_close(products[0](), shared[None] @ shared.T, torch.float32)
+    assert_close(products[1](), shared[None] @ shared.T, torch.float32)
+    assert calls.n == 1
+    assert not grams.known  # nothing stays in memory after the last user
+
+
+def test_activations_that_are_unpacked_anew_are_never_taken_for_each_other():
+    """Their addresses are those of copies: one may stand where another stood."""
+    x = torch.randn(6, 4)
+    grams = SharedGrams()
+    grams.announce(nodes(x, x, x, fresh=True))
+    grams.start()
+    assert grams.get(x, x[None]) is None

@@ -1,0 +1,213 @@
+"""What is refused before any forward pass, how padding is removed, and which sequences share a batch."""
+
+import pytest
+import torch
+from architectures import VOCAB, build
+from torch import nn
+
+from isouq.sequences import TOKENS_PER_BATCH, Batch, batches, checked
+
+IDS = torch.tensor([[0, 5, 6, 7, 8], [9, 10, 11, 0, 0]])
+ANSWER = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]).bool()
+PRESENT = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", tied=True)
+
+
+def lists(sequences):
+    return [(ids.tolist(), answer.int().tolist()) for ids, answer in sequences]
+
+
+def test_padding_is_removed_on_either_side(model):
+    assert lists(checked(model, IDS, ANSWER, PRESENT)) == [([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])]
+
+
+def test_without_an_attention_mask_every_position_counts(model):
+    assert lists(checked(model, IDS, ANSWER, None))[0][0] == [0, 5, 6, 7, 8]
+
+
+def test_what_follows_the_answer_is_cut_off(model):
+    answer = torch.tensor([[False, False, True, False, False]])
+    assert lists(checked(model, IDS[:1], answer, None)) == [([0, 5, 6], [0, 0, 1])]
+
+
+def test_an_answer_may_have_a_gap(model):
+    """Several turns of a conversation, of which some tokens are the model's."""
+    answer = torch.tensor([[False, True, False, True, False]])
+    assert lists(checked(model, IDS[:1], answer, None)) == [([0, 5, 6, 7], [0, 1, 0, 1])]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32])
+def test_the_attention_mask_may_be_of_any_type(model, kind):
+    assert lists(checked(model, IDS, ANSWER, PRESENT.to(kind))) == lists(checked(model, IDS, ANSWER, PRESENT))
+
+
+def test_narrow_ids_become_int64(model):
+    assert checked(model, IDS.int(), ANSWER, PRESENT)[0][0].dtype == torch.int64
+
+
+BAD = [
+    ("ids as a list", {"input_ids": IDS.tolist()}, TypeError, r"input_ids: list given, a torch\.Tensor wanted"),
+    ("mask as a list", {"answer_mask": ANSWER.tolist()}, TypeError, r"answer_mask: list given, a torch\.Tensor"),
+    (
+        "attention as a list",
+        {"attention_mask": PRESENT.tolist()},
+        TypeError,
+        r"attention_mask: list given, a torch\.Ten",
+    ),
+    ("ids of one example", {"input_ids": IDS[0]}, ValueError, r"input_ids: .*shape \(5,\).*\(example, token\) int64"),
+    ("ids as floats", {"input_ids": IDS.float()}, ValueError, r"input_ids: .*float32.*int64 wanted"),
+    (
+        "no example",
+        {"input_ids": IDS[:0], "answer_mask": ANSWER[:0], "attention_mask": None},
+        ValueError,
+        r"input_ids: no ex",
+    ),
+    (
+        "mask of integers",
+        {"answer_mask": ANSWER.int()},
+        TypeError,
+        r"answer_mask: torch\.int32 given, torch\.bool wanted",
+    ),
+    ("mask of another shape", {"answer_mask": ANSWER[:, 1:]}, ValueError, r"answer_mask: .*\(2, 4\).*\(2, 5\) wanted"),
+    (
+        "attention of another shape",
+        {"attention_mask": PRESENT[:1]},
+        ValueError,
+        r"attention_mask: .*\(1, 5\).*\(2, 5\)",
+    ),
+    (
+        "no answer token",
+        {"answer_mask": ANSWER & (torch.arange(2) > 0)[:, None]},
+        ValueError,
+        r"example 0 has no answer",
+    ),
+    (
+        "answer at the start",
+        {"answer_mask": ANSWER | PRESENT.bool()},
+        ValueError,
+        r"answer_mask: example 0 marks its first",
+    ),
+    ("answer in the padding", {"answer_mask": ~ANSWER}, ValueError, r"answer_mask: example 0 marks padding"),
+    (
+        "nothing but padding",
+        {"attention_mask": PRESENT * torch.tensor([[1], [0]])},
+        ValueError,
+        r"example 1 has no token",
+    ),
+    (
+        "a hole",
+        {"attention_mask": PRESENT * (torch.arange(5) != 2)},
+        ValueError,
+        r"attention_mask: example 0 has a hole",
+    ),
+    (
+        "an id too large",
+        {"input_ids": IDS + VOCAB - 8},
+        ValueError,
+        rf"example 0 has id {VOCAB}, ids from 0 to {VOCAB - 1}",
+    ),
+    (
+        "an id below zero",
+        {"input_ids": IDS - 6},
+        ValueError,
+        rf"input_ids: example 0 has id -1, ids from 0 to {VOCAB - 1}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_is_refused_by_name(model, changes, error, message, unchecked):
+    given = {"input_ids": IDS, "answer_mask": ANSWER, "attention_mask": PRESENT, **changes}
+    with pytest.raises(error, match=message):
+        checked(model, **given)
+
+
+def test_a_prompt_longer_than_the_models_context_is_refused(model):
+    """The last token is only predicted, so one more than the context holds is fine."""
+    ids = torch.full((1, 66), 5)
+    answer = torch.zeros(1, 66, dtype=torch.bool)
+    answer[0, 64] = True
+    assert len(checked(model, ids, answer, None)[0][0]) == 65
+    answer[0, 65] = True
+    with pytest.raises(ValueError, match=r"input_ids: example 0 has 66 tokens, at most the model's context of 64"):
+        checked(model, ids, answer, None)
+
+
+def test_a_model_that_is_no_module_is_refused(unchecked):
+    with pytest.raises(TypeError, match=r"model: function given, a torch\.nn\.Module wanted"):
+        checked(lambda ids: ids, IDS, ANSWER, PRESENT)
+
+
+def test_training_mode_is_refused_where_dropout_makes_scores_random():
+    model = build("gpt2", tied=True).train()
+    with pytest.raises(ValueError, match=r"model: in training mode with dropout.*call model\.eval\(\)"):
+        checked(model, IDS, ANSWER, PRESENT)
+    assert model.training
+    assert checked(model.eval(), IDS, ANSWER, PRESENT)
+    plain = nn.Sequential(nn.Embedding(20, 4), nn.Dropout(0.1))
+    with pytest.raises(ValueError, match="dropout"):
+        checked(plain.train(), IDS, ANSWER, PRESENT)
+    assert checked(build("llama", tied=True, attention_dropout=0.0).train(), IDS, ANSWER, PRESENT)
+
+
+# ── Batches ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_lengths(*lengths, n_answer=1):
+    sequences = []
+    for i, n in enumerate(lengths):
+        answer = torch.arange(n) >= n - (n_answer if isinstance(n_answer, int) else n_answer[i])
+        sequences.append((torch.arange(1, n + 1), answer))
+    return sequences
+
+
+def test_similar_lengths_share_a_batch_the_longest_first():
+    found = list(batches(of_lengths(3, 9, 5, 8, 4), 2))
+    assert [batch.rows for batch in found] == [[1, 3], [2, 4], [0]]
+    assert [tuple(batch.ids.shape) for batch in found] == [(2, 9), (2, 5), (1, 3)]
+
+
+def test_every_sequence_is_in_exactly_one_batch_padded_on_the_right():
+    sequences = of_lengths(3, 9, 5, 8, 4, n_answer=2)
+    for size in (None, 1, 2, 3, 7):
+        seen = []
+        for batch in batches(sequences, size):
+            for ids, answer, row in zip(batch.ids, batch.answer, batch.rows, strict=True):
+                n = len(sequences[row][0])
+                assert ids[:n].equal(sequences[row][0])
+                assert answer[:n].equal(sequences[row][1])
+                assert not answer[n:].any()
+                seen.append(row)
+        assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+def test_chosen_for_the_caller_a_batch_holds_a_bounded_number_of_tokens():
+    lengths = [700] * 5 + [30] * 100
+    for batch in batches(of_lengths(*lengths), None):
+        assert batch.ids.numel() <= TOKENS_PER_BATCH
+    assert [len(batch.rows) for batch in batches(of_lengths(3 * TOKENS_PER_BATCH), None)] == [1]
+
+
+def test_answers_of_similar_length_can_be_put_together():
+    found = list(batches(of_lengths(9, 9, 5, 5, n_answer=(1, 3, 1, 3)), 2, by_answer=True))
+    assert [batch.rows for batch in found] == [[1, 3], [0, 2]]
+    assert tuple(found[0].ids.shape) == (2, 9)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "auto"])
+def test_a_batch_size_is_a_positive_integer(size, unchecked):
+    with pytest.raises(ValueError, match=f"batch_size: {size!r} given, a positive integer or None wanted"):
+        list(batches(of_lengths(3), size))
+
+
+def test_part_of_a_batch_carries_no_padding_of_the_others():
+    (batch,) = batches(of_lengths(9, 5, 3), None)
+    part = batch.part(slice(1, 3))
+    assert isinstance(part, Batch)
+    assert part.ids.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]
+    assert part.answer.int().tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
+    assert part.rows == [1, 2]
