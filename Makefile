@@ -34,6 +34,7 @@ assets: $(READY) ## fetch the models and data that the profile needs, and nothin
 
 test: $(READY) ## all tests; fetches the models and data they need first
 	@$(SNAKEMAKE) fetch --config profile=smoke
+	@$(PY) -m isouq.cli assets fetch gemma-3-270m
 	@$(PY) -m pytest
 
 test-quick: $(READY) ## the tests that need no download and run no notebook
