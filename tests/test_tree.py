@@ -108,7 +108,9 @@ def test_the_readmes_tree_shows_every_module_notebook_and_profile():
     tree = readme_tree()
     shown = {word.strip(",;:·") for word in tree.split()}
     for path in tracked():
-        if len(path.parts) == 1 and not path.name.startswith(".git"):
+        if path.name.startswith(".git"):
+            continue
+        if len(path.parts) == 1:
             names = {path.name}
         elif path.parts[0] in {"notebooks", "profiles"} or (path.parts[0] == "isouq" and path.suffix == ".py"):
             names = {path.name, path.stem} if path.name != "__init__.py" else {f"{path.parent.name}/"}
