@@ -106,7 +106,7 @@ def readme_tree() -> str:
 
 def test_the_readmes_tree_shows_every_module_notebook_and_profile():
     tree = readme_tree()
-    shown = {word.strip(",;:·") for word in tree.split()}
+    shown = {word.strip(",;:·()") for word in tree.split()}
     for path in tracked():
         if path.name.startswith(".git"):
             continue
