@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 WIDTH = 7.0
 """Width of a full-width figure in inches: the text column of the book."""
@@ -41,6 +41,18 @@ METHODS: dict[str, Method] = {
     "taylor": Method("#3B7D3B", ">", "Taylor"),
     "ensemble": Method("#222222", "d", "ensemble"),
     "length": Method("#8A8A8A", "p", "answer length"),
+    # 05_cost
+    "forward": Method("#707070", "8", "forward pass"),
+    "forward_answer": Method("#838383", "$f$", "forward, answer's logits"),
+    "activation_gradient": Method("#4F7CAC", "$b$", "activation gradient alone"),
+    "ghost": Method("#005B96", "H", "ghost (isouq)"),
+    "token_mean": Method("#3F51B5", "$m$", "ghost, token mean"),
+    "autograd": Method("#A63A3A", "x", "autograd, one by one"),
+    "backward": Method("#C2506A", "+", "plain backward"),
+    "vmap": Method("#5F7D00", "1", "torch.func vmap(grad)"),
+    "opacus": Method("#A8409A", "2", "Opacus"),
+    "backpack": Method("#946B00", "3", "BackPACK BatchL2Grad"),
+    "backpack_grad": Method("#6B4F00", "4", "BackPACK BatchGrad"),
 }
 
 
@@ -325,6 +337,35 @@ def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes
     widths = sorted(table["width"].unique())
     ax.set_xticks(widths, widths)
     ax.set(xlabel="width", ylabel=ylabel)
+    return ax
+
+
+def against(table: pd.DataFrame, ax: Axes, *, x: str, xlabel: str, ylabel: str) -> Axes:
+    """One line a method on logarithmic axes, with bars to the extremes; columns method, `x`, value, low and high."""
+    _require(table, ("method", x, "value", "low", "high"))
+    for name, group in table.groupby("method", sort=False):
+        colour, marker, label = _method(str(name))
+        reach = (group["value"] - group["low"], group["high"] - group["value"])
+        ax.errorbar(group[x], group["value"], reach, color=colour, marker=marker, label=label, linewidth=1.3)
+    ticks = sorted(table[x].unique())
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticks(ticks, ticks)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return ax
+
+
+def bars(values: pd.Series, ax: Axes, *, hatched: Sequence[str] = (), xlabel: str) -> Axes:
+    """A horizontal bar for each entry with its number beside it, first on top; those named in `hatched` are hatched."""
+    names = [METHODS[name].label if name in METHODS else name for name in values.index]
+    drawn = ax.barh(range(len(values)), values, color="#8FB3CC", edgecolor="#1F3B4D")
+    for bar, name in zip(drawn, values.index, strict=True):
+        bar.set(hatch="////" if name in hatched else None, facecolor="white" if name in hatched else "#8FB3CC")
+    ax.bar_label(drawn, fmt="{:.2g}", padding=3, fontsize="small")
+    ax.set_yticks(range(len(values)), names)
+    ax.set(xlabel=xlabel, ylim=(len(values) - 0.4, -0.6))
+    ax.margins(x=0.15)
     return ax
 
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     create_model,
-    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -37,6 +37,18 @@ SyntheticProblem = (
     | Literal["regression_linear", "regression_nonlinear"]
 )
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _known_models(models: list[str]) -> list[str]:
+    known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
+    for model in models:
+        if model not in known and "/" not in model and not Path(model).is_dir():
+            advice = _nearest(model, known) or f"; models: {', '.join(known)}"
+            raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
+    return models
+
+
+Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
 
 
 class ProfileError(ValueError):
@@ -92,7 +104,7 @@ class LlmQa(Parameters):
     """04_llm_qa: real language models on real questions."""
 
     store_dir: str = "build/store"
-    models: list[str] = Field(default=["smollm2-135m-instruct"], min_length=1)
+    models: Models = ["smollm2-135m-instruct"]
     data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
     n_questions: Count = 120
     n_shots: Annotated[int, Field(ge=0, le=32)] = 5
@@ -102,16 +114,6 @@ class LlmQa(Parameters):
     max_new_tokens: Count = 24
     n_resamples: Count = 300
     n_folds: Annotated[int, Field(ge=2)] = 5
-
-    @field_validator("models")
-    @classmethod
-    def _known(cls, models: list[str]) -> list[str]:
-        known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
-        for model in models:
-            if model not in known and "/" not in model and not Path(model).is_dir():
-                advice = _nearest(model, known) or f"; models: {', '.join(known)}"
-                raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
-        return models
 
     def assets(self) -> list[str]:
         """Return the manifest's names among the models, and the data sets'."""
@@ -123,8 +125,43 @@ class LlmQa(Parameters):
         return self.model_dump(exclude=SET_BY_PIPELINE | {"models", "data_sets", "n_resamples", "n_folds"})
 
 
+class Cost(Parameters):
+    """05_cost: time, memory and exactness of every method, measured on the machine."""
+
+    models: Models = ["smollm2-135m-instruct", "gemma-3-270m"]
+    n_examples: Count = 8
+    n_tokens: Annotated[int, Field(ge=2)] = 64
+    n_answer: Count = 6
+    n_points: Count = 128
+    n_rounds: Count = 6
+    n_rival_rounds: Count = 2
+    n_sweep_rounds: Count = 2
+    memory_gb: Annotated[float, Field(gt=0)] = 5.0
+    sweep_tokens: list[Annotated[int, Field(ge=2)]] = Field(default=[16, 64, 256], min_length=2)
+    sweep_answers: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
+    sweep_examples: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
+    sweep_widths: list[Annotated[int, Field(ge=64, multiple_of=64)]] = Field(default=[128, 256, 512], min_length=2)
+
+    @model_validator(mode="after")
+    def _answer_in_text(self) -> "Cost":
+        longest = max(self.n_answer, *self.sweep_answers)
+        if longest >= self.n_tokens or self.n_answer >= min(self.sweep_tokens):
+            raise ValueError(f"an answer of {longest} tokens does not leave the question one; make n_tokens larger")
+        return self
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, the texts and the sentence embeddings."""
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*self.models, "triviaqa", "all-minilm-l6-v2"})
+
+
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {"01_derivation": Derivation, "03_mcmc": Mcmc, "04_llm_qa": LlmQa}
+SCHEMAS: dict[str, type[Parameters]] = {
+    "01_derivation": Derivation,
+    "03_mcmc": Mcmc,
+    "04_llm_qa": LlmQa,
+    "05_cost": Cost,
+}
 
 # No default that validates: a section is there, as a mapping, or the notebook does not run.
 _SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}

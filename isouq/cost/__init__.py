@@ -1,0 +1,1 @@
+"""What each way to an uncertainty costs on this machine: time, peak memory, exactness."""
