@@ -98,6 +98,8 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     rows = []
     for aggregation in AGGREGATIONS:
         used = scored(table, aggregation)
+        if used.empty:  # token_mean, when it was asked of no question
+            continue
         wrong = used["wrong"].to_numpy(bool)
         row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
         if not evaluation.enough_of_both(wrong):

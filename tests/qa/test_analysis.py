@@ -116,3 +116,9 @@ def test_panels_have_the_same_rows_with_the_papers_values_where_it_has_them() ->
     assert rows.set_index("method")["paper"]["combined"] == 0.63
     assert np.isnan(rows.set_index("method")["paper"]["likelihood"])
     assert analysis.beside_paper(analysis.auroc_table(made_up(), QUICK), "wikidata")["paper"].isna().all()
+
+
+def test_an_aggregation_that_was_not_asked_for_has_no_row() -> None:
+    table = made_up()
+    table[[c for c in table if c.endswith("_token_mean")]] = np.nan
+    assert set(analysis.auroc_table(table, QUICK)["aggregation"]) == {"sequence", "geometric"}
