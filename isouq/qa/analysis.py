@@ -24,6 +24,7 @@ HEADLINE = "sequence"
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 SHOWN = ("aleatoric", "epistemic", "combined", "likelihood", "log_gradient", "length")
 WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient", "likelihood": "likelihood"}
+NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its official prompt shows it
 N_BINS = 4  # quantile bins of probability and of length
 
 # The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
@@ -199,6 +200,7 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
         results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note="Wilson")
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
+        results |= _committed_results(table, prefix, analysis)
     results[f"{prefix}.empty.count"] = Result(value=float(table["empty"].sum()), n=len(table))
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
         suffix = "" if row["aggregation"] == HEADLINE else f"_{row['aggregation']}"
@@ -223,6 +225,18 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
     results[f"{prefix}.below_half.share"] = _result(found["below_half"], note="Wilson")
     for method in ("epistemic", "log_gradient"):
         results[f"{prefix}.{method}.spearman_with_log_prob"] = _result(found[method], note=_INTERVAL)
+    return results
+
+
+def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> dict[str, Result]:
+    """Return how often the answer was NO_COMMENT, and the headline AUROCs (suffix _committed) without those."""
+    committed = table[table["answer"] != NO_COMMENT]
+    share = evaluation.wilson_interval(len(table) - len(committed), len(table))
+    results = {f"{prefix}.no_comment.share": _result(share, note="Wilson")}
+    aurocs = auroc_table(committed, analysis)
+    for row in aurocs[aurocs["aggregation"] == HEADLINE].dropna(subset=["value"]).to_dict("records"):
+        key = f"{prefix}.{row['method']}_committed.auroc"
+        results[key] = Result(**{name: row[name] for name in ("value", "low", "high", "n")}, note=_INTERVAL)
     return results
 
 

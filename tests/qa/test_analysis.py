@@ -122,3 +122,13 @@ def test_an_aggregation_that_was_not_asked_for_has_no_row() -> None:
     table = made_up()
     table[[c for c in table if c.endswith("_token_mean")]] = np.nan
     assert set(analysis.auroc_table(table, QUICK)["aggregation"]) == {"sequence", "geometric"}
+
+
+def test_a_choice_also_reports_what_is_left_without_no_comment() -> None:
+    table = made_up().assign(answer="Yes.", right_by_chance=0.5)
+    table["right_by_mean"] = table["right"]
+    table.loc[:59, ["answer", "right", "wrong"]] = [analysis.NO_COMMENT, True, False]
+    results = named(table, "m.truthfulqa_choose")
+    assert results["qa.m.truthfulqa_choose.no_comment.share"].value == 0.25
+    assert results["qa.m.truthfulqa_choose.likelihood_committed.auroc"].n == 180
+    assert results["qa.m.truthfulqa_choose.likelihood.auroc"].n == 240
