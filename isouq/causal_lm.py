@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
+from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches, checked
 
@@ -132,19 +135,51 @@ def inner_products(
     forward passes; less memory means more of them. No gradient of the whole model is ever formed. Raises as
     `score_tokens`.
     """
-    sequences = checked(model, input_ids, answer_mask, attention_mask)
-    n = len(sequences)
-    if others is not None:
-        sequences = sequences + checked(model, *others)
-    order: list[int] = []
-    work: list[tuple[Objective, int]] = []
-    for batch in batches(sequences, None):
-        order += batch.rows
-        work.append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
-    products = gradient_products(model, work, engine=engine, memory=memory, progress=progress)
-    back = torch.tensor(order).argsort()
-    products = products[back][:, back]
-    return products if others is None else products[:n, n:]
+    options: dict[str, Any] = {"engine": engine, "memory": memory, "progress": progress}
+    found = gram(model, (input_ids, answer_mask, attention_mask), others, **options)
+    return found.rows if others is None else found.between
+
+
+def gram(
+    model: nn.Module,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    others: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    *,
+    engine: Engine = "auto",
+    memory: float = 4e9,
+    progress: bool = False,
+    checkpoint: Path | None = None,
+) -> Gram:
+    """All of `inner_products` at once: rows with rows, rows with others, and the others' ‖∇S‖², in the given order.
+
+    `rows` and `others` are (input_ids, answer_mask, attention_mask). Products among the others, as a rule the larger
+    set, are not taken. With `checkpoint`, a file, a run that was killed goes on where it was; the file belongs to this
+    model and these examples and is made anew for any other.
+    """
+    sets = [checked(model, *rows), [] if others is None else checked(model, *others)]
+    work: list[list[tuple[Objective, int]]] = [[], []]
+    order: list[list[int]] = [[], []]
+    for place, sequences in enumerate(sets):
+        for batch in batches(sequences, None):
+            order[place] += batch.rows
+            work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
+    kept = None if checkpoint is None else (checkpoint, _identity(model, sets))
+    found = gradient_products(model, *work, engine=engine, memory=memory, progress=progress, checkpoint=kept)
+    row, other = (torch.tensor(places, dtype=torch.int64).argsort() for places in order)
+    return Gram(found.rows[row][:, row], found.between[row][:, other], found.squares[other])
+
+
+def _identity(model: nn.Module, sets: list[list[tuple[Tensor, Tensor]]]) -> str:
+    """SHA-256 of the parameters and of every example: what inner products depend on."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for sequences in sets:
+        digest.update(b"set")
+        for ids, answer in sequences:
+            digest.update(repr((ids.tolist(), answer.tolist())).encode())
+    return digest.hexdigest()
 
 
 def score_texts(
@@ -219,7 +254,8 @@ def _token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     if _takes(model, "logits_to_keep"):
         logits = model(input_ids=inputs.to(device), logits_to_keep=keep.to(device), **options).logits
     else:
-        logits = model(input_ids=inputs.to(device), **options).logits[:, keep.to(device)]
+        logits = model(input_ids=inputs.to(device), **options).logits
+        logits = logits[:, keep.to(logits.device)] if logits.shape[:2] == inputs.shape else logits
     if logits.shape[:2] != (len(inputs), len(keep)):
         raise ValueError(f"model: logits of shape {tuple(logits.shape)} given, (example, token, vocab) wanted")
     order = _answer_order(scored[:, keep]).to(logits.device)

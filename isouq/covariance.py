@@ -108,6 +108,12 @@ class Dense:
             return coordinates @ (self.eigenvalues + _nonnegative(damping))
         return coordinates @ (1 / _damped(self.kind, self.eigenvalues, damping))
 
+    def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
+        """The share of ‖g‖² in directions whose eigenvalue is below `threshold`: (query,) between 0 and 1."""
+        g = _gradients(g, len(self.eigenvalues))
+        below = self.eigenvectors[:, self.eigenvalues < threshold]
+        return np.square(g @ below).sum(1) / np.square(g).sum(1)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LowRank:
@@ -140,6 +146,14 @@ class LowRank:
                 f"larger one (the largest eigenvalue is {self.eigenvalues.max():.1e})"
             )
         return form
+
+    def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
+        """The share of ‖g‖² in directions whose eigenvalue is below `threshold`, most of them exactly 0."""
+        if not threshold > 0:
+            raise ValueError(f"threshold: {threshold} given, a number above 0 wanted: most eigenvalues are 0")
+        g, above = self._products(g), self.eigenvalues >= threshold
+        inside = np.square(g.with_rows @ self.eigenvectors[:, above]) / (self.n_examples * self.eigenvalues[above])
+        return (1 - inside.sum(1) / g.squares).clip(min=0)
 
     def _products(self, g: ArrayLike | Products) -> Products:
         if not isinstance(g, Products):
@@ -209,12 +223,16 @@ def fisher(
     diagonal: bool = False,
 ) -> Covariance:
     """mean_i Σ_c p(c|xᵢ) ∇log p(c|xᵢ) ∇log p(c|xᵢ)ᵀ: the sum over the model's own labels is exact; none is observed."""
+    rows, n = fisher_rows(jacobian, logits), len(np.asarray(logits))
+    return _diagonal(rows, n, "fisher") if diagonal else from_rows(rows, "fisher", n_examples=n)
+
+
+def fisher_rows(jacobian: ArrayLike, logits: ArrayLike) -> Float[np.ndarray, "row param"]:
+    """√p(c|xᵢ) ∇log p(c|xᵢ) for every example and class: XᵀX/n is the Fisher."""
     jacobian, logits = _two_sided(jacobian, logits)
     n, n_classes, n_parameters = jacobian.shape
     every = [scores(jacobian, logits, np.full(n, c)) for c in range(n_classes)]
-    weighted = np.stack(every, 1) * np.sqrt(_softmax(logits))[:, :, None]
-    rows = weighted.reshape(-1, n_parameters)
-    return _diagonal(rows, n, "fisher") if diagonal else from_rows(rows, "fisher", n_examples=n)
+    return (np.stack(every, 1) * np.sqrt(_softmax(logits))[:, :, None]).reshape(-1, n_parameters)
 
 
 def ggn(jacobian: ArrayLike, logits: Float[np.ndarray, "example class"]) -> Dense:

@@ -191,3 +191,14 @@ def test_products_and_gradients_are_not_mixed_up(net):
         covariance.fisher(*net, diagonal=True).quadratic_form(products, damping=1.0)
     with pytest.raises(TypeError, match="give Products"):
         covariance.from_products(np.eye(4), "fisher").quadratic_form(np.ones((2, P)), damping=1.0)
+
+
+@pytest.mark.parametrize("n", [5, 3 * P])
+def test_share_below_a_threshold_is_that_of_the_eigenvectors(rng, queries, n):
+    rows = rng.normal(size=(n, P)) * np.geomspace(0.1, 3, P)
+    values, vectors = np.linalg.eigh(rows.T @ rows / n)
+    threshold = np.median(values[-5:])
+    expected = np.square(queries @ vectors[:, values < threshold]).sum(1) / np.square(queries).sum(1)
+    built = covariance.from_rows(rows, "fisher")
+    np.testing.assert_allclose(built.share_below(queries, threshold), expected, rtol=1e-9)
+    assert (built.share_below(queries, 2 * values[-1]) > 1 - 1e-12).all()

@@ -3,13 +3,19 @@
 The examples' factors are gathered for as many parameters at a time as the memory allows; each parameter then adds its
 block of X·Yᵀ, either from explicit per-example gradients, a slice of rows at a time, or from token×token products,
 whichever costs fewer multiplications. One sweep over the batches is needed per group of parameters.
+
+Cost of n rows and m others of T tokens in a model of P parameters, in multiplications: 2(n+m)TP for every sweep (half
+of it a backward pass that ends at the group's first layer), (n+m)TP for the explicit gradients, n(n+m)P for their
+products. Products among the others are not taken.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +23,74 @@ from tqdm import tqdm
 
 from isouq.gradients.autograd import gradient
 from isouq.gradients.common import Objective, differentiable, select_parameters
-from isouq.gradients.factors import Dense, Factor, Outer, Rows, wide
+from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
 from isouq.gradients.ghost import Plan, Use, check_isolation
 from isouq.gradients.graph import NotCovered
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
+Batches = Sequence[tuple[Objective, int]]
+BUFFER_BYTES = 400_000_000  # of explicit gradients at a time: large enough for the matrix products, small in memory
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of gradients, float64: `rows` (row, row), `between` (row, other), `squares` (other,) = ‖∇S‖²."""
+
+    rows: Tensor
+    between: Tensor
+    squares: Tensor
+
+
+@dataclass
+class Sums:
+    """The products while they are added up, parameter by parameter: rows come first, then the others."""
+
+    n_rows: int
+    n_others: int
+    _buffer: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.block = torch.zeros(self.n_rows, len(self), dtype=torch.float64)
+        self.squares = torch.zeros(self.n_others, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        """All examples."""
+        return self.n_rows + self.n_others
+
+    def gram(self) -> Gram:
+        """What has been added up."""
+        n = self.n_rows
+        return Gram(self.block[:, :n], self.block[:, n:], self.squares)
+
+    def add_gradients(self, matrix: Tensor) -> None:
+        """Add the products of explicit gradients (example, number)."""
+        n = self.n_rows
+        self.block += (matrix[:n] @ matrix.T).double()
+        if self.n_others:
+            norms = torch.linalg.vector_norm(matrix[n:], dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+            self.squares += norms.double().square()
+
+    def add_pair(self, p: Piece, q: Piece, product: Callable[[], Tensor]) -> None:
+        """Add a block (p's examples, q's examples) and its mirror image, once where p is q.
+
+        Of two pieces of other examples only the products of an example with itself are wanted.
+        """
+        n = self.n_rows
+        if p.start < n or q.start < n:
+            block = product()
+            if p.start < n:
+                self.block[p.start : p.stop, q.start : q.stop] += block
+            if q.start < n and p is not q:
+                self.block[q.start : q.stop, p.start : p.stop] += block.T
+        elif p.start == q.start:
+            self.squares[p.start - n : p.stop - n] += inner(p.factor, q.factor) * (1 if p is q else 2)
+
+    def buffer(self, width: int, like: Tensor) -> Tensor:
+        """(example, width) to be written over: one allocation serves all parameters."""
+        size = len(self) * width
+        if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype != like.dtype:
+            self._buffer = torch.empty(size, dtype=like.dtype)
+        return self._buffer[:size].view(len(self), width)
 
 
 @dataclass(frozen=True)
@@ -44,43 +113,83 @@ class Piece:
 
 def inner_products(
     model: nn.Module,
-    batches: Sequence[tuple[Objective, int]],
+    batches: Batches,
+    others: Batches = (),
     *,
     engine: str = "auto",
     parameters: Sequence[str] | None = None,
     memory: float = 4e9,
     progress: bool = False,
-) -> Tensor:
-    """X·Xᵀ, X the gradients of every example's objective (column 0), (example, example) float64.
+    checkpoint: tuple[Path, str] | None = None,
+) -> Gram:
+    """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
 
-    `batches` are (objective, n_examples); `memory` bounds in bytes what is kept between the forward passes.
+    `batches` and `others` are (objective, n_examples); `memory` bounds in bytes what is kept between forward passes.
+    `checkpoint` is a file and the identity of model and examples: a run that was killed goes on after its last whole
+    group of parameters, and a file of another identity is written over.
     Raises NotCovered as `ghost.squared_norms`; with engine "auto" the reference then does the work.
     """
     chosen = select_parameters(model, parameters)
+    n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
+    if n_rows == 0:
+        raise ValueError("batches: no example given, at least one wanted")
+    work = [*batches, *others]
     if engine != "autograd":
         try:
-            return _by_factors(model, batches, chosen, memory, progress)
+            return _by_factors(model, work, chosen, Sums(n_rows, n_others), memory, progress, checkpoint)
         except NotCovered:
             if engine == "ghost":
                 raise
-    return _by_gradients(model, batches, chosen, memory, progress)
+    return _by_gradients(model, work, chosen, Sums(n_rows, n_others), memory, progress)
 
 
 def _by_factors(
     model: nn.Module,
-    batches: Sequence[tuple[Objective, int]],
+    batches: Batches,
     chosen: dict[str, nn.Parameter],
+    sums: Sums,
     memory: float,
     progress: bool,
-) -> Tensor:
-    n = sum(size for _, size in batches)
-    products = torch.zeros(n, n, dtype=torch.float64)
-    per_example = _factor_bytes(model, batches[0], chosen)
-    groups = _groups({name: per_example.get(name, 0) * n for name in chosen}, memory)
-    for group in tqdm(groups, desc="groups of parameters", disable=not progress):
-        for pieces in _gather(model, batches, {name: chosen[name] for name in group}).values():
-            _add(products, pieces)
-    return products
+    checkpoint: tuple[Path, str] | None,
+) -> Gram:
+    sizes = _factor_bytes(model, batches, sums, chosen)
+    groups = _groups({name: sizes.get(name, 0) for name in chosen}, memory)
+    done = _resume(checkpoint, groups, sums)
+    bar = tqdm(total=len(chosen), desc="parameters", disable=not progress, initial=sum(map(len, groups[:done])))
+    with bar:
+        for number, group in enumerate(groups[done:], done + 1):
+            kept = _gather(model, batches, {name: chosen[name] for name in group})
+            while kept:
+                (name, _), pieces = kept.popitem()
+                try:
+                    _add(sums, pieces)
+                except NoRule as error:
+                    raise NotCovered(name, str(error)) from error
+            bar.update(len(group))
+            _keep(checkpoint, groups, number, sums)
+    return sums.gram()
+
+
+def _resume(checkpoint: tuple[Path, str] | None, groups: list[list[str]], sums: Sums) -> int:
+    """How many groups an earlier run has done; their products are put into `sums`."""
+    if checkpoint is None or not checkpoint[0].is_file():
+        return 0
+    saved = torch.load(checkpoint[0], weights_only=True)
+    if saved["identity"] != checkpoint[1] or saved["groups"] != groups:
+        return 0
+    sums.block, sums.squares = saved["block"], saved["squares"]
+    return saved["done"]
+
+
+def _keep(checkpoint: tuple[Path, str] | None, groups: list[list[str]], done: int, sums: Sums) -> None:
+    if checkpoint is None:
+        return
+    file, identity = checkpoint
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    state = {"identity": identity, "groups": groups, "done": done, "block": sums.block, "squares": sums.squares}
+    torch.save(state, partial)
+    os.replace(partial, file)
 
 
 def _groups(sizes: dict[str, float], memory: float) -> list[list[str]]:
@@ -96,12 +205,24 @@ def _groups(sizes: dict[str, float], memory: float) -> list[list[str]]:
     return groups
 
 
-def _factor_bytes(model: nn.Module, batch: tuple[Objective, int], chosen: dict[str, nn.Parameter]) -> dict[str, float]:
-    objective, n = batch
+def _factor_bytes(model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]) -> dict[str, float]:
+    """What keeping every example's factors of each parameter costs, from one batch of rows and one of the others."""
+    sizes: dict[str, float] = defaultdict(float)
+    starts = {0: sums.n_rows, sums.n_rows: sums.n_others}  # where rows and others begin → how many they are
+    place = 0
+    for objective, n in batches:
+        if place in starts:
+            for name, size in _batch_bytes(model, objective, n, chosen).items():
+                sizes[name] += size / n * starts[place]
+        place += n
+    return sizes
+
+
+def _batch_bytes(model: nn.Module, objective: Objective, n: int, chosen: dict[str, nn.Parameter]) -> dict[str, float]:
     sizes: dict[str, float] = defaultdict(float)
 
-    def visit(use: Use, factors: list[Factor]) -> None:
-        sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors) / n
+    def visit(use: Use, factors: list[Factor]) -> None:  # an activation that two weights share is counted twice
+        sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors)
 
     with differentiable(model, chosen) as tracked:
         plan = Plan(objective(slice(0, n)), tracked, n)
@@ -128,6 +249,9 @@ def _gather(
             if values.requires_grad:
                 Plan(values, tracked, n).backward(values[:, 0].sum(), visit, retain=False)
         start += n
+    for name in {name for name, slot in kept if slot is not None}:
+        if (name, None) in kept:
+            raise NotCovered(name, "is used both whole and by slices, which has no inner product here")
     return kept
 
 
@@ -141,21 +265,19 @@ def _detached(factor: Factor) -> Factor:
     return Dense(factor.grad.detach().cpu())
 
 
-def _add(products: Tensor, pieces: list[Piece]) -> None:
+def _add(sums: Sums, pieces: list[Piece]) -> None:
     """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i."""
-    outer = [p for p in pieces if isinstance(p.factor, Outer)]
-    rows = [p for p in pieces if isinstance(p.factor, Rows)]
-    dense = [p for p in pieces if isinstance(p.factor, Dense)]
-    if dense and not (outer or rows):
-        _add_explicit(products, dense, lambda factor, part: factor.grad.flatten(1), 1)  # type: ignore[union-attr]
-    elif outer and not (rows or dense) and not _by_tokens(outer):
-        a = outer[0].factor.left.shape[2]  # type: ignore[union-attr]
-        b = outer[0].factor.right.shape[2]  # type: ignore[union-attr]
-        _add_explicit(products, outer, _slice_of_outer, max(1, a * b * len(products) * 4 // 500_000_000), a)
-    elif not dense:
-        _add_by_tokens(products, outer, rows)
+    kinds = {type(p.factor) for p in pieces}
+    if kinds == {Dense}:
+        _add_dense(sums, pieces)
+    elif kinds == {Outer} and not _by_tokens(pieces):
+        _add_outer(sums, pieces)
+    elif Dense not in kinds:
+        for i, p in enumerate(pieces):
+            for q in pieces[: i + 1]:
+                sums.add_pair(p, q, lambda p=p, q=q: _across(p.factor, q.factor))  # type: ignore[misc]
     else:
-        raise NotCovered("a parameter", "is used both as a matrix and by broadcasting, which has no inner product here")
+        raise NoRule("is used both as a matrix and by broadcasting, which has no inner product here")
 
 
 def _by_tokens(outer: list[Piece]) -> bool:
@@ -164,43 +286,35 @@ def _by_tokens(outer: list[Piece]) -> bool:
     return n_tokens * n_tokens * (a + b) < a * b
 
 
-def _slice_of_outer(factor: Factor, part: slice) -> Tensor:
-    assert isinstance(factor, Outer)
-    return (wide(factor.left[:, :, part]).transpose(1, 2) @ wide(factor.right)).flatten(1)
+def _add_dense(sums: Sums, pieces: list[Piece]) -> None:
+    like = wide(pieces[0].factor.grad)  # type: ignore[union-attr]
+    matrix = sums.buffer(like[0].numel(), like).zero_()
+    for piece in pieces:
+        matrix[piece.start : piece.stop] += piece.factor.grad.flatten(1)  # type: ignore[union-attr]
+    sums.add_gradients(matrix)
 
 
-def _add_explicit(
-    products: Tensor, pieces: list[Piece], row: Callable[[Factor, slice], Tensor], n_parts: int, a: int = 1
-) -> None:
-    step = -(-a // n_parts)
+def _add_outer(sums: Sums, pieces: list[Piece]) -> None:
+    """Explicit gradients, a slice of the weight's rows at a time, each written into its place and multiplied."""
+    factors = [p.factor for p in pieces if isinstance(p.factor, Outer)]
+    a, b = factors[0].left.shape[2], factors[0].right.shape[2]
+    step = max(1, min(a, BUFFER_BYTES // (len(sums) * b * 4)))
     for low in range(0, a, step):
-        matrix: Tensor | None = None
-        for piece in pieces:
-            block = row(piece.factor, slice(low, low + step))
-            if matrix is None:
-                matrix = block.new_zeros(len(products), block.shape[1], dtype=wide(block).dtype)
-            matrix[piece.start : piece.stop] += block
-        assert matrix is not None
-        products += (matrix @ matrix.T).double()
-
-
-def _add_by_tokens(products: Tensor, outer: list[Piece], rows: list[Piece]) -> None:
-    """Token×token products between every two batches; for a tied weight also head with embedding."""
-    for i, p in enumerate(outer):
-        for q in outer[: i + 1]:
-            _put(products, p, q, _outer_outer(p.factor, q.factor))  # type: ignore[arg-type]
-        for q in rows:
-            _put(products, p, q, _outer_rows(p.factor, q.factor))  # type: ignore[arg-type]
-    for i, p in enumerate(rows):
-        for q in rows[: i + 1]:
-            _put(products, p, q, _rows_rows(p.factor, q.factor))  # type: ignore[arg-type]
-
-
-def _put(products: Tensor, p: Piece, q: Piece, block: Tensor) -> None:
-    """Add block (p's examples, q's examples) and its mirror image, once where p is q."""
-    products[p.start : p.stop, q.start : q.stop] += block
-    if p is not q:
-        products[q.start : q.stop, p.start : p.stop] += block.T
+        high = min(low + step, a)
+        like = wide(factors[0].left)
+        matrix = sums.buffer((high - low) * b, like).view(len(sums), high - low, b)
+        end = 0  # pieces of one use come in order; where an example has none or several, add to zeros
+        for piece, factor in zip(pieces, factors, strict=True):
+            if piece.start > end:
+                matrix[end : piece.start] = 0
+            left, right = wide(factor.left[:, :, low:high]).transpose(1, 2), wide(factor.right)
+            if piece.start >= end:
+                torch.bmm(left, right, out=matrix[piece.start : piece.stop])
+                end = piece.stop
+            else:
+                matrix[piece.start : piece.stop].baddbmm_(left, right)
+        matrix[end:] = 0
+        sums.add_gradients(matrix.flatten(1))
 
 
 def _pairs(x: Tensor, y: Tensor) -> Tensor:
@@ -209,31 +323,36 @@ def _pairs(x: Tensor, y: Tensor) -> Tensor:
     return product.view(*x.shape[:2], *y.shape[:2])
 
 
-def _outer_outer(f: Outer, g: Outer) -> Tensor:
-    return (_pairs(f.left, g.left) * _pairs(f.right, g.right)).sum((1, 3), dtype=torch.float64)
+def _across(f: Factor, g: Factor) -> Tensor:
+    """⟨f_i, g_j⟩ of every example of f with every one of g, by token×token products: (i, j) float64.
 
-
-def _rows_rows(f: Rows, g: Rows) -> Tensor:
-    same = f.index[:, :, None, None] == g.index
-    return (_pairs(f.rows, g.rows) * same).sum((1, 3), dtype=torch.float64)
-
-
-def _outer_rows(f: Outer, g: Rows) -> Tensor:
-    picked = wide(f.left)[:, :, g.index.flatten()].unflatten(2, g.index.shape)
-    return (picked * _pairs(f.right, g.rows)).sum((1, 3), dtype=torch.float64)
+    For a tied weight also head with embedding.
+    """
+    if isinstance(f, Rows) and isinstance(g, Outer):
+        return _across(g, f).T
+    if isinstance(f, Outer) and isinstance(g, Outer):
+        product = _pairs(f.left, g.left) * _pairs(f.right, g.right)
+    elif isinstance(f, Outer):
+        assert isinstance(g, Rows)
+        picked = wide(f.left)[:, :, g.index.flatten()].unflatten(2, g.index.shape)
+        product = picked * _pairs(f.right, g.rows)
+    else:
+        assert isinstance(f, Rows)
+        assert isinstance(g, Rows)
+        product = _pairs(f.rows, g.rows) * (f.index[:, :, None, None] == g.index)
+    return product.sum((1, 3), dtype=torch.float64)
 
 
 def _by_gradients(
     model: nn.Module,
-    batches: Sequence[tuple[Objective, int]],
+    batches: Batches,
     chosen: dict[str, nn.Parameter],
+    sums: Sums,
     memory: float,
     progress: bool,
-) -> Tensor:
+) -> Gram:
     """The reference: one backward pass per example and group of parameters."""
-    n = sum(size for _, size in batches)
-    products = torch.zeros(n, n, dtype=torch.float64)
-    groups = _groups({name: 4.0 * n * p.numel() for name, p in chosen.items()}, memory)
+    groups = _groups({name: 4.0 * len(sums) * p.numel() for name, p in chosen.items()}, memory)
     for group in tqdm(groups, desc="groups of parameters", disable=not progress):
         part = {name: chosen[name] for name in group}
         rows: list[Tensor] = []
@@ -241,6 +360,5 @@ def _by_gradients(
             for i in range(size):
                 with differentiable(model, part) as tracked:
                     rows.append(gradient(objective(slice(i, i + 1))[0, 0], tracked))
-        matrix = torch.stack(rows)
-        products += (matrix @ matrix.T).double()
-    return products
+        sums.add_gradients(torch.stack(rows))
+    return sums.gram()
