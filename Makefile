@@ -25,6 +25,7 @@ help: ## this list
 
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
+	@echo "The book: build/$(basename $(notdir $(PROFILE)))/html/index.html"
 
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run $(CONFIG)

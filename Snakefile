@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -51,7 +52,7 @@ def readable(record):
     if event == LogEvent.JOB_INFO and fields["rule_msg"]:
         reason = re.sub("Missing output files: .*", "not made yet", fields["reason"] or "")
         reason = re.sub(".*before: '(.*)' now: '(.*)' ", changed, reason)
-        record.event, record.msg = None, f"{fields['rule_msg']} ({reason})"
+        record.event, record.msg = None, f"{fields['rule_msg']} ({textwrap.shorten(reason, 240, placeholder=' ...')})"
     if event == LogEvent.JOB_ERROR and fields["rule_name"] == "notebook":
         return False
     return not CHATTER.match(str(record.msg))
@@ -201,12 +202,11 @@ def build_book(notebooks, results, html):
         environment = os.environ | {"ISOUQ_RESULTS": str(Path(results).resolve()), "NO_COLOR": "1"}
         run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
     if run.returncode:
-        lines = log.read_text().splitlines()
-        wrong = [line for line in lines if re.search("warning|error", line, re.I)] or lines[-30:]
+        lines = provenance.ANSI.sub("", log.read_text()).splitlines()
+        wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
         raise WorkflowError("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(source / "_build" / "html", html)
-    print(f"The book is {html}/index.html")
 
 
 def without_absent(entry):

@@ -337,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     join.set_defaults(command=collect)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
+    # There are no widgets on a page: tqdm need not say in a notebook's output that it writes text instead.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     try:
         command(**options)
     except (NotebookError, ResultError) as error:
