@@ -47,8 +47,9 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
         grad = grad.to_dense() if grad.is_sparse else grad
         if copies[name] > 1:
             grad = sums[name] = grad + sums.get(name, 0)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(p.dtype, torch.float32))
-        squares[name] = norm.double().square().cpu()
+        # Row by row: one float32 sum over a whole embedding would lose four digits.
+        norms = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.promote_types(p.dtype, torch.float32))
+        squares[name] = norms.double().square().sum().cpu()
 
     for p, _ in kept:
         p.grad = None

@@ -67,6 +67,15 @@ def test_a_weight_in_half_precision_is_squared_in_float32():
         assert_close(found.total, torch.tensor([[4 * x[0, 0].double().square()]]), torch.float32)
 
 
+@pytest.mark.parametrize("engine", ["autograd", "ghost"])
+def test_a_large_weight_loses_no_digits_in_the_sum_of_squares(engine):
+    """One float32 sum over 4 million squares would be wrong in the fourth digit."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(2000, 2000, bias=False), torch.rand(1, 3, 2000)
+    found = squared_norms(layer, lambda rows: layer(x[rows]).sum((1, 2))[:, None], 1, engine=engine)
+    assert_close(found.total, 2000 * x.double().sum(1).square().sum(1, keepdim=True), torch.float32)
+
+
 # ── Properties of both engines ─────────────────────────────────────────────────────────────────────────────────
 
 ENGINES = pytest.mark.parametrize("engine", ["ghost", "autograd"])

@@ -1,0 +1,290 @@
+"""Scores of token ids and of texts: closed forms, what does not change a score, and what is refused by name."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from architectures import VOCAB, build, examples, upcasts_to
+from closeness import assert_close, assert_logs_close
+from reference import pad, score
+from tokenizers import Tokenizer, models, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import isouq
+from isouq.causal_lm import log_probs, score_aggregations
+from isouq.estimate import AGGREGATIONS
+
+CASE = examples((9, 5, 12, 7), (3, 1, 4, 2))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama", tied=True)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with upcasts_to(torch.float64):
+        yield
+
+
+# ── Closed form ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bigram(nn.Module):
+    """logits = W[previous token]: no Hugging Face model, no config, no logits_to_keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB, dtype=torch.float64)
+
+    def forward(self, input_ids):
+        return type("Output", (), {"logits": self.table(input_ids)})
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_bigram_model_in_closed_form(engine, aggregation):
+    """∇ log p_t is e_{y_t} − p_t in the row of the token before: rows of different tokens are orthogonal."""
+    torch.manual_seed(0)
+    model = Bigram()
+    ids = torch.tensor([[5, 6, 7, 6, 7]])  # 6 is followed by 7 twice: those two gradients are the same
+    answer = torch.tensor([[False, False, True, False, True]])
+    found = isouq.score_tokens(model, ids, answer, engine=engine, aggregation=aggregation)
+    p = model.table.weight[6].softmax(-1).detach()
+    residual = (nn.functional.one_hot(torch.tensor(7), VOCAB) - p).square().sum()
+    log_p = p[7].log()
+    wanted = {
+        "sequence": (2 * log_p, 2 * (2 * log_p) + (4 * residual).log()),
+        "geometric": (log_p, 2 * log_p + residual.log()),
+        "token_mean": (log_p, 2 * log_p + residual.log()),
+    }[aggregation]
+    assert_close(found.log_prob, 2 * log_p[None])
+    assert_close(found.probability, wanted[0].exp()[None])
+    assert_close(found.log_epistemic, wanted[1][None])
+    assert found.n_tokens.tolist() == [2]
+    assert found.n_parameters == VOCAB**2
+    assert found.engine == engine
+
+
+# ── The result ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_estimate_has_a_float64_row_per_example_in_the_callers_order(llama):
+    found = isouq.score_tokens(llama, *pad(CASE, "left"), batch_size=2)
+    for name in ("log_prob", "probability", "aleatoric", "log_epistemic", "epistemic"):
+        column = getattr(found, name)
+        assert column.dtype == torch.float64
+        assert column.shape == (4,)
+        assert not column.requires_grad
+    assert found.n_tokens.tolist() == [3, 1, 4, 2]
+    assert_close(found.log_prob, score(llama, CASE).log_prob)
+    assert_close(found.aleatoric, found.probability * (1 - found.probability))
+    assert found.parameters == "all"
+    assert found.breakdown is None
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_breakdown_adds_up_to_the_whole(llama, engine, aggregation):
+    options = {"aggregation": aggregation, "engine": engine, "batch_size": 3}
+    found = isouq.score_tokens(llama, *pad(CASE, "left"), breakdown=True, **options)
+    assert set(found.breakdown) == {name for name, _ in llama.named_parameters()}
+    assert_close(torch.stack(list(found.breakdown.values())).logsumexp(0), found.log_epistemic)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_subset_of_parameters_is_the_reference_restricted(llama, engine, aggregation):
+    patterns = ["model.layers.1.*", "model.norm.weight"]
+    options = {"aggregation": aggregation, "engine": engine, "parameters": patterns}
+    found = isouq.score_tokens(llama, *pad(CASE, "left"), **options)
+    chosen = [*llama.model.layers[1].parameters(), llama.model.norm.weight]
+    assert_logs_close(found.log_epistemic, score(llama, CASE, chosen).epistemic[aggregation].log())
+    assert found.n_parameters == sum(p.numel() for p in chosen)
+    assert found.parameters == "model.layers.1.*, model.norm.weight"
+
+
+def test_an_answer_with_a_gap(llama):
+    """The unmarked tokens between are context, not answer."""
+    ids = CASE[2][0][None]
+    marked = torch.zeros(1, 12, dtype=torch.bool)
+    marked[0, [3, 4, 9]] = True
+    found = score_aggregations(llama, ids, marked, aggregations=AGGREGATIONS)
+    log_p = llama(input_ids=ids).logits[0].log_softmax(-1)
+    tokens = torch.stack([log_p[t - 1, ids[0, t]] for t in (3, 4, 9)])
+    parameters = list(llama.parameters())
+
+    def square(value):
+        return sum(g.square().sum() for g in torch.autograd.grad(value, parameters, retain_graph=True))
+
+    assert_close(found["sequence"].log_prob, tokens.sum()[None].detach())
+    assert_logs_close(found["sequence"].log_epistemic, square(tokens.sum().exp()).log()[None])
+    assert_logs_close(found["geometric"].log_epistemic, square(tokens.mean().exp()).log()[None])
+    mean = torch.stack([square(p) for p in tokens.exp()]).mean()
+    assert_logs_close(found["token_mean"].log_epistemic, mean.log()[None])
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_log_probs_are_those_of_the_scores_without_a_gradient(llama, batch_size):
+    S, n_tokens = log_probs(llama, *pad(CASE, "turns"), batch_size=batch_size)
+    found = isouq.score_tokens(llama, *pad(CASE, "turns"))
+    assert_close(S, found.log_prob)
+    assert n_tokens.equal(found.n_tokens)
+    assert not S.requires_grad
+
+
+def test_training_mode_without_dropout_scores_as_eval_mode_does(llama):
+    right = isouq.score_tokens(llama, *pad(CASE, "left")).log_epistemic
+    model = build("llama", tied=True).train()
+    assert_logs_close(isouq.score_tokens(model, *pad(CASE, "left")).log_epistemic, right)
+    assert model.training
+
+
+# ── 9th trap: the generated ids are scored, never text tokenised again ─────────────────────────────────────────
+
+
+def a_tokenizer(template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+    """Letters, of which "a" followed by "b" merges to one token."""
+    words = ["<unk>", "<s>", "</s>", *"abcdxyz ", "ab"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("a", "b")], unk_token="<unk>"))
+    if template:
+        backend.post_processor = processors.TemplateProcessing(template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+A, B, C, X, AB = 3, 4, 5, 7, 11
+
+
+def ids_scored(monkeypatch, model, tokenizer, prompts, answers) -> list[tuple[list[int], list[int]]]:
+    """The prompt's and the answer's ids that score_texts hands to score_tokens, for each pair."""
+    seen, score_tokens = [], isouq.score_tokens
+
+    def spy(model, ids, answer, present, **options):
+        for row, marks, there in zip(ids, answer, present.bool(), strict=True):
+            seen.append((row[there & ~marks].tolist(), row[marks].tolist()))
+        return score_tokens(model, ids, answer, present, **options)
+
+    monkeypatch.setattr("isouq.causal_lm.score_tokens", spy)
+    isouq.score_texts(model, tokenizer, prompts, answers)
+    return seen
+
+
+def test_9_an_answer_is_not_merged_into_its_prompt(llama, monkeypatch):
+    tokenizer = a_tokenizer()
+    assert tokenizer("xab")["input_ids"] == [X, AB]
+    assert ids_scored(monkeypatch, llama, tokenizer, ["xa"], ["b"]) == [([X, A], [B])]
+    assert ids_scored(monkeypatch, llama, tokenizer, ["x"], ["ab"]) == [([X], [AB])]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt_ids"),
+    [(None, [X, A]), ("<s> $A", [1, X, A]), ("<s> $A </s>", [1, X, A]), ("$A </s>", [X, A])],
+    ids=["no special tokens", "a start token", "both", "an end token"],
+)
+def test_9_special_tokens_go_before_the_prompt_and_nowhere_else(llama, monkeypatch, template, prompt_ids):
+    """A tokeniser that closes every text would put its end between prompt and answer."""
+    assert ids_scored(monkeypatch, llama, a_tokenizer(template), ["xa"], ["bc"]) == [(prompt_ids, [B, C])]
+
+
+def test_9_an_end_of_text_that_the_caller_writes_is_scored(llama, monkeypatch):
+    assert ids_scored(monkeypatch, llama, a_tokenizer(), ["x</s>"], ["b</s>"]) == [([X, 2], [B, 2])]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_9_texts_score_as_their_ids(llama, aggregation):
+    prompts, answers = ["xa", "xyz abd", "x"], ["b", "cd", "abab"]
+    tokenizer = a_tokenizer("<s> $A")
+    table = isouq.score_texts(llama, tokenizer, prompts, answers, aggregation=aggregation, batch_size=2)
+    case = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        case.append((torch.tensor(tokenizer(prompt)["input_ids"] + ids), len(ids)))
+    found = isouq.score_tokens(llama, *pad(case, "left"), aggregation=aggregation)
+    assert isinstance(table, pd.DataFrame)
+    columns = ["n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic"]
+    assert table.columns.tolist() == ["prompt", "answer", *columns]
+    assert table["prompt"].tolist() == prompts
+    assert table["answer"].tolist() == answers
+    for name in columns:
+        assert_close(torch.tensor(table[name].to_numpy()), getattr(found, name))
+
+
+# ── Bad input (what needs no model is in test_sequences.py) ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "error", "message"),
+    [
+        (["x", "x"], ["b"], ValueError, "answers: 1 given for 2 prompts, as many wanted"),
+        (["x", "x"], ["b", ""], ValueError, "answers: number 1 is empty"),
+        (["x", ""], ["b", "b"], ValueError, "prompts: number 1 is empty"),
+        ("x", ["b"], TypeError, "prompts and answers: a string given, lists of strings wanted"),
+        (["x"], "b", TypeError, "prompts and answers: a string given, lists of strings wanted"),
+        ([], [], ValueError, "no example"),
+        (["x" * 64], ["bb"], ValueError, "example 0 has 66 tokens, at most the model's context of 64"),
+    ],
+)
+def test_bad_texts_are_refused(llama, prompts, answers, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        isouq.score_texts(llama, a_tokenizer(), prompts, answers)
+
+
+def test_an_empty_prompt_is_fine_where_there_is_a_start_token(llama):
+    assert len(isouq.score_texts(llama, a_tokenizer("<s> $A"), [""], ["b"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregation": "mean"}, r"aggregation: 'mean' given, one of sequence, geometric, token_mean wanted"),
+        ({"engine": "fast"}, r"engine: 'fast' given, one of auto, ghost, autograd wanted"),
+        ({"batch_size": 0}, r"batch_size: 0 given, a positive integer or None wanted"),
+        ({"parameters": ["nothing.*"]}, r"parameters: 'nothing\.\*' matches none of the model's"),
+        ({"parameters": ["lm_head.weight"]}, r"parameters: 'lm_head\.weight' matches none"),  # tied: it has one name
+    ],
+)
+def test_bad_options_are_refused(llama, options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        isouq.score_tokens(llama, *pad(CASE, "left"), **options)
+
+
+def test_asking_for_no_aggregation_is_refused(llama):
+    with pytest.raises(ValueError, match="aggregation"):
+        score_aggregations(llama, *pad(CASE, "left"), aggregations=())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("engine", ["auto", "ghost", "autograd"])
+def test_logits_that_are_not_finite_are_refused_and_name_the_example(engine, value):
+    """Only the sequence with the poisoned token is at fault, wherever batching has put it."""
+    model = build("llama", tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[96] = value
+    case = [*CASE, (torch.tensor([7, 96, 7]), 1)]
+    before = [(p.requires_grad, p.grad) for p in model.parameters()]
+    with pytest.raises(ValueError, match="model: NaN or infinite logits for example 4, finite ones wanted"):
+        isouq.score_tokens(model, *pad(case, "left"), engine=engine)
+    with pytest.raises(ValueError, match="model: NaN or infinite logits for example 4, finite ones wanted"):
+        log_probs(model, *pad(case, "left"))
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == before
+
+
+def test_quantised_parameters_are_refused_by_name():
+    model = build("llama", tied=True)
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"quantised.*model\.layers\.0\.mlp\.up_proj\.weight \(torch\.int8\)"):
+        isouq.score_tokens(model, *pad(CASE, "left"))
+
+
+def test_a_model_whose_output_has_another_shape_is_refused():
+    class Classifier(Bigram):
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.table(input_ids).sum(1, keepdim=True)})
+
+    with pytest.raises(ValueError, match=r"model: logits of shape .* given, \(example, token, vocab\) wanted"):
+        isouq.score_tokens(Classifier(), *pad(CASE, "left"))

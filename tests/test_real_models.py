@@ -1,0 +1,71 @@
+"""The two real language models: the fast engine beside the reference, and both beside float64."""
+
+import pytest
+import torch
+from architectures import upcasts_to
+from closeness import assert_logs_close
+
+from isouq import assets
+from isouq.causal_lm import encode, score_aggregations
+from isouq.estimate import AGGREGATIONS
+
+PAIRS = [("The capital of France is", " Paris."), ("Q: Who wrote Hamlet?\nA:", " William Shakespeare")]
+N_PARAMETERS = {"smollm2-135m-instruct": 134_515_008, "gemma-3-270m": 268_098_176}
+
+pytestmark = pytest.mark.assets
+
+
+@pytest.fixture(scope="module", params=N_PARAMETERS)
+def loaded(request):
+    return (request.param, *assets.load_causal_lm(request.param))
+
+
+def batch_of(tokenizer):
+    pairs = [encode(tokenizer, i, *pair) for i, pair in enumerate(PAIRS)]
+    width = max(len(p) + len(a) for p, a in pairs)
+    ids, marks = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.bool)
+    present = torch.zeros(2, width, dtype=torch.int64)
+    for i, (prompt, answer) in enumerate(pairs):
+        ids[i, -len(prompt + answer) :] = torch.tensor(prompt + answer)
+        marks[i, -len(answer) :] = True
+        present[i, -len(prompt + answer) :] = 1
+    return ids, marks, present
+
+
+def relative(log_a, log_b):
+    return (log_a - log_b).expm1().abs().max().item()
+
+
+def test_ghost_equals_autograd(loaded):
+    name, model, tokenizer = loaded
+    batch = batch_of(tokenizer)
+    ghost, autograd = (
+        score_aggregations(model, *batch, aggregations=AGGREGATIONS, engine=engine) for engine in ("ghost", "autograd")
+    )
+    for aggregation in AGGREGATIONS:
+        assert ghost[aggregation].engine == "ghost"
+        assert relative(ghost[aggregation].log_epistemic, autograd[aggregation].log_epistemic) <= 1e-4
+        n = sum(p.numel() for p in model.parameters())
+        assert ghost[aggregation].n_parameters == autograd[aggregation].n_parameters == n == N_PARAMETERS[name]
+
+
+def test_float32_and_float64(loaded):
+    """In float64 the engines agree; float32 differs from it by its own rounding, in both engines alike.
+
+    G = ‖∇S‖² is compared, the gradient itself; U_E = e^{2S} G also carries twice the rounding of S.
+    """
+    _, model, tokenizer = loaded
+    batch = batch_of(tokenizer)
+    found = {}
+    try:
+        for dtype in (torch.float32, torch.float64):
+            with upcasts_to(dtype):
+                for engine in ("ghost", "autograd"):
+                    scores = score_aggregations(model.to(dtype), *batch, engine=engine)
+                    found[dtype, engine] = scores["sequence"].log_gradient
+    finally:
+        model.float()
+    assert_logs_close(found[torch.float64, "ghost"], found[torch.float64, "autograd"])
+    assert relative(found[torch.float32, "ghost"], found[torch.float32, "autograd"]) <= 2e-5
+    for engine in ("ghost", "autograd"):
+        assert relative(found[torch.float32, engine], found[torch.float64, "autograd"]) <= 1e-4
