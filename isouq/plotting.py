@@ -127,7 +127,7 @@ def intervals(
     for row, entry in enumerate(table.to_dict("records")):
         colour, marker, _ = _method(entry["method"])
         ax.plot([entry["low"], entry["high"]], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
-        ax.plot(entry["value"], row, marker, color=colour, markersize=7)
+        ax.plot(entry["value"], row, marker=marker, linestyle="none", color=colour, markersize=7)
     if "paper" in table.columns:
         rows = np.arange(len(table)) + 0.3
         ax.plot(table["paper"], rows, "o", mfc="white", mec="#444444", markersize=5, label=published)
@@ -259,8 +259,7 @@ def data_sets(problems: Mapping[str, Any]) -> Figure:
 def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """Maps with one row a problem and one column a quantity, each map scaled to [0, 1] by its own extremes.
 
-    `columns`: title -> one array (point,) per problem. A title that begins with "difference" is drawn from −1 to
-    1 as it is.
+    `columns`: title -> one array (point,) per problem; a title with a minus sign (−) is a difference, from −1 to 1.
     """
     figure, axes = panels(len(columns), len(problems), aspect=1.0)
     for row, name in zip(axes, problems, strict=True):
@@ -268,8 +267,7 @@ def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.nda
     for column, (title, arrays) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize="x-small")
         for ax, problem, values in zip(axes[:, column], problems.values(), arrays, strict=True):
-            difference = title.startswith("difference")
-            look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if difference else {"cmap": "viridis"}
+            look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if "−" in title else {"cmap": "viridis"}
             x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
             ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
             ax.plot(*problem.inputs.T, ".", color="white", markersize=1.2, alpha=0.7)

@@ -2,7 +2,7 @@
 
 `analyse` keeps the arrays for figures; `record` is the small JSON that a job leaves behind, so that a study of
 hundreds of jobs goes on where it stopped, on any machine. `run_all` runs what is missing, several at a time.
-``python -m isouq.synthetic.jobs --profile … --problem …`` does the same as a job of the pipeline.
+`plan` lists a profile's jobs.
 """
 
 import concurrent.futures
@@ -247,17 +247,17 @@ def trend(doublings: np.ndarray, values: np.ndarray, group: np.ndarray, *, seed:
     """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
 
     A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only
-    changes with size within the same data count. Raises ValueError for fewer than two groups.
+    changes with size within the same data count. Raises ValueError for fewer than two groups of two sizes.
     """
-    names = np.unique(group)
-    if len(names) < 2:
-        raise ValueError(f"group has {len(names)} distinct value; wanted at least 2")
     parts = []
-    for name in names:
+    for name in np.unique(group):
         x, y = doublings[group == name], values[group == name]
-        parts.append((np.sum((x - x.mean()) * (y - y.mean())), np.sum(np.square(x - x.mean()))))
+        if np.ptp(x) > 0:  # one size alone says nothing of a trend
+            parts.append((np.sum((x - x.mean()) * (y - y.mean())), np.sum(np.square(x - x.mean()))))
+    if len(parts) < 2:
+        raise ValueError(f"group has {len(parts)} value(s) with more than one size; wanted at least 2")
     sums = np.array(parts)
-    rows = np.random.default_rng(seed).integers(0, len(names), (2000, len(names)))
+    rows = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
     again = sums[rows].sum(axis=1)
     low, high = np.quantile(again[:, 0] / again[:, 1], [0.025, 0.975])
     slope = sums[:, 0].sum() / sums[:, 1].sum()

@@ -7,15 +7,13 @@ p(y|x, θ), the only thing that the study uses, can and must.
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from numpyro.infer import HMC, MCMC, NUTS
+from numpyro.infer.hmc import hmc
 from scipy.stats import norm, rankdata
 
 from isouq.synthetic.problems import Model, Problem, float64, one_of
@@ -124,32 +122,35 @@ class Reference:
     aleatoric_halves: np.ndarray | None
 
 
-def _density(model: Model, inputs, targets):
-    # Sampled in units of the prior's scale: one step size then suits all layers.
-    z = numpyro.sample("z", dist.Normal(0, 1).expand([model.network.n_parameters]).to_event(1))
-    numpyro.factor("likelihood", model.log_likelihood(model.scales() * z, inputs, targets))
-
-
-@functools.lru_cache(maxsize=64)
-def _sampler(model: Model, settings: Settings) -> MCMC:
-    # Cached, with the data as traced arguments: other data seeds of the same shape are not compiled again.
-    density = functools.partial(_density, model)
-    common = {"target_accept_prob": settings.target_accept}
-    if settings.step_size is not None:
-        common |= {"step_size": settings.step_size, "adapt_step_size": False}
-    if settings.sampler == "nuts":
-        kernel = NUTS(density, max_tree_depth=settings.max_tree_depth, **common)
-    else:
-        kernel = HMC(density, trajectory_length=settings.trajectory_length, **common)
-    return MCMC(
-        kernel,
-        num_warmup=settings.n_warmup,
-        num_samples=settings.n_draws,
-        num_chains=settings.n_chains,
-        chain_method="vectorized",
-        jit_model_args=True,
-        progress_bar=False,
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def _run(model: Model, settings: Settings, keys, starts, inputs, targets):
+    """Return (z, divergent, energy, n_steps), each (chain, draw, ...), of one chain per key, all in step."""
+    init, step = hmc(
+        # Sampled in units of the prior's scale: one step size then suits all layers.
+        lambda z: model.energy(model.scales() * z, inputs, targets),
+        algo=settings.sampler.upper(),
     )
+
+    def chain(key, start):
+        state = init(
+            start,
+            settings.n_warmup,
+            step_size=1.0 if settings.step_size is None else settings.step_size,
+            adapt_step_size=settings.step_size is None,
+            target_accept_prob=settings.target_accept,
+            trajectory_length=settings.trajectory_length,
+            max_tree_depth=settings.max_tree_depth,
+            rng_key=key,
+        )
+
+        def draw(state, _):
+            state = step(state)
+            return state, (state.z, state.diverging, state.energy, state.num_steps)
+
+        state = jax.lax.fori_loop(0, settings.n_warmup, lambda _, state: step(state), state)
+        return jax.lax.scan(draw, state, length=settings.n_draws)[1]
+
+    return jax.vmap(chain)(keys, starts)
 
 
 @float64
@@ -163,32 +164,24 @@ def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
     settings.require_memory(problem)
     begun = time.perf_counter()
     start_key, run_key = jax.random.split(jax.random.key(settings.seed))
-    n_parameters = problem.model.network.n_parameters
-    start = jax.random.normal(start_key, (settings.n_chains, n_parameters))
-    mcmc = _sampler(problem.model, settings)
-    mcmc.run(
-        run_key,
+    z, divergent, energy, n_steps = _run(
+        problem.model,
+        replace(settings, seed=0),  # one compilation serves all seeds, and all data of one size
+        jax.random.split(run_key, settings.n_chains),
+        jax.random.normal(start_key, (settings.n_chains, problem.model.network.n_parameters)),
         jnp.asarray(problem.inputs),
         jnp.asarray(problem.targets),
-        init_params={"z": start},
-        extra_fields=("diverging", "energy", "num_steps"),
     )
-    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["z"]) * problem.model.scales()
-    fields = {key: np.asarray(value) for key, value in mcmc.get_extra_fields(group_by_chain=True).items()}
-    diagnostics = judge(
-        functions(problem, draws),
-        divergent=fields["diverging"],
-        energy=fields["energy"],
-        seconds=time.perf_counter() - begun,
-    )
+    draws = np.asarray(z) * problem.model.scales()
+    statistics = {"divergent": np.asarray(divergent), "energy": np.asarray(energy)}
+    seconds = time.perf_counter() - begun
     return Posterior(
         problem=problem,
         settings=settings,
         draws=draws,
-        divergent=fields["diverging"],
-        energy=fields["energy"],
-        n_steps=fields["num_steps"],
-        diagnostics=diagnostics,
+        n_steps=np.asarray(n_steps),
+        diagnostics=judge(functions(problem, draws), **statistics, seconds=seconds),
+        **statistics,
     )
 
 
@@ -210,30 +203,34 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     Folded: the same R-hat on |value − median|, which catches chains that differ in spread and not in place.
     E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
     """
-    values = values.reshape(*values.shape[:2], -1)
-    blocks = np.array_split(values, max(1, values.shape[2] // 100), axis=2)  # FFTs of all at once fill the memory
-    worst = np.array([_worst(block) for block in blocks])
+    rhat, rhat_folded, ess = convergence(values)
     return Diagnostics(
-        rhat=float(worst[:, 0].max()),
-        rhat_folded=float(worst[:, 1].max()),
-        ess=float(worst[:, 2].min()),
+        rhat=rhat,
+        rhat_folded=rhat_folded,
+        ess=ess,
         n_divergent=int(divergent.sum()),
         efmi=float(np.min(np.square(np.diff(energy, axis=1)).mean(axis=1) / energy.var(axis=1))),
         seconds=seconds,
     )
 
 
-def _worst(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the largest split R-hat and folded R-hat and the smallest ESS; a NaN is the worst of all."""
-    folded = np.abs(values - np.median(values, axis=(0, 1)))
-    ranked = _rank_normalised(values)
-    half = ranked.shape[1] // 2
-    split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
-    return (
-        np.max(split_gelman_rubin(ranked)),
-        np.max(split_gelman_rubin(_rank_normalised(folded))),
-        np.min(effective_sample_size(split)),
-    )
+def convergence(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the largest split and folded R-hat and the smallest ESS of (chain, draw, point, class).
+
+    A NaN anywhere makes them NaN, which no gate passes.
+    """
+    values = values.reshape(*values.shape[:2], -1)
+    worst = []
+    # in blocks, since the Fourier transforms of all points at once would fill the memory
+    for block in np.array_split(values, max(1, values.shape[2] // 100), axis=2):
+        folded = np.abs(block - np.median(block, axis=(0, 1)))
+        ranked = _rank_normalised(block)
+        half = ranked.shape[1] // 2
+        split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
+        rhats = (split_gelman_rubin(ranked).max(), split_gelman_rubin(_rank_normalised(folded)).max())
+        worst.append((*rhats, effective_sample_size(split).min()))
+    rhat, rhat_folded, ess = zip(*worst, strict=True)
+    return float(np.max(rhat)), float(np.max(rhat_folded)), float(np.min(ess))
 
 
 def _rank_normalised(values: np.ndarray) -> np.ndarray:

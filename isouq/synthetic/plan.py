@@ -1,0 +1,82 @@
+"""Which jobs a profile asks for, and their run as a job of the pipeline.
+
+``python -m isouq.synthetic.plan --profile published`` runs whatever has no record yet; ``--problem`` takes one
+problem's share, for several machines. A killed run goes on where it stopped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isouq import profiles
+from isouq.synthetic import jobs
+from isouq.synthetic.jobs import Job
+from isouq.synthetic.posterior import Settings
+
+# One choice for every profile, so that the records of a large run serve the small ones too.
+SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.8, max_tree_depth=8)
+FIXED_SCALE = 1.0  # of the prior that does not shrink with the width
+ACTIVATIONS, PRIORS = ("tanh", "relu"), ("fan_in", "fixed")
+DEEP_WIDTHS = (4, 16, 64)  # of the widths asked for, those also run with more than one hidden layer
+DATA_SIZE_PROBLEM = "binary_rings"
+
+
+def table(section: Any) -> list[Job]:
+    """Return the jobs behind Table 1: every problem with every data seed, as in ``problems.SPECS``."""
+    settings = Settings(n_chains=section.n_chains, n_warmup=section.n_warmup, n_draws=section.n_draws)
+    seeds = range(section.seed, section.seed + section.n_seeds)
+    return [Job(problem=name, seed=seed, settings=settings) for name in jobs.problems.SPECS for seed in seeds]
+
+
+def data_sizes(section: Any) -> list[Job]:
+    """Return the jobs on the number of examples: one problem, the first data seed."""
+    first = next(job for job in table(section) if job.problem == DATA_SIZE_PROBLEM)
+    return [jobs.replace(first, n_examples=n) for n in section.data_sizes]
+
+
+def sizes(section: Any) -> list[Job]:
+    """Return the jobs on the network's size: problem, activation, prior, depth, width and data seed."""
+    found = []
+    for depth in section.size_depths:
+        widths = [width for width in section.size_widths if depth == 1 or width in DEEP_WIDTHS]
+        seeds = range(section.seed, section.seed + section.size_seeds)
+        axes = (section.size_problems, ACTIVATIONS, PRIORS, widths, seeds)
+        for problem, activation, prior, width, seed in itertools.product(*axes):
+            job = Job(
+                problem=problem,
+                seed=seed,
+                width=width,
+                depth=depth,
+                activation=activation,
+                prior_scaling=prior,
+                prior_scale=FIXED_SCALE if prior == "fixed" else None,
+                resolution=60 if problem.startswith("regression") else 12,
+                n_starts=8,
+                settings=SIZE_SETTINGS,
+            )
+            found.append(job)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a profile's jobs from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m isouq.synthetic.plan", description=__doc__)
+    parser.add_argument("--profile", default="embedded", help="name or path of a profile")
+    parser.add_argument("--problem", choices=list(jobs.problems.SPECS), help="only the jobs of this problem")
+    parser.add_argument("--workers", type=int, help="processes (as the profile says)")
+    given = parser.parse_args(arguments)
+    section: Any = profiles.load(given.profile).parameters("03_mcmc")
+    with_draws = [*table(section), *data_sizes(section)]
+    records = {"folder": section.records_dir, "n_workers": given.workers or section.n_workers}
+    draws = Path(section.store_dir) / "mcmc"
+    found = jobs.run_all([job for job in with_draws if given.problem in (None, job.problem)], draws=draws, **records)
+    wanted = [job for job in sizes(section) if given.problem in (None, job.problem)]
+    found += jobs.run_all(wanted, also=[jobs.COMMITTED], **records)
+    failed = [one for one in found if not one["passed"]]
+    print(f"{len(found)} records, {len(failed)} of them failed the gate")
+
+
+if __name__ == "__main__":
+    main()
