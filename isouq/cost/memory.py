@@ -25,7 +25,7 @@ import torch
 from isouq import assets
 from isouq.cost import cases
 from isouq.cost.cases import Case
-from isouq.cost.methods import GRADIENT_EACH, METHODS, A_FEW
+from isouq.cost.methods import A_FEW, GRADIENT_EACH, METHODS
 
 CLASSIFIER = "mlp"  # in place of a model's name: the small classifier of `cases.points`
 FEW = 2  # examples of A_FEW, and those whose gradient is also taken in float64
