@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 WIDTH = 7.0
 """Width of a full-width figure in inches: the text column of the book."""
@@ -110,6 +111,7 @@ def intervals(
     xlabel: str,
     reference: float | None = None,
     published: str = "the paper",
+    logarithmic: bool = False,
 ) -> Axes:
     """One row per method: its value as a marker, its interval as a line, the paper's value hollow beside it.
 
@@ -135,6 +137,9 @@ def intervals(
     ax.set_yticks(range(len(table)), [_method(name).label for name in table["method"]])
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xlabel(xlabel)
+    if logarithmic:
+        ax.set_xscale("log")
+        _round_numbers(ax.xaxis)
     return ax
 
 
@@ -343,15 +348,21 @@ def against(table: pd.DataFrame, ax: Axes, *, x: str, xlabel: str, ylabel: str) 
     _require(table, ("method", x, "value", "low", "high"))
     for name, group in table.groupby("method", sort=False):
         colour, marker, label = _method(str(name))
-        reach = (group["value"] - group["low"], group["high"] - group["value"])
-        ax.errorbar(group[x], group["value"], reach, color=colour, marker=marker, label=label, linewidth=1.3)
+        ax.vlines(group[x], group["low"], group["high"], color=colour, linewidth=1)
+        ax.plot(group[x], group["value"], color=colour, marker=marker, label=label, linewidth=1.3)
     ticks = sorted(table[x].unique())
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     ax.set_xticks(ticks, ticks)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.set_xticks([], minor=True)
+    _round_numbers(ax.yaxis)
     return ax
+
+
+def _round_numbers(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written plainly."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(values: pd.Series, ax: Axes, *, hatched: Sequence[str] = (), xlabel: str) -> Axes:
