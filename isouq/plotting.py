@@ -172,10 +172,9 @@ def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: st
     """One point per answer: right ones as open circles, wrong ones as crosses; columns x, y and wrong."""
     _require(table, (x, y, "wrong"))
     wrong = table["wrong"].astype(bool)
-    ax.scatter(
-        table.loc[~wrong, x], table.loc[~wrong, y], marker="o", facecolors="none", edgecolors="#0072B2", label="right"
-    )
-    ax.scatter(table.loc[wrong, x], table.loc[wrong, y], marker="x", color="#D55E00", linewidths=1, label="wrong")
+    right, failed = table[~wrong], table[wrong]
+    ax.scatter(failed[x], failed[y], s=20, marker="x", color="#D55E00", linewidths=1, label="wrong")
+    ax.scatter(right[x], right[y], s=20, marker="o", facecolors="none", edgecolors="#0072B2", label="right")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax
 

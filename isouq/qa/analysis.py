@@ -104,7 +104,7 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         wrong = used["wrong"].to_numpy(bool)
         row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
         if not evaluation.enough_of_both(wrong):
-            row["note"] = f"too few right or wrong: {(~wrong).sum()} right, {wrong.sum()} wrong"
+            row["note"] = f"too few: {(~wrong).sum()} right, {wrong.sum()} wrong"
             names = ("aleatoric", "epistemic", "combined")
             rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
             continue
@@ -262,12 +262,29 @@ def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
     return rows.assign(paper=rows["method"].map(published))
 
 
-def as_text(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return one row of `auroc_table` in words: "AUROC" and "minus likelihood", or why there is no number."""
+def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
+    """Return one model's `auroc_table`s, keyed by data set, as text: a row per score, a column per data set.
+
+    `column`: "value", with the paper's Table 2 beside it at the headline's rows (what its p(y|x) is, we do not
+    know), or "versus_likelihood". Where right or wrong answers are too few the text says how many there are.
+    """
+    columns = {}
+    for data_set, aurocs in found.items():
+        rows = aurocs.set_index(["aggregation", "method"])
+        columns[data_set] = rows.apply(_as_text, axis=1, column=column)
+        published = PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {})
+        if column == "value" and published:
+            text = {
+                (HEADLINE, method): f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for method, (mean, std) in published.items()
+            }
+            columns[f"paper, {data_set}"] = rows.index.to_series().map(text)
+    order = max(found.values(), key=len).set_index(["aggregation", "method"]).index
+    return pd.DataFrame(columns).reindex(order).fillna("")
+
+
+def _as_text(row: pd.Series, column: str) -> str:
     if row["note"]:
-        return {"AUROC": row["note"], "minus likelihood": ""}
-    gain, low, high = (row[name] for name in _GAIN)
-    return {
-        "AUROC": f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
-        "minus likelihood": f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]",
-    }
+        return row["note"]
+    low, high = (row[f"{column}_{end}"] if column != "value" else row[end] for end in ("low", "high"))
+    sign = "+" if column != "value" else ""
+    return f"{row[column]:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")  # one line a cell

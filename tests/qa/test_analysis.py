@@ -62,7 +62,7 @@ def test_too_few_right_answers_say_so_instead_of_a_number() -> None:
     table["right"] = ~table["wrong"]
     aurocs = analysis.auroc_table(table, QUICK)
     assert aurocs["value"].isna().all()
-    assert value_of(aurocs, "epistemic")["note"] == "too few right or wrong: 9 right, 51 wrong"
+    assert value_of(aurocs, "epistemic")["note"] == "too few: 9 right, 51 wrong"
     assert analysis.within_bins(table, QUICK)["value"].isna().all()
     assert analysis.added_signal(table).empty
     results = named(table, "m.triviaqa")
@@ -132,3 +132,19 @@ def test_a_choice_also_reports_what_is_left_without_no_comment() -> None:
     assert results["qa.m.truthfulqa_choose.no_comment.share"].value == 0.25
     assert results["qa.m.truthfulqa_choose.likelihood_committed.auroc"].n == 180
     assert results["qa.m.truthfulqa_choose.likelihood.auroc"].n == 240
+
+
+def test_the_table_shows_numbers_reasons_and_the_papers_values() -> None:
+    few = made_up(60)
+    few["wrong"] = np.arange(60) >= 9
+    found = {name: analysis.auroc_table(table, QUICK) for name, table in (("triviaqa", few), ("wikidata", made_up()))}
+    table = analysis.compare(found)
+    assert list(table) == ["triviaqa", "paper, triviaqa", "wikidata"]
+    assert table.loc[("sequence", "epistemic"), "triviaqa"] == "too few: 9 right, 51 wrong"
+    assert table.loc[("sequence", "epistemic"), "paper, triviaqa"] == "0.52\u00a0±\u00a00.07"
+    assert table.loc[("geometric", "epistemic"), "paper, triviaqa"] == ""
+    row = value_of(found["wikidata"], "combined")
+    text = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    assert table.loc[("sequence", "combined"), "wikidata"].split("\u00a0") == text.split(" ")
+    gains = analysis.compare(found, "versus_likelihood")
+    assert gains.loc[("sequence", "likelihood"), "wikidata"].split() == ["+0.00", "[+0.00,", "+0.00]"]
