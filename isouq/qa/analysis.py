@@ -105,7 +105,7 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
         if not evaluation.enough_of_both(wrong):
             row["note"] = f"too few: {(~wrong).sum()} right, {wrong.sum()} wrong"
-            names = ("aleatoric", "epistemic", "combined")
+            names = ("aleatoric", "epistemic", "aleatoric_fitted", "epistemic_fitted", "combined")
             rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
             continue
         for name, score in score_columns(used, aggregation, analysis).items():
@@ -287,4 +287,4 @@ def _as_text(row: pd.Series, column: str) -> str:
         return row["note"]
     low, high = (row[f"{column}_{end}"] if column != "value" else row[end] for end in ("low", "high"))
     sign = "+" if column != "value" else ""
-    return f"{row[column]:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")  # one line a cell
+    return f"{row[column]:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")
