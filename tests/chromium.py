@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import http.server
@@ -111,11 +110,6 @@ class Page:
             elif event["method"] == "Log.entryAdded" and params["entry"]["level"] == "error":
                 found.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         return found
-
-    def screenshot(self, file: Path) -> None:
-        """Save the whole page as PNG."""
-        image = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        Path(file).write_bytes(base64.b64decode(image["data"]))
 
     def close(self) -> None:
         """Close the connection."""

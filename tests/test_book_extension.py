@@ -169,7 +169,7 @@ def test_a_check_asks_for_a_key_of_the_agreed_form(check):
         r"|mcmc\.(binary|multiclass|regression)_\w+\.(gn|la|aleatoric)\.(pearson|spearman)"
         r"|qa\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|wikidata|truthfulqa|truthfulqa_choose)"
         r"\.(p_true|semantic_entropy|naive_entropy|aleatoric|epistemic|combined)\.auroc"
-        r"|cost\.(smollm2-135m-instruct|gemma-3-270m)\.\w+\.(seconds_per_question|peak_bytes|relative_to_forward)"
+        r"|cost\.(smollm2-135m-instruct|gemma-3-270m)\.\w+\.(seconds_per_question|peak_bytes|relative_to_forward|relative_error)"
     )
     for key in [check.key, *check.others()]:
         assert form.fullmatch(key), key
