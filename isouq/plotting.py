@@ -160,8 +160,8 @@ def interval_grid(
             ax.text(0.5, 0.75 * (len(table) - 1), absent, ha="center", va="center", size="small", bbox=box)
         ax.set(xlim=(0, 1), title=column if i == 0 else "", ylabel=row)
         ax.label_outer()
-        if ax.get_legend():
-            ax.get_legend().remove()
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower right")
