@@ -53,7 +53,7 @@ class Estimate:
 
     @property
     def log_gradient(self) -> Float[Tensor, " example"]:
-        """log(U_E / p²): the delta method's variance of log p, for `sequence` log G itself."""
+        """The delta method's variance of log p, as a logarithm: log U_E − 2 log p; for `sequence` log G itself."""
         # Only e^S of a long answer can leave the range of float64, and its logarithm is S.
         log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
         return self.log_epistemic - 2 * log_p
