@@ -134,13 +134,13 @@ def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
         if ghost:
             return wrapped.get_norm_sample().square()
         found = [p.grad_sample.flatten(1).square().sum(1) for p in case.model.parameters()]
-        wrapped.zero_grad()
+        wrapped.zero_grad(set_to_none=True)
         return torch.stack(found).sum(0)
 
     try:
         yield run
     finally:
-        wrapped.zero_grad()
+        wrapped.zero_grad(set_to_none=True)
         wrapped.to_standard_module().train(was_training)
 
 
