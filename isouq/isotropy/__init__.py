@@ -1,0 +1,1 @@
+"""Isotropy against covariances estimated from data: on small networks with a known posterior, and on real models."""

@@ -1,0 +1,113 @@
+"""The study on small networks: its matrices are those of another framework, and it finds what was put in."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from isouq import covariance
+from isouq.isotropy import networks
+from isouq.isotropy.networks import Case, Recipe
+from isouq.synthetic import point, problems
+
+
+def small(name: str, seed: int = 0):
+    problem = problems.make(name, seed=seed, n_examples=30, resolution=8)
+    return problem, np.random.default_rng(seed).normal(size=problem.model.network.n_parameters)
+
+
+@pytest.fixture
+def case():
+    """A case whose variance is not MCMC's but that of a known covariance: the training data's own Fisher."""
+    problem, theta = small("multiclass_clusters")
+    g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
+    blank = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
+    form = networks.build(blank, Recipe(matrix="fisher"), 30).quadratic_form(g, damping=blank.damping)
+    return replace(blank, variance=3 * form)
+
+
+@pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
+def test_fisher_and_hessian_are_those_that_jax_computes(name):
+    problem, theta = small(name)
+    prior = np.diag(problem.model.scales() ** -2.0)
+    jac, logits = networks.jacobian(problem, theta, problem.inputs)
+    np.testing.assert_allclose(30 * covariance.ggn_matrix(jac, logits) + prior, point.ggn(problem, theta), rtol=1e-9)
+    case = Case(problem=problem, theta=theta, g=np.ones((2, len(theta))), variance=np.ones(2), passed=True)
+    laplace = networks.build(case, Recipe(matrix="hessian"), 30)
+    expected = np.linalg.eigvalsh(point.hessian(problem, theta)) / 30
+    np.testing.assert_allclose(laplace.eigenvalues, expected, atol=1e-9 * np.abs(expected).max())
+
+
+def test_the_covariance_that_made_the_variance_is_found_undistorted(case):
+    found = networks.compare(case, Recipe(matrix="fisher"))
+    assert found["spearman"] == pytest.approx(1)
+    assert found["spread"] < 1e-9
+    assert (found["explained"], found["p_value"]) == (0, 1)
+    assert found["overlap"] == pytest.approx(1)
+
+
+def test_other_data_distort_more_the_farther_they_are(case):
+    spread = {
+        source: networks.compare(case, Recipe(matrix="fisher", source=source))["spread"] for source in networks.SOURCES
+    }
+    assert pytest.approx(spread["training"], abs=1e-9) == 0
+    assert 0 < spread["unseen"] < spread["shifted"]
+
+
+def test_large_damping_leaves_isotropy(case):
+    flat = networks.compare(case, Recipe(matrix="isotropic", source="noise"))
+    damped = networks.compare(case, Recipe(matrix="fisher", source="noise"), damping=1e9)
+    assert damped["spearman"] == pytest.approx(flat["spearman"], abs=1e-6)
+    assert damped["spread"] == pytest.approx(flat["spread"], rel=1e-5)
+
+
+def test_sources_are_what_their_names_say():
+    problem, _ = small("binary_rings")
+    made = {source: networks.proxies(problem, source, 20) for source in networks.SOURCES}
+    assert (made["training"][0] == problem.inputs[:20]).all()
+    assert not np.isin(made["unseen"][0], problem.inputs).any()
+    np.testing.assert_allclose(made["shifted"][0], made["unseen"][0] + networks.SHIFT)
+    assert all(made[source][1] is None for source in networks.UNLABELLED)
+    assert all(len(inputs) == 20 for inputs, _ in made.values())
+    again = networks.proxies(problem, "noise", 20)[0]
+    assert (again == made["noise"][0]).all()
+
+
+def test_model_labels_follow_the_model_and_shuffled_ones_do_not(case):
+    logits = np.tile([[4.0, 0.0, -4.0]], (3000, 1))
+    rng = np.random.default_rng(0)
+    drawn = networks._labels("model", None, logits, rng)
+    p = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, p, atol=0.02)
+    true = np.arange(30) % 3
+    shuffled = networks._labels("shuffled", true, logits[:30], rng)
+    assert (np.sort(shuffled) == np.sort(true)).all()
+    assert (shuffled != true).any()
+
+
+def test_sweep_has_every_n_and_every_damping(case):
+    found = networks.sweep([case], [Recipe(matrix="fisher", source="unseen")], counts=[10, 40], dampings=[0.1, 10.0])
+    assert found[found["axis"] == "n"]["n"].tolist() == [10, 40]
+    assert found[found["axis"] == "damping"]["damping"].tolist() == [0.1, 10.0]
+
+
+def test_a_saddle_gives_no_row():
+    problem, theta = small("binary_rings")
+    assert np.linalg.eigvalsh(point.hessian(problem, theta)).min() < 0
+    g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
+    case = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
+    assert networks.compare(case, Recipe(matrix="hessian")) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: networks.proxies(p, "trainig", 5), "did you mean 'training'"),
+        (lambda p: networks.proxies(p, "training", 31), "31 proxies given, 1 to 30"),
+        (lambda p: networks.proxies(p, "unseen", 0), "0 proxies given"),
+        (lambda p: networks._labels("true", None, np.zeros((3, 2)), np.random.default_rng(0)), "no true label"),
+    ],
+)
+def test_what_is_wrong_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small("binary_rings")[0])
