@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
 from isouq.gradients.factors import Factor, NoRule, Outer, Picked, inner, pick, squared_norm
-from isouq.gradients.graph import Graph, Layout, Node, NotCovered, is_custom, operation, output_shape
+from isouq.gradients.graph import Graph, Layout, Node, NotCovered, is_custom, operation, output_shape, reorders
 from isouq.gradients.rules import INPUT_FIRST, RULES, Context, Rule, SharedGrams, Step, step
 
 Visit = Callable[["Use", list[Factor]], None]
@@ -67,6 +67,7 @@ class Plan:
         self.graph = Graph(self.values)
         self.grams = SharedGrams()
         self.layout = Layout(self.n_examples)
+        self.layout.assumed = any(reorders(node, self.n_examples) for node in self.graph.order)
         for leaf, variable in self.graph.leaves():
             name = self.tracked.names.get(id(variable))
             if name is None:
@@ -107,6 +108,8 @@ class Plan:
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
         """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it."""
+        if not self.roots:  # none of the chosen parameters takes part: their gradient is zero
+            return
         self.grams.start()
         handles = [node.register_prehook(self._meet(node, visit)) for node in self.by_node]
         try:
@@ -201,7 +204,9 @@ def _structure(model: nn.Module, plan: Plan) -> int:
 
 def isolated(model: nn.Module, plan: Plan) -> bool:
     """Whether `check_isolation` has nothing left to do."""
-    return plan.n_examples == 1 or _structure(model, plan) in _ISOLATED.get(model, ())
+    if plan.n_examples == 1:
+        return True
+    return not plan.layout.assumed and _structure(model, plan) in _ISOLATED.get(model, ())
 
 
 def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None) -> None:
@@ -209,7 +214,8 @@ def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares:
 
     With weights w_i on the objectives each example's squared norm must grow by exactly w_i², or another's gradient is
     in it; and the last example alone must have the value that it has in the batch. Done once for each structure of the
-    graph, and for every batch where rows of the raw input are multiplied, as nothing tells whose they are.
+    graph, and for every batch where nothing tells whose the rows of a value are: where the raw input is multiplied, or
+    picks along the examples' axis may put them in another order.
     `squares` are those of column 0, where they are known.
     """
     if isolated(model, plan):
@@ -231,5 +237,5 @@ def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares:
     slack = 0.1 if types & {torch.float16, torch.bfloat16} else 1e-4
     if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
         raise NotCovered("the output", "for an example changes with the others of its batch, or with its padding")
-    if not plan.layout.assumed:
+    if not plan.layout.assumed and len(plan.values[:, 0].unique()) > 1:  # equal examples prove nothing
         _ISOLATED.setdefault(model, set()).add(_structure(model, plan))

@@ -79,6 +79,21 @@ def is_custom(node: Node) -> bool:
     return isinstance(node, BackwardCFunction) and not name.startswith("GeneratedBackwardFor_")
 
 
+def reorders(node: Node, n_examples: int) -> bool:
+    """Whether the node may put a batch's examples in another order: it picks along the first axis of one of them."""
+    name = operation(node)
+    if name in ("Index", "IndexPut"):
+        along_first = bool(node._saved_indices) and node._saved_indices[0] is not None
+    else:
+        dim, n_dims = getattr(node, "_saved_dim", 0), len(output_shape(node))
+        along_first = name in _PICKS and n_dims > 0 and (dim - 2**64 if dim >= 2**63 else dim) % n_dims == 0
+    if not along_first:
+        return False
+    source, number = node.next_functions[0]
+    shapes = [output_shape(node)] + ([] if source is None else [output_shape(source, number)])
+    return any(shape[:1] == (n_examples,) for shape in shapes)
+
+
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of the value that the node's operation gave."""
     return tuple(node._input_metadata[number].shape)
@@ -129,7 +144,7 @@ class Layout:
     """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples."""
 
     n_examples: int
-    assumed: bool = False  # whether rows of a value without a history were taken to be in the examples' order
+    assumed: bool = False  # whether an order of examples was taken that data could make another in the next batch
     _known: dict[Node, Tensor | None] = field(default_factory=dict)
 
     def split(self, matrix: Tensor, owner: Tensor | None) -> Tensor:
@@ -217,6 +232,9 @@ class Layout:
         return found[index[0]]
 
 
+_PICKS = frozenset(
+    ["IndexSelect", "Gather", "Sort", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy", "Cat", "Flip", "Roll"]
+)
 _SHUFFLES = frozenset(
     [
         "Index",

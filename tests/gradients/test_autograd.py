@@ -120,6 +120,13 @@ def test_a_subset_of_parameters_is_the_same_part_of_the_whole(model, inputs, eng
 
 
 @ENGINES
+def test_parameters_that_take_no_part_have_gradient_zero(model, inputs, engine):
+    both = nn.ModuleDict({"used": model, "idle": nn.Linear(3, 3)})
+    found = squared_norms(both, classes(model, inputs), 5, engine=engine, parameters=["idle.*"])
+    assert (found.by_parameter == 0).all()
+
+
+@ENGINES
 def test_columns_are_differentiated_apart(model, inputs, engine):
     objective = classes(model, inputs)
     both = squared_norms(model, objective, 5, engine=engine)

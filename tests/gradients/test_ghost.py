@@ -3,13 +3,16 @@
 import functools
 
 import pytest
-from architectures import COVERED, HELD_OUT, build, dtype_of, examples, upcasts_to
+import torch
+import transformers
+from architectures import COVERED, HELD_OUT, VOCAB, build, dtype_of, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
+from comparison import is_exact
 from reference import Scores, pad, score
 
 from isouq.causal_lm import score_aggregations
 from isouq.estimate import AGGREGATIONS
-from isouq.gradients import NotCovered
+from isouq.gradients import NotCovered, ghost
 
 EXAMPLES = {
     "even": examples((8, 8, 8), (3, 1, 4)),
@@ -68,3 +71,88 @@ def test_some_held_out_architectures_are_covered():
     """Otherwise the test above would say nothing about the rules."""
     exact = [name for name in ("falcon", "bloom", "gptj", "starcoder2") if check(name, True, "even", "none", "ghost")]
     assert len(exact) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in COVERED if name != "mixtral_grouped"])
+def test_the_examples_are_tried_apart_in_the_first_batch_only(name, monkeypatch):
+    """One pass more in the first batch; afterwards one pass a batch, as promised."""
+    model, passes = build(name, tied=True), []
+    backward = ghost.Plan.backward
+
+    def counted(self, *args, **kwargs):
+        passes[-1] += 1
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ghost.Plan, "backward", counted)
+    for seed in range(3):
+        passes.append(0)
+        with upcasts_to(torch.float64):
+            batch = pad(examples((9 + seed, 5, 7), (3, 1, 2), seed=seed), "left")
+            score_aggregations(model, *batch, aggregations=["sequence"], engine="ghost")
+    assert passes == [2, 1, 1]
+
+
+# ── Classifiers of the Hub: not causal, encoders, layers used several times, images ────────────────────────────────
+
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "num_labels": 3,
+}
+_IMAGE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_labels": 3,
+}
+CLASSIFIERS = {
+    "BertForSequenceClassification": ("BertConfig", _BERT),
+    "RobertaForSequenceClassification": ("RobertaConfig", _BERT),
+    "AlbertForSequenceClassification": ("AlbertConfig", {**_BERT, "embedding_size": 8}),
+    "DistilBertForSequenceClassification": (
+        "DistilBertConfig",
+        {"vocab_size": VOCAB, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "num_labels": 3},
+    ),
+    "DebertaV2ForSequenceClassification": ("DebertaV2Config", {**_BERT, "relative_attention": True}),
+    "ViTForImageClassification": ("ViTConfig", _IMAGE),
+    "ConvNextForImageClassification": (
+        "ConvNextConfig",
+        {"hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2, "image_size": 16, "num_labels": 3},
+    ),
+    "ResNetForImageClassification": (
+        "ResNetConfig",
+        {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "num_labels": 3},
+    ),
+}
+
+
+@functools.cache
+def classifier(name: str):
+    config_name, settings = CLASSIFIERS[name]
+    config = getattr(transformers, config_name)(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+def inputs_of(name: str, n: int) -> torch.Tensor:
+    size = CLASSIFIERS[name][1].get("image_size", 32)
+    return torch.randn(n, 3, size, size).double() if "Image" in name else torch.randint(3, VOCAB, (n, 6))
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_held_out_classifier_is_exact(name, n):
+    model, x = classifier(name), inputs_of(name, n)
+    with upcasts_to(torch.float64):
+        assert is_exact(model, lambda rows: model(x[rows]).logits.log_softmax(-1)[:, :2], n)

@@ -765,6 +765,33 @@ def test_8_examples_that_meet_in_a_batch_are_refused(way):
         assert not is_exact(model, classes(model, x), 5)
 
 
+class Sorted(nn.Module):
+    """Puts the examples of a batch in order of some feature, works, and puts them back, as packed sequences do."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        order = x[:, 0, 0].argsort()
+        return self.head(torch.tanh(self.hidden(1.0 * x[order]))[order.argsort()].mean(1))
+
+
+def test_8_examples_that_change_places_in_a_later_batch_only():
+    model = Sorted()
+    x = torch.randn(5, 4, 8)
+    ordered = x[x[:, 0, 0].argsort()]
+    assert is_exact(model, classes(model, ordered), 5)
+    assert not is_exact(model, classes(model, ordered[[0, 2, 1, 3, 4]]), 5)
+
+
+def test_8_equal_examples_do_not_prove_that_examples_stay_apart():
+    model = Meeting("minus the batch's mean, detached")
+    x = torch.randn(5, 4, 8)
+    is_exact(model, classes(model, x[:1].expand(5, -1, -1)), 5)
+    assert not is_exact(model, classes(model, x), 5)
+
+
 def test_8_a_model_without_meetings_is_covered():
     model = Meeting("none")
     assert is_exact(model, classes(model, torch.randn(5, 4, 8)), 5)
