@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import arviz
 import numpy as np
@@ -31,10 +32,10 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def code_digest() -> str:
-    """Return 12 hex digits of the source that decides the draws."""
+def code_digest(*more: ModuleType) -> str:
+    """Return 12 hex digits of the source that decides the draws, and of `more` modules."""
     digest = hashlib.sha256()
-    for module in (problems, sampling):
+    for module in (problems, sampling, *more):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 

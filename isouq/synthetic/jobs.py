@@ -10,7 +10,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def record(case: Case) -> dict[str, Any]:
     return {
         "job": asdict(case.job),
         "n_parameters": case.problem.model.network.n_parameters,
+        "n_examples": len(case.problem.inputs),
         "passed": diagnostics.passed,
         "failures": list(diagnostics.failures),
         "diagnostics": asdict(diagnostics),
@@ -151,7 +153,7 @@ def record(case: Case) -> dict[str, Any]:
         "between_share": float((reference.between / reference.variance).max()),
         "relative_mcse": float(np.median(reference.mcse / reference.variance)),
         "isotropy": posterior.isotropy(case.posterior.draws),
-        "code": cache.code_digest(),
+        "code": code_digest(),
         "versions": cache.versions(),
     }
 
@@ -164,10 +166,15 @@ def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] |
     return {"sigma2": float(np.exp(np.log(ratio).mean())), "spread": float(high / low)}
 
 
+def code_digest() -> str:
+    """Return 12 hex digits of the source that decides a record."""
+    return cache.code_digest(point, sys.modules[__name__])
+
+
 def find(job: Job, folders: Iterable[str | Path], *, any_code: bool = False) -> dict[str, Any] | None:
     """Return the job's record from the first of `folders` that has it, or None.
 
-    A record made by another state of the sampling code is not taken, unless `any_code`. Raises ValueError for a
+    A record made by another state of the code is not taken, unless `any_code`. Raises ValueError for a
     file that cannot be read.
     """
     for folder in folders:
@@ -179,7 +186,7 @@ def find(job: Job, folders: Iterable[str | Path], *, any_code: bool = False) -> 
             code = found["code"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file.name} is not a record of a job ({error}); delete it") from error
-        if any_code or code == cache.code_digest():
+        if any_code or code == code_digest():
             return found
     return None
 
@@ -214,19 +221,24 @@ def run_all(
     groups: dict[str, list[int]] = {}
     for i in missing:
         groups.setdefault(repr(replace(jobs[i], seed=0)), []).append(i)
-    if not missing:
-        return [one for one in found if one is not None]
-    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
-    with (
-        concurrent.futures.ProcessPoolExecutor(n_workers, mp_context=context) as pool,
-        tqdm(total=len(missing), desc="posteriors", mininterval=5) as progress,
-    ):
-        waiting = {pool.submit(_run_group, [jobs[i] for i in group], folder, draws): group for group in groups.values()}
-        for done in concurrent.futures.as_completed(waiting):
-            for i, made in zip(waiting[done], done.result(), strict=True):
-                found[i] = made
-            progress.update(len(waiting[done]))
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as progress:
+        for group, made in _run_groups(list(groups.values()), jobs, folder, draws=draws, n_workers=n_workers):
+            for i, one in zip(group, made, strict=True):
+                found[i] = one
+            progress.update(len(group))
     return [one for one in found if one is not None]
+
+
+def _run_groups(groups, jobs, folder, *, draws, n_workers) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    if n_workers == 1 or len(groups) == 1:
+        for group in groups:
+            yield group, _run_group([jobs[i] for i in group], folder, draws)
+        return
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    with concurrent.futures.ProcessPoolExecutor(n_workers, mp_context=context) as pool:
+        waiting = {pool.submit(_run_group, [jobs[i] for i in group], folder, draws): group for group in groups}
+        for done in concurrent.futures.as_completed(waiting):
+            yield waiting[done], done.result()
 
 
 def _run_group(jobs: Sequence[Job], folder: str | Path, draws: str | Path | None) -> list[dict[str, Any]]:

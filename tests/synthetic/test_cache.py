@@ -50,7 +50,7 @@ def test_foreign_draws_are_refused(what, drawn, tmp_path, monkeypatch):
     elif what == "settings":
         settings = replace(SETTINGS, seed=1)
     else:
-        monkeypatch.setattr(cache, "code_digest", lambda: "other")
+        monkeypatch.setattr(cache, "code_digest", lambda *_: "other")
     with pytest.raises(PosteriorError, match=rf"a\.nc holds draws of another {what}"):
         cache.load(tmp_path / "a.nc", problem, settings)
 

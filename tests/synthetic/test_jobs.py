@@ -45,7 +45,7 @@ def test_what_is_there_is_not_run_again(made, monkeypatch):
 
 def test_a_record_of_other_code_counts_only_where_asked(made, monkeypatch):
     folder, _ = made
-    monkeypatch.setattr(jobs.cache, "code_digest", lambda: "other")
+    monkeypatch.setattr(jobs, "code_digest", lambda: "other")
     assert jobs.find(SMALL, [folder]) is None
     assert jobs.find(SMALL, [folder], any_code=True) is not None
 
@@ -75,8 +75,10 @@ def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
 
 def test_run_all_runs_what_is_missing(made, tmp_path):
     _, record = made
-    found = jobs.run_all([SMALL], tmp_path, n_workers=1)
-    assert (tmp_path / SMALL.file()).is_file()
+    other = replace(SMALL, n_examples=20)  # two groups: each goes to a process of its own
+    found = jobs.run_all([SMALL, other], tmp_path, n_workers=2)
+    assert {file.name for file in tmp_path.iterdir()} == {SMALL.file(), other.file()}
+    assert [one["n_examples"] for one in found] == [30, 20]
     assert found[0]["correlation"]["gn"] == pytest.approx(record["correlation"]["gn"])
 
 

@@ -1,0 +1,40 @@
+"""The jobs of a profile: as many as it says, each once, and run from the command line."""
+
+import json
+
+import pytest
+
+from isouq import profiles
+from isouq.synthetic import plan, problems
+
+
+@pytest.mark.parametrize("name", ["smoke", "embedded"])
+def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
+    section = profiles.load(name).parameters("03_mcmc")
+    table, sizes = plan.table(section), plan.sizes(section)
+    assert {job.problem for job in table} == set(problems.SPECS) == set(section.problems())
+    assert len(table) == len(problems.SPECS) * section.n_seeds
+    files = [job.file() for job in (*table, *sizes)]
+    assert len(set(files)) == len(files)
+    assert {job.prior_scaling for job in sizes} == {"fan_in", "fixed"}
+    assert all((job.prior_scale is None) == (job.prior_scaling == "fan_in") for job in sizes)
+
+
+def test_deep_networks_come_in_fewer_widths():
+    section = profiles.Mcmc(size_widths=[4, 8, 16], size_depths=[1, 2], size_seeds=1, size_problems=["binary_xor"])
+    widths = {depth: {job.width for job in plan.sizes(section) if job.depth == depth} for depth in (1, 2)}
+    assert widths == {1: {4, 8, 16}, 2: {4, 16}}
+
+
+def test_the_command_line_runs_one_problem(tmp_path, capsys):
+    section = {"n_seeds": 1, "n_chains": 4, "n_warmup": 100, "n_draws": 100}
+    section |= {"records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)}
+    profile = {"name": "tiny", "description": "one job", "minutes": 1, "memory_gb": 1}
+    (tmp_path / "tiny.yml").write_text(json.dumps(profile | {"notebooks": {"03_mcmc": section}}))
+    arguments = ["--profile", str(tmp_path / "tiny.yml"), "--problem", "regression_linear"]
+    plan.main([*arguments, "--done", str(tmp_path / "a" / "one.done")])
+    (record,) = (tmp_path / "records").iterdir()
+    assert record.name.startswith("regression_linear-w8-d0")
+    assert (tmp_path / "a" / "one.done").read_text().startswith("1 records")
+    assert capsys.readouterr().out.startswith("1 records")
+    assert len(list((tmp_path / "mcmc").glob("*.nc"))) == 1
