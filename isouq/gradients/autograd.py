@@ -7,6 +7,8 @@ its largest parameter.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,6 @@ def squared_norms(
 def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
     """The squared norm of the gradient of values[k], by parameter: (param,) float64."""
     squares = {name: torch.zeros((), dtype=torch.float64) for name in tracked.parameters}
-    graph = Graph(values)
-    outside = [leaf for _, leaf in graph.leaves() if id(leaf) not in tracked.names]
-    kept = [(p, p.grad) for p in [*tracked.tensors, *outside]]
     copies = Counter(tracked.names[id(p)] for p in tracked.tensors)  # more than one where offloading tore a tie
     sums: dict[str, Tensor] = {}
 
@@ -51,31 +50,44 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
         norms = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.promote_types(p.dtype, torch.float32))
         squares[name] = norms.double().square().sum().cpu()
 
-    for p, _ in kept:
-        p.grad = None
     leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
-    # A custom function, such as reentrant checkpointing, may bring a gradient in parts: then all are kept to the end.
-    in_parts = any(is_custom(node) for node in graph.order)
-    handles = [] if in_parts else [p.register_post_accumulate_grad_hook(square) for p in leaves]
-    try:
-        values[k].backward(retain_graph=k + 1 < len(values))
+    with _gradients_set_aside(values, tracked) as graph:
+        # A custom function (reentrant checkpointing) may bring a gradient in parts: then all are kept to the end.
+        in_parts = any(is_custom(node) for node in graph.order)
+        handles = [] if in_parts else [p.register_post_accumulate_grad_hook(square) for p in leaves]
+        try:
+            values[k].backward(retain_graph=k + 1 < len(values))
+        finally:
+            for handle in handles:
+                handle.remove()
         for p in leaves if in_parts else ():
             square(p)
+    return torch.stack(list(squares.values()))
+
+
+@contextmanager
+def _gradients_set_aside(values: Tensor, tracked: Tracked) -> Iterator[Graph]:
+    """No .grad on anything that `values` depend on; what was there is put back, also after an error."""
+    graph = Graph(values)
+    outside = [leaf for _, leaf in graph.leaves() if id(leaf) not in tracked.names]
+    kept = [(p, p.grad) for p in [*tracked.tensors, *outside]]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield graph
     finally:
-        for handle in handles:
-            handle.remove()
         for p, grad in kept:
             p.grad = grad
-    return torch.stack(list(squares.values()))
 
 
 def gradient(value: Tensor, tracked: Tracked) -> Tensor:
     """The gradient of one scalar over all parameters, flattened: (param,), at least float32, on the CPU."""
     check_differentiable(value)
     flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
-    leaves = [p for p in tracked.tensors if p.requires_grad and tracked.names[id(p)] in flat]
-    for p, grad in zip(leaves, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
-        if grad is not None:
+    with _gradients_set_aside(value, tracked):
+        value.backward()  # not autograd.grad, which reentrant checkpointing refuses
+        for p in tracked.tensors:
             name = tracked.names[id(p)]
-            flat[name] = flat[name] + grad.to_dense().flatten().cpu()
+            if name in flat and p.grad is not None:
+                flat[name] = flat[name] + p.grad.to_dense().flatten().cpu()
     return torch.cat(list(flat.values()))

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -170,7 +169,7 @@ def squared_norms(
     Raises NotCovered, naming the parameter, where exactness cannot be vouched for.
     """
     n_parameters = sum(p.numel() for p in parameters.values())
-    with differentiable(model, parameters) as tracked, _refusing_recomputation():
+    with differentiable(model, parameters) as tracked, refusing_recomputation():
         values = objective(slice(0, n_examples))
         check_differentiable(values)
         plan = Plan(values, tracked, n_examples)
@@ -183,7 +182,8 @@ def squared_norms(
 
 
 @contextmanager
-def _refusing_recomputation() -> Iterator[None]:
+def refusing_recomputation() -> Iterator[None]:
+    """Gradient checkpointing unpacks an activation once and no more: said as a refusal."""
     try:
         yield
     except CheckpointError as error:
@@ -192,30 +192,32 @@ def _refusing_recomputation() -> Iterator[None]:
 
 # ── Do the examples of a batch stay apart? Layouts are read off shapes, so each kind of graph is tried once. ────────
 
-_ISOLATED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+_Modes = tuple[bool, ...]
+_ISOLATED: WeakKeyDictionary[nn.Module, dict[_Modes, set[tuple[str, frozenset]]]] = WeakKeyDictionary()
 
 
-def _structure(model: nn.Module, plan: Plan) -> int:
+def _structure(model: nn.Module, plan: Plan) -> tuple[_Modes, set[tuple[str, frozenset]]]:
     """What a layout hangs on: the modules' modes, and through which operations each parameter is used."""
     modes = tuple(module.training for module in model.modules())
-    uses = frozenset((use.context.parameter, operation(use.node), len(use.steps)) for use in chain(*plan.uses.values()))
-    return hash((modes, uses))
+    ways = {name: frozenset((operation(use.node), len(use.steps)) for use in uses) for name, uses in plan.uses.items()}
+    return modes, set(ways.items())
 
 
 def isolated(model: nn.Module, plan: Plan) -> bool:
     """Whether `check_isolation` has nothing left to do."""
     if plan.n_examples == 1:
         return True
-    return not plan.layout.assumed and _structure(model, plan) in _ISOLATED.get(model, ())
+    modes, ways = _structure(model, plan)
+    return not plan.layout.assumed and ways <= _ISOLATED.get(model, {}).get(modes, set())
 
 
 def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None) -> None:
     """Refuse a layout that was read wrongly, and models in which the examples of a batch meet.
 
     With weights w_i on the objectives each example's squared norm must grow by exactly w_i², or another's gradient is
-    in it; and the last example alone must have the value that it has in the batch. Done once for each structure of the
-    graph, and for every batch where nothing tells whose the rows of a value are: where the raw input is multiplied, or
-    picks along the examples' axis may put them in another order.
+    in it; and the last example alone must have the value that it has in the batch. Done once for each way of using the
+    parameters, and for every batch where nothing tells whose the rows of a value are: where the raw input is
+    multiplied, or picks along the examples' axis may put them in another order.
     `squares` are those of column 0, where they are known.
     """
     if isolated(model, plan):
@@ -238,4 +240,5 @@ def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares:
     if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
         raise NotCovered("the output", "for an example changes with the others of its batch, or with its padding")
     if not plan.layout.assumed and len(plan.values[:, 0].unique()) > 1:  # equal examples prove nothing
-        _ISOLATED.setdefault(model, set()).add(_structure(model, plan))
+        modes, ways = _structure(model, plan)
+        _ISOLATED.setdefault(model, {}).setdefault(modes, set()).update(ways)

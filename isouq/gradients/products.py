@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isouq.gradients.autograd import gradient
-from isouq.gradients.common import Objective, differentiable, select_parameters
+from isouq.gradients.common import Objective, Tracked, check_differentiable, differentiable, select_parameters
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
-from isouq.gradients.ghost import Plan, Use, check_isolation
+from isouq.gradients.ghost import Plan, Use, Visit, check_isolation, refusing_recomputation
 from isouq.gradients.graph import NotCovered
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
@@ -225,10 +225,18 @@ def _batch_bytes(model: nn.Module, objective: Objective, n: int, chosen: dict[st
         sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors)
 
     with differentiable(model, chosen) as tracked:
-        plan = Plan(objective(slice(0, n)), tracked, n)
-        check_isolation(model, plan, objective)
-        plan.backward(plan.values[:, 0].sum(), visit, retain=False)
+        _visit_factors(model, objective, n, tracked, visit)
     return sizes
+
+
+def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Tracked, visit: Visit) -> None:
+    """One batch's pass, checked as the norms are."""
+    with refusing_recomputation():
+        values = objective(slice(0, n))
+        check_differentiable(values)
+        plan = Plan(values, tracked, n)
+        check_isolation(model, plan, objective)
+        plan.backward(values[:, 0].sum(), visit, retain=False)
 
 
 def _gather(
@@ -245,9 +253,7 @@ def _gather(
                 kept[key].append(Piece(start, _detached(factor)))
 
         with differentiable(model, chosen) as tracked:
-            values = objective(slice(0, n))
-            if values.requires_grad:
-                Plan(values, tracked, n).backward(values[:, 0].sum(), visit, retain=False)
+            _visit_factors(model, objective, n, tracked, visit)
         start += n
     for name in {name for name, slot in kept if slot is not None}:
         if (name, None) in kept:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import isouq
 from isouq.causal_lm import score_aggregations
 from isouq.gradients import NotCovered, squared_norms
+from isouq.gradients.products import inner_products
 
 N_WORDS = 11
 
@@ -252,11 +253,15 @@ class Positions(Toy):
             return self.embed(ids) + self.position(places.expand(n, -1))
         if self.kind == "multiplied":
             return self.embed(ids) * self.position(places)
+        if self.kind == "the tokens' own table":
+            return self.embed(ids) + self.embed(places % N_WORDS)
         assert self.kind == "a learned first token"
         return torch.cat([self.start.expand(n, -1, -1), self.embed(ids)[:, 1:]], 1)
 
 
-@pytest.mark.parametrize("kind", ["one row", "no batch axis", "each example", "multiplied", "a learned first token"])
+@pytest.mark.parametrize(
+    "kind", ["one row", "no batch axis", "each example", "multiplied", "the tokens' own table", "a learned first token"]
+)
 def test_4_positions_that_all_examples_share(kind):
     """Also where there are as many examples as tokens, after a batch in which there were not, and the reverse."""
     for sizes in ([(3, 8), (1, 8), (5, 6), (3, 5)], [(5, 6), (1, 2), (3, 8)]):
@@ -885,6 +890,51 @@ def test_8_a_model_that_sees_the_padding_is_refused_and_auto_is_right():
         assert_logs_close(found.log_epistemic, score(model, case).epistemic["sequence"].log())
     alone = [isouq.score_tokens(model, *pad([one], "none"), engine="autograd").log_epistemic for one in case]
     assert_logs_close(found.log_epistemic, torch.cat(alone))
+
+
+# ── The same traps for inner products of gradients ──────────────────────────────────────────────────────────────────
+
+
+def gram(model, objective, sizes, engine):
+    """Inner products of all examples, in batches of the given sizes."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def batch(start):
+        return lambda rows: objective(slice(start + rows.start, start + rows.stop))
+
+    return inner_products(model, [(batch(s), n) for s, n in zip(starts, sizes, strict=True)], engine=engine).rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "covered"),
+    [("plain", True), ("raw experts", False), ("sorted", False), ("reentrant", False), ("not reentrant", False)],
+)
+def test_inner_products_are_exact_or_refused_where_norms_are(kind, covered):
+    """The first batch alone gives nothing away: the raw experts take one token of each example."""
+    if kind == "raw experts":
+        x = torch.randn(4, 2, 4).abs()
+        x[:, 1] *= -1
+        x[2, 1] *= -1
+        x[3, 0] *= -1
+        model = RawExperts()
+    elif kind in ("plain", "sorted"):
+        x = torch.randn(4, 3, 8)
+        x = x[x[:, 0, 0].argsort()][[0, 1, 3, 2]]
+        model = Sorted() if kind == "sorted" else Meeting("none")
+    else:
+        x, model = random_ids(4, 8), Checkpointed(kind)
+    objective = tokens(model, x) if x.dtype == torch.int64 else classes(model, x)
+    parameters = list(model.parameters())
+    rows = []
+    for i in range(4):
+        objective(slice(i, i + 1))[0, 0].backward()
+        rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+        model.zero_grad()
+    X = torch.stack(rows)
+    assert_close(gram(model, objective, (2, 2), "auto"), X @ X.T)
+    context = contextlib.nullcontext() if covered else pytest.raises(NotCovered)
+    with context:
+        assert_close(gram(model, objective, (2, 2), "ghost"), X @ X.T)
 
 
 # ── 10. Soft caps, scales, parallel residuals, fused projections, learned positions (9 is in test_causal_lm.py) ──
