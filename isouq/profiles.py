@@ -7,7 +7,7 @@ the names of the notebook's `parameters` cell, with that cell's values as defaul
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -31,6 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
+IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
 SyntheticProblem = (
     MulticlassProblem
     | Literal["binary_linear", "binary_xor", "binary_rings"]
@@ -83,6 +84,30 @@ class Derivation(Parameters):
     n_draws: Count = 1000
 
 
+class Isotropy(Parameters):
+    """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
+
+    store_dir: str = "build/store"
+    problem_names: list[IsotropyProblem] = Field(
+        default=["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"], min_length=1
+    )
+    n_seeds: Annotated[int, Field(ge=1)] = 2
+    n_chains: Annotated[int, Field(ge=4)] = 8
+    n_warmup: Count = 400
+    n_draws: Annotated[int, Field(ge=100)] = 500
+    widths: list[Count] = Field(default=[8, 32, 128, 512], min_length=2)
+    models: Models = ["smollm2-135m-instruct"]
+    n_proxies: Annotated[int, Field(ge=3)] = 20  # of each of five kinds
+    n_queries: Annotated[int, Field(ge=8)] = 60
+    memory_gb: Annotated[float, Field(gt=0)] = 1.0
+    n_resamples: Count = 300
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, the texts and the sentence embeddings."""
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*self.models, "triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2"})
+
+
 class Mcmc(Parameters):
     """03_mcmc: eight problems against reference posteriors, and the network's size."""
 
@@ -99,6 +124,11 @@ class Mcmc(Parameters):
     size_depths: list[Count] = Field(default=[1], min_length=1)
     size_seeds: Count = 2
 
+    @staticmethod
+    def problems() -> list[str]:
+        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
+        return [name for part in get_args(SyntheticProblem) for name in get_args(part)]
+
 
 class LlmQa(Parameters):
     """04_llm_qa: real language models on real questions."""
@@ -106,7 +136,7 @@ class LlmQa(Parameters):
     store_dir: str = "build/store"
     models: Models = ["smollm2-135m-instruct"]
     data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
-    n_questions: Count = 120
+    n_questions: Annotated[int, Field(ge=4)] = 120  # fewer have no correlation to report
     n_shots: Annotated[int, Field(ge=0, le=32)] = 5
     n_token_mean: Annotated[int, Field(ge=0)] = 40
     engine: Engine = "auto"
@@ -158,6 +188,7 @@ class Cost(Parameters):
 # The notebooks that a profile can name; they run in the order of their numbers.
 SCHEMAS: dict[str, type[Parameters]] = {
     "01_derivation": Derivation,
+    "02_isotropy": Isotropy,
     "03_mcmc": Mcmc,
     "04_llm_qa": LlmQa,
     "05_cost": Cost,

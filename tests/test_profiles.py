@@ -46,7 +46,7 @@ def test_a_section_overrides_the_schema_and_only_what_it_names(tmp_path):
     [
         ({"n_question": 3}, "n_question is not a known name; did you mean 'n_questions'?"),
         ({"n_questions": "3"}, "n_questions: '3' given; wanted integer"),
-        ({"n_questions": 0}, "n_questions: 0 given; wanted greater than or equal to 1"),
+        ({"n_questions": 0}, "n_questions: 0 given; wanted greater than or equal to 4"),
         ({"n_questions": True}, "n_questions: True given; wanted integer"),
         ({"engine": "ghist"}, "engine: 'ghist' given; wanted one of auto, ghost, autograd; did you mean 'ghost'?"),
         ({"models": []}, "models: [] given; wanted at least 1 of them"),

@@ -115,7 +115,7 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
                 {"method": name, **row, "value": found.value, "low": found.low, "high": found.high}
                 | dict(zip(_GAIN, (gain.value, gain.low, gain.high), strict=True))
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", "value", "low", "high", *_GAIN])
 
 
 _GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")

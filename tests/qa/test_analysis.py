@@ -148,3 +148,9 @@ def test_the_table_shows_numbers_reasons_and_the_papers_values() -> None:
     assert table.loc[("sequence", "combined"), "wikidata"].split("\u00a0") == text.split(" ")
     gains = analysis.compare(found, "versus_likelihood")
     assert gains.loc[("sequence", "likelihood"), "wikidata"].split() == ["+0.00", "[+0.00,", "+0.00]"]
+
+
+def test_a_set_without_any_scored_answer_has_a_table_without_rows() -> None:
+    table = made_up(30)
+    table[[c for c in table if c.startswith("log_")]] = np.nan
+    assert analysis.auroc_table(table, QUICK).dropna(subset=["value"]).empty
