@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
 from isouq.gradients.factors import Factor, NoRule, Outer, Picked, inner, pick, squared_norm
-from isouq.gradients.graph import Graph, Layout, Node, NotCovered, is_custom, operation, output_shape, reorders
+from isouq.gradients.graph import Grads, Graph, Layout, Node, NotCovered, is_custom, operation, output_shape, reorders
 from isouq.gradients.rules import INPUT_FIRST, RULES, Context, Rule, SharedGrams, Step, step
 
 Visit = Callable[["Use", list[Factor]], None]
@@ -36,7 +36,7 @@ class Use:
     rule: Rule
     context: Context
 
-    def factors(self, grads: tuple[Tensor, ...]) -> list[Factor]:
+    def factors(self, grads: Grads) -> list[Factor]:
         """The parameter's gradient through this use, from the gradient at the node's output."""
         found = self.rule(self.node, self.slot, grads, self.context)
         out: list[Factor] = []
@@ -120,8 +120,8 @@ class Plan:
         for node, grad in zip(self.roots, found, strict=True):  # the pass stops here, so their hooks did not run
             self._meet(node, visit)((grad,))
 
-    def _meet(self, node: Node, visit: Visit) -> Callable[[tuple[Tensor, ...]], None]:
-        def hook(grads: tuple[Tensor, ...]) -> None:
+    def _meet(self, node: Node, visit: Visit) -> Callable[[Grads], None]:
+        def hook(grads: Grads) -> None:
             if grads[0] is not None:
                 with torch.no_grad():
                     for use in self.by_node[node]:

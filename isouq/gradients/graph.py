@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that depend on the operation
+Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
 
 ELEMENTWISE = frozenset(
     [

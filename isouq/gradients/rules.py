@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, gram, wide
-from isouq.gradients.graph import Layout, Node, NotCovered, operation, output_shape
+from isouq.gradients.graph import Grads, Layout, Node, NotCovered, operation, output_shape
 
 Step = Callable[[Factor], Factor]
 
@@ -98,7 +98,7 @@ def saved_matrix(node: Node, slot: int) -> Tensor | None:
     return None
 
 
-def _matmul(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Outer:
+def _matmul(node: Node, slot: int, grads: Grads, context: Context) -> Outer:
     """out = x @ W: the gradient of W (in, out) is xᵀ·grad per example."""
     x = saved_matrix(node, slot)
     if x is None:
@@ -110,7 +110,7 @@ def _matmul(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) 
     return Outer(left=rows, right=grad if alpha == 1 else grad * alpha, left_gram=context.grams.get(x, rows))
 
 
-def _addmm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Factor:
+def _addmm(node: Node, slot: int, grads: Grads, context: Context) -> Factor:
     """out = βb + αx @ W."""
     if slot == 0:
         owner = context.layout.owner(node, 1, node._saved_mat1, context.parameter)
@@ -118,7 +118,7 @@ def _addmm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -
     return _matmul(node, slot, grads, context)
 
 
-def _grouped_matmul(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> list[Outer]:
+def _grouped_matmul(node: Node, slot: int, grads: Grads, context: Context) -> list[Outer]:
     """out[rows of e] = x[rows of e] @ W[e], the experts of a mixture; `offs` are the ends of each expert's rows."""
     x, grad = saved_matrix(node, slot), grads[0]
     if x is None or node._saved_offs is None or x.dim() != 2:
@@ -136,7 +136,7 @@ def _grouped_matmul(node: Node, slot: int, grads: tuple[Tensor, ...], context: C
     return factors
 
 
-def _embedding(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Rows:
+def _embedding(node: Node, slot: int, grads: Grads, context: Context) -> Rows:
     """row[index_t] += grad_t; the padding index gathers no gradient."""
     if node._saved_scale_grad_by_freq:
         raise context.refuse("is scaled by frequency, which mixes the examples of a batch")
@@ -174,24 +174,24 @@ def _sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     return grad.sum(narrow, keepdim=True) if narrow else grad
 
 
-def _multiply(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _multiply(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = x ∘ w, among others the gain of an RMSNorm."""
     other = node._saved_other if slot == 0 else node._saved_self
     return Dense(per_example_sum(node, wide(grads[0]) * other, context))
 
 
-def _add(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _add(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = x + αw, among others a bias or a position's embedding."""
     summed = per_example_sum(node, wide(grads[0]), context)
     return Dense(summed * node._saved_alpha if slot == 1 else summed)
 
 
-def _expand(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _expand(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = w repeated for every example, such as a class token."""
     return Dense(per_example_sum(node, wide(grads[0]), context))
 
 
-def _layer_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _layer_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = x̂ ∘ w + b with x̂ = (x − mean)·rstd."""
     grad = wide(grads[0])
     if slot == 1:
@@ -199,12 +199,12 @@ def _layer_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Conte
     return Dense(per_example_sum(node, grad, context))
 
 
-def _rms_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _rms_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = x·rstd ∘ w, torch's own fused RMSNorm."""
     return Dense(per_example_sum(node, wide(grads[0]) * (node._saved_input * node._saved_result1), context))
 
 
-def _batch_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _batch_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode is an example's output its own."""
     if node._saved_training:
         raise context.refuse("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
@@ -216,7 +216,7 @@ def _batch_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Conte
     return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
 
 
-def _group_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Dense:
+def _group_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
     """out = x̂ ∘ w + b, normalised over each group of channels."""
     grad, x = wide(grads[0]), node._saved_input
     if slot == 1:
@@ -226,7 +226,7 @@ def _group_norm(node: Node, slot: int, grads: tuple[Tensor, ...], context: Conte
     return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
 
 
-def _convolution(node: Node, slot: int, grads: tuple[Tensor, ...], context: Context) -> Factor:
+def _convolution(node: Node, slot: int, grads: Grads, context: Context) -> Factor:
     """out = w ⋆ x + b: the gradient of w is that of a matrix product with the unfolded input."""
     grad, x = grads[0], node._saved_input
     if slot == 2:
@@ -251,7 +251,7 @@ def _grouped_convolution(out: Tensor, patches: Tensor, groups: int) -> Tensor:
     return torch.einsum("ntgo,ntgi->ngoi", o, x).flatten(1, 2)
 
 
-Rule = Callable[[Node, int, tuple[Tensor, ...], Context], Factor | list[Outer]]
+Rule = Callable[[Node, int, Grads, Context], Factor | list[Outer]]
 RULES: dict[str, Rule] = {
     "Mm": _matmul,
     "Addmm": _addmm,
