@@ -296,7 +296,8 @@ def _add_dense(sums: Sums, pieces: list[Piece]) -> None:
     like = wide(pieces[0].factor.grad)  # type: ignore[union-attr]
     matrix = sums.buffer(like[0].numel(), like).zero_()
     for piece in pieces:
-        matrix[piece.start : piece.stop] += piece.factor.grad.flatten(1)  # type: ignore[union-attr]
+        grad = piece.factor.grad  # type: ignore[union-attr]
+        matrix[piece.start : piece.stop] += grad.reshape(len(grad), -1)
     sums.add_gradients(matrix)
 
 

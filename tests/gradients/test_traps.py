@@ -907,7 +907,14 @@ def gram(model, objective, sizes, engine):
 
 @pytest.mark.parametrize(
     ("kind", "covered"),
-    [("plain", True), ("raw experts", False), ("sorted", False), ("reentrant", False), ("not reentrant", False)],
+    [
+        ("plain", True),
+        ("scalars", True),
+        ("raw experts", False),
+        ("sorted", False),
+        ("reentrant", False),
+        ("not reentrant", False),
+    ],
 )
 def test_inner_products_are_exact_or_refused_where_norms_are(kind, covered):
     """The first batch alone gives nothing away: the raw experts take one token of each example."""
@@ -917,6 +924,8 @@ def test_inner_products_are_exact_or_refused_where_norms_are(kind, covered):
         x[2, 1] *= -1
         x[3, 0] *= -1
         model = RawExperts()
+    elif kind == "scalars":
+        x, model = torch.randn(4, 4, 3), Broadcast()
     elif kind in ("plain", "sorted"):
         x = torch.randn(4, 3, 8)
         x = x[x[:, 0, 0].argsort()][[0, 1, 3, 2]]
