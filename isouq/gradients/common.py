@@ -55,7 +55,8 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
             raise ValueError(f"parameters: {pattern!r} matches none of the model's, such as {next(iter(every))!r}")
     chosen = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
     _refuse_quantised(model, chosen)
-    return {n: p for n, p in chosen.items() if n not in _tied(model)}
+    tied = _tied(model)
+    return {n: p for n, p in chosen.items() if n not in tied}
 
 
 def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
