@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from architectures import upcasts_to
 from closeness import assert_close
 
 from isouq import assets
@@ -207,6 +208,15 @@ def test_exactness_is_measured_against_float64(plain):
     errors = plain.table["relative_error"]
     assert errors["ghost"] < 1e-5
     assert pd.isna(errors["forward"])
+
+
+def test_the_reference_is_float64_also_where_a_model_casts_to_float32():
+    """A Llama takes its norms in float32, whatever its own type."""
+    case = language()
+    norms = torch.tensor(memory._reference(case, 1), dtype=torch.float64)
+    with upcasts_to(torch.float64):
+        wanted = squared_norms(language().first(2))
+    assert_close(norms, wanted, torch.float64)
 
 
 def test_a_refusal_is_kept_word_for_word(plain):

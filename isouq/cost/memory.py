@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.overrides import TorchFunctionMode
 
 from isouq import assets
 from isouq.cost import cases
@@ -154,10 +155,22 @@ def _in_fork(function: Callable[[], Any], *, limit: int, n_threads: int) -> dict
     return {"refusal": f"the process ended with status {os.waitstatus_to_exitcode(status)}", "out_of_memory": True}
 
 
+class _Double(TorchFunctionMode):
+    """Casts to float32, which models put around their norms and softmaxes, go to float64 in here."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
 def _reference(case: Case, n_threads: int) -> list[float]:
     """‖∇S‖² of the first examples in float64, by the engine that goes one example at a time."""
     torch.set_num_threads(n_threads)
     model = case.model.double()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.first(FEW).inputs)
-    found = replace(case, model=model, inputs=inputs).scores(engine="autograd")
+    with _Double():
+        found = replace(case, model=model, inputs=inputs).scores(engine="autograd")
     return (found.log_epistemic - 2 * found.log_prob).exp().tolist()
