@@ -90,7 +90,12 @@ def shards():
 
 
 SHARDS = shards()
-TIMED = CHAPTERS + list(SHARDS)
+POSTERIORS = {f"mcmc-{name}": name for name in SECTIONS["03_mcmc"].problems()} if "03_mcmc" in SECTIONS else {}
+BEFORE = {  # what has to be done before a notebook starts
+    "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
+    "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
+}
+TIMED = CHAPTERS + list(SHARDS) + list(POSTERIORS)
 
 
 wildcard_constraints:
@@ -149,11 +154,34 @@ if SHARDS:
             " --data-set {params.data_set:q} --done {output:q}"
 
 
+if POSTERIORS:
+
+    rule sample:
+        input:
+            modules("isouq/synthetic/plan.py"),
+            "requirements.lock",
+        output:
+            f"{BUILD}/mcmc/{{shard}}.done",
+        wildcard_constraints:
+            shard="|".join(map(re.escape, POSTERIORS)),
+        params:
+            problem=lambda wildcards: POSTERIORS[wildcards.shard],
+            settings=json.dumps(SECTIONS["03_mcmc"].model_dump()),
+        threads: 1
+        benchmark:
+            f"{BUILD}/timings/{{shard}}.tsv"
+        message:
+            "Sampling posteriors of {params.problem}"
+        shell:
+            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
+            " --workers 1 --done {output:q}"
+
+
 rule notebook:
     input:
         lambda wildcards: modules(f"notebooks/{wildcards.chapter}.ipynb"),
         "requirements.lock",
-        lambda wildcards: expand(f"{BUILD}/qa/{{shard}}.done", shard=SHARDS) if wildcards.chapter == "04_llm_qa" else [],
+        lambda wildcards: BEFORE.get(wildcards.chapter, []),
         source="notebooks/{chapter}.ipynb",
         fetched=ancient(f"{BUILD}/assets.fetched"),
     output:

@@ -22,7 +22,8 @@ SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.
 NARROW = 16
 FIXED_SCALE = 1.0  # of the prior that does not shrink with the width
 ACTIVATIONS, PRIORS = ("tanh", "relu"), ("fan_in", "fixed")
-DEEP_WIDTHS = (4, 16, 64)  # of the widths asked for, those also run with more than one hidden layer
+# Networks of more than one hidden layer are slow: they are run at these of the widths asked for, and on fewer seeds.
+DEEP_WIDTHS, DEEP_SEEDS = (4, 16, 64), 2
 DATA_SIZE_PROBLEM = "binary_rings"
 
 
@@ -50,7 +51,8 @@ def sizes(section: Any) -> list[Job]:
     found = []
     for depth in section.size_depths:
         widths = [width for width in section.size_widths if depth == 1 or width in DEEP_WIDTHS]
-        seeds = range(section.seed, section.seed + section.size_seeds)
+        n_seeds = section.size_seeds if depth == 1 else min(section.size_seeds, DEEP_SEEDS)
+        seeds = range(section.seed, section.seed + n_seeds)
         axes = (section.size_problems, ACTIVATIONS, PRIORS, widths, seeds)
         for problem, activation, prior, width, seed in itertools.product(*axes):
             job = Job(
