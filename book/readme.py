@@ -60,7 +60,7 @@ def _cell(entries: Mapping[str, Entry], key: str) -> str:
 def _cost(entries: Mapping[str, Entry]) -> list[str]:
     found = []
     for model, label in MODELS.items():
-        keys = [f"cost.{model}.epistemic.relative_to_forward", f"cost.{model}.epistemic.speedup_over_autograd"]
+        keys = [f"cost.{model}.ghost.relative_to_forward", f"cost.{model}.ghost.speedup_over_autograd"]
         if all(key in entries for key in keys):
             ratio, speedup = (format_number(entries[key].value, ".1f") for key in keys)
             found.append(
