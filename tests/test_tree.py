@@ -33,7 +33,11 @@ STEPS = (
 )
 STEP = {room: number for number, rooms in enumerate(STEPS) for room in rooms}
 
-ONLY_IN = {"jax": {"synthetic"}, "numpyro": {"synthetic"}, "transformers": {"causal_lm", "qa", "assets", "isotropy", "cost"}}
+ONLY_IN = {
+    "jax": {"synthetic"},
+    "numpyro": {"synthetic"},
+    "transformers": {"causal_lm", "qa", "assets", "isotropy", "cost"},
+}
 FILE_LINES = 400
 CODE_LINES = 6000  # without blank lines, comments and docstrings
 
