@@ -50,7 +50,20 @@ def measured(run: Results, folder: str) -> str:
     for method, label in METHODS.items():
         cells = [_cell(entries, f"qa.{model}.{d}.{method}.auroc") for d in DATA_SETS]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_cost(entries), _run(run.meta)])
+    return "\n".join([*lines, "", *_committed(entries, model), *_cost(entries), _run(run.meta)])
+
+
+def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
+    """What is left on TruthfulQA once the answer that its official prompt shows is set aside."""
+    keys = [f"qa.{model}.truthfulqa_choose.{method}_committed.auroc" for method in ("combined", "likelihood")]
+    if not all(key in entries for key in keys):
+        return []
+    both, control = (format_interval(entries[key]) for key in keys)
+    return [
+        "On TruthfulQA much of this is one answer: without “I have no comment.”, which its official prompt shows and",
+        f"which counts as true, both fitted have {both}, and the control {control}.",
+        "",
+    ]
 
 
 def _cell(entries: Mapping[str, Entry], key: str) -> str:
