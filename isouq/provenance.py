@@ -88,14 +88,14 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> None:
 
 
 def module_files(path: str | Path) -> list[Path]:
-    """Return the files of isouq that a notebook or module uses, directly or through others.
+    """Return the files of isouq that a notebook or module uses, directly or through others, and a module itself.
 
     Found by reading the sources, imports inside functions included, so that a change of a module re-runs just
     the notebooks that can reach it. The `__init__` of a package passed on the way is returned; what it imports
     is followed only where a name of its own is used.
     """
     used: set[Path] = set()
-    waiting = _imported(Path(path))
+    waiting = {Path(path).resolve()} if Path(path).suffix == ".py" else _imported(Path(path))
     while waiting:
         file = waiting.pop()
         if file not in used:

@@ -153,6 +153,8 @@ def test_module_files_follow_imports_and_nothing_else(tmp_path, monkeypatch):
     assert found("import isouq") == {"__init__", "deep"}, "a package's own names: what it imports counts"
     assert found("from isouq import thing") == {"__init__", "deep"}
     assert found("import isouq_other, numpy") == set()
+    itself = {file.name for file in provenance.module_files(package / "a.py")}
+    assert itself == {"__init__.py", "a.py", "b.py"}, "a job that runs a module depends on it"
 
 
 def notebook_of(folder: Path, *cells: str) -> Path:
