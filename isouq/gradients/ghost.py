@@ -190,55 +190,88 @@ def refusing_recomputation() -> Iterator[None]:
         raise NotCovered("an activation", "is computed anew in the backward pass (gradient checkpointing)") from error
 
 
-# ── Do the examples of a batch stay apart? Layouts are read off shapes, so each kind of graph is tried once. ────────
+# ── Do the examples of a batch stay apart? Layouts are read off shapes, so each kind of graph is tried first. ────────
 
-_Modes = tuple[bool, ...]
-_ISOLATED: WeakKeyDictionary[nn.Module, dict[_Modes, set[tuple[str, frozenset]]]] = WeakKeyDictionary()
+_Ways = set[tuple[str, frozenset[tuple[str, int]]]]  # each parameter with the operations through which it is used
+_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], list[_Ways]]] = WeakKeyDictionary()
 
 
-def _structure(model: nn.Module, plan: Plan) -> tuple[_Modes, set[tuple[str, frozenset]]]:
-    """What a layout hangs on: the modules' modes, and through which operations each parameter is used."""
-    modes = tuple(module.training for module in model.modules())
-    ways = {name: frozenset((operation(use.node), len(use.steps)) for use in uses) for name, uses in plan.uses.items()}
-    return modes, set(ways.items())
+def _ways(plan: Plan) -> _Ways:
+    return {
+        (name, frozenset((operation(use.node), len(use.steps)) for use in uses)) for name, uses in plan.uses.items()
+    }
+
+
+def _modes(model: nn.Module) -> tuple[bool, ...]:
+    return tuple(module.training for module in model.modules())
 
 
 def isolated(model: nn.Module, plan: Plan) -> bool:
     """Whether `check_isolation` has nothing left to do."""
     if plan.n_examples == 1:
         return True
-    modes, ways = _structure(model, plan)
-    return not plan.layout.assumed and ways <= _ISOLATED.get(model, {}).get(modes, set())
+    tried, ways = _TRIED.get(model, {}).get(_modes(model), []), _ways(plan)
+    return not plan.layout.assumed and all(sum(way in known for known in tried) >= 3 for way in ways)
 
 
 def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None) -> None:
     """Refuse a layout that was read wrongly, and models in which the examples of a batch meet.
 
     With weights w_i on the objectives each example's squared norm must grow by exactly w_i², or another's gradient is
-    in it; and the last example alone must have the value that it has in the batch. Done once for each way of using the
-    parameters, and for every batch where nothing tells whose the rows of a value are: where the raw input is
-    multiplied, or picks along the examples' axis may put them in another order.
-    `squares` are those of column 0, where they are known.
+    in it; and the last examples alone must have the values that they have in the batch. What was found of one batch
+    holds for the next with the same ways of using the parameters if the first two examples by themselves have the same
+    norms (an axis of tokens as long as the batch may have been taken for it). Every batch is tried where nothing tells
+    whose the rows of a value are: where the raw input is multiplied, or picks along the examples' axis may put them in
+    another order. `squares` are those of column 0, where they are known.
     """
     if isolated(model, plan):
         return
-    n, types = plan.n_examples, {p.dtype for p in model.parameters()}
+    n, slack = (
+        plan.n_examples,
+        next(s for kind, s in _SLACK.items() if any(p.dtype == kind for p in model.parameters())),
+    )
     squares = plan.squares(0, retain=True) if squares is None else squares
-    radix, base = (4 if torch.float16 in types else 16), 1  # powers of two scale exactly, within the type's range
-    while base < n:
-        weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
-        base *= radix
+    base = 1
+    while base < n:  # powers of two scale exactly, within the type's range
+        weights = 2.0 ** (torch.arange(n) // base % slack.radix - slack.radix // 2)
         scaled = plan.squares(0, weights=weights, retain=True) / weights.double().square()[:, None]
-        allowed = (0.2 if torch.float16 in types else 1e-4) * squares + 1e-9 * squares.sum(1, keepdim=True)
-        wrong = ((scaled - squares).abs() > allowed).any(0).nonzero().flatten()
-        if len(wrong):
-            name = list(plan.tracked.parameters)[int(wrong[0])]
-            raise NotCovered(name, "gathers gradients of one example in another's: the examples of a batch meet")
+        _check_equal(plan, scaled, squares, slack.scaled)
+        base *= slack.radix
     with torch.no_grad():
-        alone, together = objective(slice(n - 1, n))[0], plan.values[-1]
-    slack = 0.1 if types & {torch.float16, torch.bfloat16} else 1e-4
-    if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
+        last = range(max(0, n - 4), n)
+        alone, together = torch.cat([objective(slice(i, i + 1)) for i in last]), plan.values[last.start :]
+    if not bool(((alone - together).abs() <= slack.value * (1 + together.abs())).all()):
         raise NotCovered("the output", "for an example changes with the others of its batch, or with its padding")
+    if n > 2:
+        pair = Plan(objective(slice(0, 2)), plan.tracked, 2)
+        if not _ways(pair) <= _ways(plan):
+            raise NotCovered("the batch's size", "changes the operations through which parameters are used")
+        _check_equal(plan, pair.squares(0, retain=False), squares[:2], slack.norm)
     if not plan.layout.assumed and len(plan.values[:, 0].unique()) > 1:  # equal examples prove nothing
-        modes, ways = _structure(model, plan)
-        _ISOLATED.setdefault(model, {}).setdefault(modes, set()).update(ways)
+        times = 3 if n > 2 else 1
+        _TRIED.setdefault(model, {}).setdefault(_modes(model), []).extend([_ways(plan)] * times)
+
+
+@dataclass(frozen=True)
+class _Slack:
+    """By how much, relatively, rounding may change a norm scaled by a power of two, a value, and a norm."""
+
+    scaled: float
+    value: float
+    norm: float
+    radix: int = 16  # how many weights the type's range allows
+
+
+_SLACK = {  # the narrowest type of the parameters decides
+    torch.float16: _Slack(0.2, 0.1, 0.2, radix=4),
+    torch.bfloat16: _Slack(1e-5, 0.1, 0.2),
+    torch.float32: _Slack(1e-5, 1e-4, 1e-3),
+    torch.float64: _Slack(1e-9, 1e-6, 1e-4),
+}
+
+
+def _check_equal(plan: Plan, found: Tensor, squares: Tensor, slack: float) -> None:
+    wrong = (found - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
+    if bool(wrong.any()):
+        name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
+        raise NotCovered(name, "gathers gradients of one example in another's: the examples of a batch meet")
