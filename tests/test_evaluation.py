@@ -138,9 +138,7 @@ def test_likelihood_ratio_is_chi_squared_when_nothing_is_added() -> None:
     rng = np.random.default_rng(4)
     base = rng.normal(size=(300, 200, 1))
     wrong = rng.random((300, 200)) < 1 / (1 + np.exp(-base[..., 0]))
-    p_values = [
-        evaluation.likelihood_ratio_test(base[i], rng.normal(size=(200, 1)), wrong[i])[1] for i in range(300)
-    ]
+    p_values = [evaluation.likelihood_ratio_test(base[i], rng.normal(size=(200, 1)), wrong[i])[1] for i in range(300)]
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
