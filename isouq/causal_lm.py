@@ -13,15 +13,17 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
+from isouq.gradients.common import differentiable, select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches, checked
@@ -38,7 +40,8 @@ def score_tokens(
     *,
     aggregation: Aggregation = "sequence",
     engine: Engine = "auto",
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    memory: float = 2e9,
     parameters: Sequence[str] | None = None,
     breakdown: bool = False,
 ) -> Estimate:
@@ -51,16 +54,18 @@ def score_tokens(
         attention_mask: (example, token), 0 at padding; without it every position counts.
         aggregation: what p of an answer of several tokens means: "sequence", "geometric" or "token_mean".
         engine: "ghost" (exact or refuses), "autograd" (the reference), "auto" (ghost, else autograd).
-        batch_size: sequences a pass; None chooses it by length. It does not change the scores.
+        batch_size: sequences a pass; "auto" takes as many as `memory` holds. It does not change the scores.
+        memory: bytes for a batch's activations, for "auto"; the model's own weights come on top.
         parameters: name patterns such as "model.layers.29.*" to restrict the norm to; None for all.
         breakdown: whether to keep log U_E by parameter.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is wanted.
     """
-    options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "parameters": parameters}
+    options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "memory": memory}
+    options |= {"parameters": parameters, "breakdown": breakdown}
     return score_aggregations(
-        model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), breakdown=breakdown, **options
+        model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), **options
     )[aggregation]
 
 
@@ -72,7 +77,8 @@ def score_aggregations(
     *,
     aggregations: Sequence[Aggregation] = ("sequence", "geometric"),
     engine: Engine = "auto",
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    memory: float = 2e9,
     parameters: Sequence[str] | None = None,
     breakdown: bool = False,
 ) -> dict[Aggregation, Estimate]:
@@ -83,7 +89,8 @@ def score_aggregations(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
-    for batch in batches(sequences, batch_size, by_answer="token_mean" in aggregations):
+    room = _tokens_that_fit(model, sequences, memory, parameters) if batch_size == "auto" else None
+    for batch in batches(sequences, batch_size, room=room, by_answer="token_mean" in aggregations):
         order += batch.rows
         whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
         subset = "all" if parameters is None else ", ".join(parameters)
@@ -101,7 +108,7 @@ def log_probs(
     answer_mask: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """S, the answers' log-probabilities in nats, and their numbers of tokens, from forward passes alone.
 
@@ -160,7 +167,7 @@ def gram(
     work: list[list[tuple[Objective, int]]] = [[], []]
     order: list[list[int]] = [[], []]
     for place, sequences in enumerate(sets):
-        for batch in batches(sequences, None):
+        for batch in batches(sequences, "auto"):
             order[place] += batch.rows
             work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
     kept = None if checkpoint is None else (checkpoint, _identity(model, sets))
@@ -190,7 +197,7 @@ def score_texts(
     *,
     aggregation: Aggregation = "sequence",
     engine: Engine = "auto",
-    batch_size: int | None = 8,
+    batch_size: int | Literal["auto"] = 8,
 ) -> pd.DataFrame:
     """Score each answer as the continuation of its prompt: a table with a row per pair, in order.
 
@@ -264,6 +271,29 @@ def _token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = wide.log_softmax(-1).gather(2, wanted.unsqueeze(2)).squeeze(2)
     return picked.gather(1, order).masked_fill(~exists, 0)
+
+
+def _tokens_that_fit(
+    model: nn.Module, sequences: list[tuple[Tensor, Tensor]], memory: float, parameters: Sequence[str] | None
+) -> int:
+    """How many tokens' activations `memory` bytes hold: a forward pass of the longest sequence tells."""
+    if not memory > 0:
+        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
+    ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
+    if len(sequences) == 1:
+        return len(ids)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x.detach()  # without the graph, which an output would otherwise hold and be held by
+
+    with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
+        _values = _token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
+    return int(memory * len(ids) / max(1, sum(kept.values())))
 
 
 def _answer_order(scored: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -119,18 +120,24 @@ TOKENS_PER_BATCH = 2048  # what "choose for me" aims at: large enough for the ma
 
 
 def batches(
-    sequences: list[tuple[Tensor, Tensor]], batch_size: int | None, *, by_answer: bool = False
+    sequences: list[tuple[Tensor, Tensor]],
+    batch_size: int | Literal["auto"],
+    *,
+    room: int | None = None,
+    by_answer: bool = False,
 ) -> Iterator[Batch]:
-    """Similar lengths together, the longest first; at most `batch_size` a batch, or about TOKENS_PER_BATCH tokens.
+    """Similar lengths together, the longest first, `batch_size` a batch.
 
+    "auto": as many as have TOKENS_PER_BATCH tokens, padding included, and no more than `room` tokens, but one at least.
     `by_answer` puts answers of similar length together first: `token_mean` makes a pass for each token of the longest.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or None wanted")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or 'auto' wanted")
+    limit = TOKENS_PER_BATCH if room is None else min(room, TOKENS_PER_BATCH)
     sizes = [(int(answer.sum()) * by_answer, len(ids)) for ids, answer in sequences]
     rows = sorted(range(len(sequences)), key=lambda i: sizes[i], reverse=True)
     while rows:
-        n = batch_size if batch_size is not None else max(1, TOKENS_PER_BATCH // sizes[rows[0]][1])
+        n = max(1, limit // max(sizes[row][1] for row in rows)) if batch_size == "auto" else batch_size
         chosen, rows = rows[:n], rows[n:]
         longest = max(sizes[row][1] for row in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import isouq
+from isouq import causal_lm
 from isouq.causal_lm import log_probs, score_aggregations
 from isouq.estimate import AGGREGATIONS
+from isouq.gradients import squared_norms
 
 CASE = examples((9, 5, 12, 7), (3, 1, 4, 2))
 
@@ -86,6 +88,40 @@ def test_an_estimate_has_a_float64_row_per_example_in_the_callers_order(llama):
     assert found.breakdown is None
 
 
+def test_a_batch_is_as_large_as_the_memory_for_its_activations_and_no_score_depends_on_it(llama, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(causal_lm, "squared_norms", lambda m, o, n, **k: sizes.append(n) or squared_norms(m, o, n, **k))
+    case = [CASE[2]] * 6
+    one = _activation_bytes(llama, case[0])
+    found = [isouq.score_tokens(llama, *pad(case, "left"), memory=k * one) for k in (0.1, 1.01, 2.01, 100)]
+    assert sizes == [1] * 6 + [1] * 6 + [2] * 3 + [6]
+    for other in found[1:]:
+        assert_close(other.log_epistemic, found[0].log_epistemic)
+
+
+def _activation_bytes(model, example):
+    """What the graph of one example's forward pass holds, read off the graph itself."""
+    ids, answer, mask = pad([example], "left")
+    for p in model.parameters():
+        p.requires_grad_()
+    weights = {p.data_ptr() for p in model.parameters()}
+    keep = answer[0].nonzero().flatten() - 1
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=keep, use_cache=False).logits
+    node = [logits.log_softmax(-1).gather(2, ids[:, keep + 1, None]).squeeze(2).gather(1, torch.arange(len(keep))[None])]
+    stack, seen, saved = [node[0].grad_fn], set(), {}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [child for child, _ in node.next_functions]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            if isinstance(value, torch.Tensor) and value.data_ptr() not in weights:
+                saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return float(sum(saved.values()))
+
+
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_breakdown_adds_up_to_the_whole(llama, engine, aggregation):
@@ -127,7 +163,7 @@ def test_an_answer_with_a_gap(llama):
     assert_logs_close(found["token_mean"].log_epistemic, mean.log()[None])
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3])
+@pytest.mark.parametrize("batch_size", ["auto", 1, 3])
 def test_log_probs_are_those_of_the_scores_without_a_gradient(llama, batch_size):
     S, n_tokens = log_probs(llama, *pad(CASE, "turns"), batch_size=batch_size)
     found = isouq.score_tokens(llama, *pad(CASE, "turns"))
@@ -242,7 +278,8 @@ def test_an_empty_prompt_is_fine_where_there_is_a_start_token(llama):
     [
         ({"aggregation": "mean"}, r"aggregation: 'mean' given, one of sequence, geometric, token_mean wanted"),
         ({"engine": "fast"}, r"engine: 'fast' given, one of auto, ghost, autograd wanted"),
-        ({"batch_size": 0}, r"batch_size: 0 given, a positive integer or None wanted"),
+        ({"batch_size": 0}, r"batch_size: 0 given, a positive integer or 'auto' wanted"),
+        ({"memory": 0}, r"memory: 0 given, a number of bytes above 0 wanted"),
         ({"parameters": ["nothing.*"]}, r"parameters: 'nothing\.\*' matches none of the model's"),
         ({"parameters": ["lm_head.weight"]}, r"parameters: 'lm_head\.weight' matches none"),  # tied: it has one name
     ],

@@ -173,7 +173,7 @@ def test_similar_lengths_share_a_batch_the_longest_first():
 
 def test_every_sequence_is_in_exactly_one_batch_padded_on_the_right():
     sequences = of_lengths(3, 9, 5, 8, 4, n_answer=2)
-    for size in (None, 1, 2, 3, 7):
+    for size in ("auto", 1, 2, 3, 7):
         seen = []
         for batch in batches(sequences, size):
             for ids, answer, row in zip(batch.ids, batch.answer, batch.rows, strict=True):
@@ -187,9 +187,17 @@ def test_every_sequence_is_in_exactly_one_batch_padded_on_the_right():
 
 def test_chosen_for_the_caller_a_batch_holds_a_bounded_number_of_tokens():
     lengths = [700] * 5 + [30] * 100
-    for batch in batches(of_lengths(*lengths), None):
+    for batch in batches(of_lengths(*lengths), "auto"):
         assert batch.ids.numel() <= TOKENS_PER_BATCH
-    assert [len(batch.rows) for batch in batches(of_lengths(3 * TOKENS_PER_BATCH), None)] == [1]
+    assert [len(batch.rows) for batch in batches(of_lengths(3 * TOKENS_PER_BATCH), "auto")] == [1]
+
+
+def test_a_batch_holds_no_more_tokens_than_there_is_room_for_but_one_sequence_at_least():
+    lengths = [50, 40, 30, 20, 10]
+    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", room=100)] == [2, 3]
+    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", room=5)] == [1] * 5
+    mixed = of_lengths(9, 50, 9, 9, n_answer=(3, 1, 3, 3))
+    assert all(b.ids.numel() <= 50 for b in batches(mixed, "auto", room=50, by_answer=True))
 
 
 def test_answers_of_similar_length_can_be_put_together():
@@ -198,14 +206,14 @@ def test_answers_of_similar_length_can_be_put_together():
     assert tuple(found[0].ids.shape) == (2, 9)
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, "auto"])
+@pytest.mark.parametrize("size", [0, -1, 2.0, None])
 def test_a_batch_size_is_a_positive_integer(size, unchecked):
-    with pytest.raises(ValueError, match=f"batch_size: {size!r} given, a positive integer or None wanted"):
+    with pytest.raises(ValueError, match=f"batch_size: {size!r} given, a positive integer or 'auto' wanted"):
         list(batches(of_lengths(3), size))
 
 
 def test_part_of_a_batch_carries_no_padding_of_the_others():
-    (batch,) = batches(of_lengths(9, 5, 3), None)
+    (batch,) = batches(of_lengths(9, 5, 3), "auto")
     part = batch.part(slice(1, 3))
     assert isinstance(part, Batch)
     assert part.ids.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]

@@ -247,3 +247,4 @@ METHODS: dict[str, Method] = {
 ONE_BY_ONE = ("autograd", "backward")
 A_FEW = (*ONE_BY_ONE, "token_mean")  # no gain from a batch, or long: a few examples tell the cost of each
 GRADIENT_EACH = ("vmap", "opacus", "backpack_grad")  # as many examples at once as their gradients fit the memory
+CHECKED_FIRST = ("ghost", "token_mean")  # the first batch of each kind is also checked for examples that meet

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,7 +67,7 @@ class Plan:
         self.graph = Graph(self.values)
         self.grams = SharedGrams()
         self.layout = Layout(self.n_examples)
-        self.layout.assumed = any(reorders(node, self.n_examples) for node in self.graph.order)
+        self.layout.assumed = self.n_examples > 1 and any(reorders(node, self.n_examples) for node in self.graph.order)
         for leaf, variable in self.graph.leaves():
             name = self.tracked.names.get(id(variable))
             if name is None:
@@ -76,6 +77,15 @@ class Plan:
         self._check_custom_functions()
         self.grams.announce((use.node, use.slot) for uses in self.by_node.values() for use in uses)
         self.roots = self.graph.roots(set(self.by_node))
+
+    @property
+    def unsure(self) -> bool:
+        """Whether data could lay out the next batch otherwise: an order was taken, and the graph does not prove it."""
+        return self.layout.assumed and not self._separates
+
+    @cached_property
+    def _separates(self) -> bool:
+        return self.graph.separates(self.n_examples)
 
     def _follow(self, node: Node, name: str, shape: tuple[int, ...], steps: tuple[Step, ...]) -> None:
         for consumer, slot in self.graph.consumers[node]:
@@ -174,9 +184,9 @@ def squared_norms(
         check_differentiable(values)
         plan = Plan(values, tracked, n_examples)
         last = values.shape[1] - 1
-        columns = [plan.squares(0, retain=last > 0 or not isolated(model, plan))]
-        check_isolation(model, plan, objective, columns[0])
-        columns += [plan.squares(k, retain=k < last) for k in range(1, last + 1)]
+        new = not isolated(model, plan)
+        columns = [plan.squares(k, retain=k < last or new) for k in range(last + 1)]
+        check_isolation(model, plan, objective, columns[0], alive=new)
         by_parameter = torch.stack(columns, 1)
     return SquaredNorms(values.detach().double().cpu(), by_parameter, tuple(parameters), "ghost", n_parameters)
 
@@ -211,32 +221,32 @@ def isolated(model: nn.Module, plan: Plan) -> bool:
     if plan.n_examples == 1:
         return True
     tried, ways = _TRIED.get(model, {}).get(_modes(model), []), _ways(plan)
-    return not plan.layout.assumed and all(sum(way in known for known in tried) >= 3 for way in ways)
+    return not plan.unsure and all(sum(way in known for known in tried) >= 3 for way in ways)
 
 
-def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None) -> None:
+def check_isolation(
+    model: nn.Module, plan: Plan, objective: Objective, squares: Tensor | None = None, *, alive: bool
+) -> None:
     """Refuse a layout that was read wrongly, and models in which the examples of a batch meet.
 
     With weights w_i on the objectives each example's squared norm must grow by exactly w_i², or another's gradient is
     in it; and the last examples alone must have the values that they have in the batch. What was found of one batch
     holds for the next with the same ways of using the parameters if the first two examples by themselves have the same
     norms (an axis of tokens as long as the batch may have been taken for it). Every batch is tried where nothing tells
-    whose the rows of a value are: where the raw input is multiplied, or picks along the examples' axis may put them in
-    another order. `squares` are those of column 0, where they are known.
+    whose the rows of a value are and the graph does not prove them apart (`Plan.unsure`). `squares` are those of column
+    0, where they are known. The plan's graph is used up; `alive` says whether it is still there.
     """
     if isolated(model, plan):
         return
-    n, slack = (
-        plan.n_examples,
-        next(s for kind, s in _SLACK.items() if any(p.dtype == kind for p in model.parameters())),
-    )
+    if not alive:  # only the backward pass told that the plan was unsure
+        plan = Plan(objective(slice(0, plan.n_examples)), plan.tracked, plan.n_examples)
+    n, slack = plan.n_examples, next(s for t, s in _SLACK.items() if any(p.dtype == t for p in model.parameters()))
     squares = plan.squares(0, retain=True) if squares is None else squares
-    base = 1
-    while base < n:  # powers of two scale exactly, within the type's range
+    bases = [slack.radix**k for k in range(n) if slack.radix**k < n]
+    for base in bases:  # powers of two scale exactly, within the type's range
         weights = 2.0 ** (torch.arange(n) // base % slack.radix - slack.radix // 2)
-        scaled = plan.squares(0, weights=weights, retain=True) / weights.double().square()[:, None]
+        scaled = plan.squares(0, weights=weights, retain=base < bases[-1]) / weights.double().square()[:, None]
         _check_equal(plan, scaled, squares, slack.scaled)
-        base *= slack.radix
     with torch.no_grad():
         last = range(max(0, n - 4), n)
         alone, together = torch.cat([objective(slice(i, i + 1)) for i in last]), plan.values[last.start :]
@@ -247,7 +257,7 @@ def check_isolation(model: nn.Module, plan: Plan, objective: Objective, squares:
         if not _ways(pair) <= _ways(plan):
             raise NotCovered("the batch's size", "changes the operations through which parameters are used")
         _check_equal(plan, pair.squares(0, retain=False), squares[:2], slack.norm)
-    if not plan.layout.assumed and len(plan.values[:, 0].unique()) > 1:  # equal examples prove nothing
+    if not plan.unsure and len(plan.values[:, 0].unique()) > 1:  # equal examples prove nothing
         times = 3 if n > 2 else 1
         _TRIED.setdefault(model, {}).setdefault(_modes(model), []).extend([_ways(plan)] * times)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +69,12 @@ class NotCovered(ValueError):
 
 def operation(node: Node) -> str:
     """The operation a node undoes: MmBackward0 → "Mm"."""
-    return node.name().rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
+    return _undone(node.name())
+
+
+@cache
+def _undone(name: str) -> str:
+    return name.rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
 
 
 def is_custom(node: Node) -> bool:
@@ -85,14 +91,21 @@ def reorders(node: Node, n_examples: int) -> bool:
     name = operation(node)
     if name in ("Index", "IndexPut"):
         along_first = bool(node._saved_indices) and node._saved_indices[0] is not None
+    elif name in _PICKS:
+        n_dims = len(output_shape(node))
+        along_first = n_dims > 0 and signed(getattr(node, "_saved_dim", 0)) % n_dims == 0
     else:
-        dim, n_dims = getattr(node, "_saved_dim", 0), len(output_shape(node))
-        along_first = name in _PICKS and n_dims > 0 and (dim - 2**64 if dim >= 2**63 else dim) % n_dims == 0
+        return False
     if not along_first:
         return False
     source, number = node.next_functions[0]
     shapes = [output_shape(node)] + ([] if source is None else [output_shape(source, number)])
     return any(shape[:1] == (n_examples,) for shape in shapes)
+
+
+def signed(number: int) -> int:
+    """Negative numbers are stored unsigned."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -138,6 +151,87 @@ class Graph:
                     above.add(parent)
                     stack.append(parent)
         return [node for node in consumers if node not in above]
+
+    def separates(self, n_examples: int) -> bool:
+        """Whether example i owns the i-th n-th of every value, by its operations alone: then no two can meet.
+
+        By induction from the output, whose first axis is the examples': each operation must keep the first axis, or
+        reshape (row-major) to another that n divides. What the raw input holds plays no part. False means unproven.
+        """
+        weights = {node for node, _ in self.leaves()}
+        stack = list(weights)
+        while stack:  # and what is computed from them alone
+            for node, _ in self.consumers.get(stack.pop(), ()):
+                if node not in weights and all(child in weights for child, _ in node.next_functions):
+                    weights.add(node)
+                    stack.append(node)
+        return all(node in weights or _row_by_row(node, weights, n_examples) for node in self.order)
+
+
+def _row_by_row(node: Node, weights: set[Node], n_examples: int) -> bool:
+    name, shape = operation(node), output_shape(node)
+    data = {slot: child for slot, child in enumerate(node.next_functions) if child[0] and child[0] not in weights}
+    shapes = [output_shape(*child) for child in data.values()]
+    if any(child[1] for child in data.values()) or any(not s or s[0] % n_examples for s in [shape, *shapes]):
+        return False
+    if name in RESHAPES:
+        return True
+    if any(s[0] != shape[0] for s in shapes):
+        return False
+    if name in _FIRST_ONLY:
+        n_normalized = len(getattr(node, "_saved_normalized_shape", ()))
+        over_batch = getattr(node, "_saved_training", False) or n_normalized >= len(shape)
+        return set(data) <= {_FIRST_ONLY[name]} and not over_batch
+    if name in _ALONG:
+        dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
+        return all(signed(dim) % len(shapes[0]) != 0 for dim in dims) if shapes else False
+    return name in _POINTWISE and all(len(s) == len(shape) for s in shapes)
+
+
+_POINTWISE = frozenset(
+    [
+        "Mul",
+        "Add",
+        "Sub",
+        "Div",
+        "Neg",
+        "Exp",
+        "Log",
+        "Pow",
+        "Sqrt",
+        "Rsqrt",
+        "Relu",
+        "Elu",
+        "Gelu",
+        "Silu",
+        "Tanh",
+        "Sigmoid",
+        "LogSigmoid",
+        "Softplus",
+        "LeakyRelu",
+        "Hardtanh",
+        "Threshold",
+        "Where",
+        "MaskedFill",
+        "NativeDropout",
+        "ToCopy",
+        "Clone",
+        "Alias",
+    ]
+)
+_ALONG = frozenset(["Softmax", "LogSoftmax", "Gather", "Slice", "SumBackward1", "MeanBackward1"])
+_FIRST_ONLY = {  # operations on one activation, row by row, with weights; at which input it enters
+    "Mm": 0,
+    "Addmm": 1,
+    "Convolution": 0,
+    "NativeBatchNorm": 0,
+    "NativeGroupNorm": 0,
+    "NativeLayerNorm": 0,
+    "FusedRmsNorm": 0,
+    "MaxPool2DWithIndices": 0,
+    "AvgPool2D": 0,
+    "AdaptiveAvgPool2D": 0,
+}
 
 
 @dataclass

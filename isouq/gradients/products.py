@@ -24,7 +24,7 @@ from tqdm import tqdm
 from isouq.gradients.autograd import gradient
 from isouq.gradients.common import Objective, Tracked, check_differentiable, differentiable, select_parameters
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
-from isouq.gradients.ghost import Plan, Use, Visit, check_isolation, refusing_recomputation
+from isouq.gradients.ghost import Plan, Use, Visit, check_isolation, isolated, refusing_recomputation
 from isouq.gradients.graph import NotCovered
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
@@ -235,8 +235,9 @@ def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Trac
         values = objective(slice(0, n))
         check_differentiable(values)
         plan = Plan(values, tracked, n)
-        check_isolation(model, plan, objective)
-        plan.backward(values[:, 0].sum(), visit, retain=False)
+        new = not isolated(model, plan)
+        plan.backward(values[:, 0].sum(), visit, retain=new)
+        check_isolation(model, plan, objective, alive=new)
 
 
 def _gather(

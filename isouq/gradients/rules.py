@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, gram, wide
-from isouq.gradients.graph import Grads, Layout, Node, NotCovered, operation, output_shape
+from isouq.gradients.graph import Grads, Layout, Node, NotCovered, operation, output_shape, signed
 
 Step = Callable[[Factor], Factor]
 
@@ -334,7 +334,7 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
     if name == "Embedding" and node._saved_indices.shape[0] != n_examples:
         return None if node._saved_scale_grad_by_freq else _look_up(node._saved_indices, node._saved_padding_idx)
     if name == "Select" and node._saved_dim in (0, 2**64 - len(shape)):
-        return _slot(_signed(node._saved_index) % shape[0])
+        return _slot(signed(node._saved_index) % shape[0])
     if name == "Index":
         index = node._saved_indices
         if len(index) == 1 and index[0] is not None and index[0].dim() == 0:
@@ -342,11 +342,6 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
     return None
 
 
-def _signed(number: int) -> int:
-    """Negative numbers are stored unsigned."""
-    return number - 2**64 if number >= 2**63 else number
-
-
 def _last_two(node: Node, n_dims: int) -> bool:
-    dims = {_signed(d) % n_dims for d in (node._saved_dim0, node._saved_dim1)}
+    dims = {signed(d) % n_dims for d in (node._saved_dim0, node._saved_dim1)}
     return dims == {n_dims - 2, n_dims - 1}
