@@ -6,10 +6,8 @@ model is used as it is, over all its parameters; nothing is left on it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
+from isouq.forward import check_finite, padding, token_log_probs, tokens_that_fit
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
-from isouq.gradients.common import differentiable, select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches, checked
@@ -64,9 +61,9 @@ def score_tokens(
     """
     options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "memory": memory}
     options |= {"parameters": parameters, "breakdown": breakdown}
-    return score_aggregations(
-        model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), **options
-    )[aggregation]
+    return score_aggregations(model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), **options)[
+        aggregation
+    ]
 
 
 def score_aggregations(
@@ -89,7 +86,7 @@ def score_aggregations(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
-    room = _tokens_that_fit(model, sequences, memory, parameters) if batch_size == "auto" else None
+    room = tokens_that_fit(model, sequences, memory, parameters) if batch_size == "auto" else None
     for batch in batches(sequences, batch_size, room=room, by_answer="token_mean" in aggregations):
         order += batch.rows
         whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
@@ -119,8 +116,8 @@ def log_probs(
     counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
     with torch.no_grad():
         for batch in batches(sequences, batch_size):
-            values = _token_log_probs(model, batch)
-            _check_finite(values, batch)
+            values = token_log_probs(model, batch)
+            check_finite(values, batch)
             totals[batch.rows] = values.double().sum(1).cpu()
     return totals, counts
 
@@ -246,67 +243,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: 
     return prompt_ids, answer_ids
 
 
-def _token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """log p of each answer token, (example, answer token), zero beyond an answer's end.
-
-    The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
-    predict an answer token where the model can be asked to (`logits_to_keep`).
-    """
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        device = torch.device("cpu")
-    inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
-    keep = scored.any(0).nonzero().flatten()
-    options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
-    if _takes(model, "logits_to_keep"):
-        logits = model(input_ids=inputs.to(device), logits_to_keep=keep.to(device), **options).logits
-    else:
-        logits = model(input_ids=inputs.to(device), **options).logits
-        logits = logits[:, keep.to(logits.device)] if logits.shape[:2] == inputs.shape else logits
-    if logits.shape[:2] != (len(inputs), len(keep)):
-        raise ValueError(f"model: logits of shape {tuple(logits.shape)} given, (example, token, vocab) wanted")
-    order = _answer_order(scored[:, keep]).to(logits.device)
-    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    picked = wide.log_softmax(-1).gather(2, wanted.unsqueeze(2)).squeeze(2)
-    return picked.gather(1, order).masked_fill(~exists, 0)
-
-
-def _tokens_that_fit(
-    model: nn.Module, sequences: list[tuple[Tensor, Tensor]], memory: float, parameters: Sequence[str] | None
-) -> int:
-    """How many tokens' activations `memory` bytes hold: a forward pass of the longest sequence tells."""
-    if not memory > 0:
-        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
-    ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
-    if len(sequences) == 1:
-        return len(ids)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # without the graph, which an output would otherwise hold and be held by
-
-    with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        _values = _token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
-    return int(memory * len(ids) / max(1, sum(kept.values())))
-
-
-def _answer_order(scored: Tensor) -> Tensor:
-    """For each example the places of its answer tokens, first ones first: (example, longest answer)."""
-    return (~scored).to(torch.int8).argsort(dim=1, stable=True)[:, : int(scored.sum(1).max())]
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
-        return argument in inspect.signature(model.forward).parameters
-    return False
-
-
 def _differentiate(
     model: nn.Module,
     batch: Batch,
@@ -318,11 +254,13 @@ def _differentiate(
     whole = any(name != "token_mean" for name in aggregations)
     tokens = "token_mean" in aggregations
     longest = int(batch.answer.sum(1).max())
+    extra = padding(model, batch)
 
     def objective(rows: slice) -> Tensor:
         part = batch.part(rows)
-        values = _token_log_probs(model, part)
-        _check_finite(values, part)
+        part = part if len(part.rows) < len(batch.rows) else part.padded(extra)
+        values = token_log_probs(model, part)
+        check_finite(values, part)
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
         return torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1)
 
@@ -333,15 +271,9 @@ def _differentiate(
 
 def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
     part = batch.part(rows)
-    values = _token_log_probs(model, part)
-    _check_finite(values, part)
+    values = token_log_probs(model, part)
+    check_finite(values, part)
     return values.sum(1, keepdim=True)
-
-
-def _check_finite(values: Tensor, batch: Batch) -> None:
-    wrong = (~values.isfinite()).any(1).nonzero().flatten()
-    if len(wrong):
-        raise ValueError(f"model: NaN or infinite logits for example {batch.rows[int(wrong[0])]}, finite ones wanted")
 
 
 def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: str, breakdown: bool) -> Estimate:

@@ -29,6 +29,11 @@ class Batch:
         width = int(answer.any(0).nonzero().max()) + 1
         return Batch(self.ids[rows, :width], answer[:, :width], self.rows[rows])
 
+    def padded(self, n_tokens: int) -> Batch:
+        """The same with more tokens after the last."""
+        ids, answer = (nn.functional.pad(x, (0, n_tokens)) for x in (self.ids, self.answer))
+        return Batch(ids, answer, self.rows)
+
 
 def checked(
     model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
@@ -102,11 +107,16 @@ def _check_example(model: nn.Module, i: int, ids: Tensor, answer: Tensor, presen
     return ids, answer
 
 
-def _check_ids(model: nn.Module, i: int, ids: Tensor) -> None:
+def limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """The size of the model's vocabulary and of its context in tokens, where its config tells."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    vocabulary, context = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    return getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+
+
+def _check_ids(model: nn.Module, i: int, ids: Tensor) -> None:
+    vocabulary, context = limits(model)
     if vocabulary is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"input_ids: example {i} has id {wrong}, ids from 0 to {vocabulary - 1} wanted")

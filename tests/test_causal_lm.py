@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import isouq
-from isouq import causal_lm
+from isouq import causal_lm, forward
 from isouq.causal_lm import log_probs, score_aggregations
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import squared_norms
@@ -71,6 +71,67 @@ def test_bigram_model_in_closed_form(engine, aggregation):
     assert found.engine == engine
 
 
+# ── What is added for speed and for digits ──────────────────────────────────────────────────────────────────────
+
+
+def fed(model, run):
+    """The widths of the inputs that the model sees while `run` runs."""
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run()
+    handle.remove()
+    return widths
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+@pytest.mark.parametrize("n_examples", [1, 2])
+def test_a_width_is_filled_up_to_eights_without_a_trace_in_the_score(name, n_examples):
+    model, case = build(name, tied=True), examples((48, 41)[:n_examples], (3, 2)[:n_examples])
+    found = []
+    widths = fed(model, lambda: found.append(isouq.score_tokens(model, *pad(case, "left"), batch_size=2)))
+    assert 48 in widths  # where 47 are needed
+    assert_logs_close(found[0].log_epistemic, score(model, case).epistemic["sequence"].log())
+
+
+def test_a_width_is_filled_up_only_within_the_context_and_where_it_costs_little():
+    model = build("llama", tied=True)
+    model.config.max_position_embeddings = 61
+    for length, width in [(62, 61), (57, 56), (47, 48), (46, 45), (34, 33), (25, 24)]:
+        ids = examples((length,), (2,))
+        assert fed(model, lambda ids=ids: isouq.score_tokens(model, *pad(ids, "left")))[-1] == width
+
+
+def test_a_model_that_sees_what_follows_is_never_filled_up():
+    class Backwards(Bigram):
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.table(input_ids) + self.table(input_ids).mean(1, keepdim=True)})
+
+    model, (case,) = Backwards(), examples((48,), (3,))
+    widths = fed(model, lambda: isouq.score_tokens(model, *pad([case], "left")))
+    assert widths[-1] == 47
+    logits = model(case[0][None, :-1]).logits[0].log_softmax(-1)
+    wanted = logits[-3:].gather(1, case[0][-3:, None]).sum()
+    assert_close(isouq.score_tokens(model, *pad([case], "left")).log_prob, wanted[None])
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_log_p_and_its_gradient_keep_their_digits_in_float32(scale):
+    """Against float64 throughout; float32's own softmax loses a digit more on so many words."""
+    logits = scale * torch.randn(2, 3, 100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 5] = -math.inf  # a word that the model rules out
+    wanted = torch.tensor([[[7], [8], [9]], [[0], [1], [2]]])
+    exact, narrow = logits.float().double().requires_grad_(), logits.float().requires_grad_()
+    truth = exact.log_softmax(-1).gather(2, wanted).squeeze(2)
+    found = forward.LogProb.apply(narrow, wanted)
+    torch.testing.assert_close(found, truth, rtol=3e-7, atol=1e-6)
+    truth.sum().backward()
+    found.sum().backward()
+    error = (narrow.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2e-7
+
+
 # ── The result ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -101,13 +162,15 @@ def test_a_batch_is_as_large_as_the_memory_for_its_activations_and_no_score_depe
 
 def _activation_bytes(model, example):
     """What the graph of one example's forward pass holds, read off the graph itself."""
-    ids, answer, mask = pad([example], "left")
+    ids, answer, _mask = pad([example], "left")
     for p in model.parameters():
         p.requires_grad_()
     weights = {p.data_ptr() for p in model.parameters()}
     keep = answer[0].nonzero().flatten() - 1
     logits = model(input_ids=ids[:, :-1], logits_to_keep=keep, use_cache=False).logits
-    node = [logits.log_softmax(-1).gather(2, ids[:, keep + 1, None]).squeeze(2).gather(1, torch.arange(len(keep))[None])]
+    node = [
+        logits.log_softmax(-1).gather(2, ids[:, keep + 1, None]).squeeze(2).gather(1, torch.arange(len(keep))[None])
+    ]
     stack, seen, saved = [node[0].grad_fn], set(), {}
     while stack:
         node = stack.pop()

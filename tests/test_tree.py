@@ -23,7 +23,7 @@ MODULES = [ROOT / path for path in tracked() if path.parts[0] == "isouq" and pat
 # the assets and profiles, since a scoring job is started with a profile and fetches its model.
 STEPS = (
     ("estimate", "gradients", "sequences", "evaluation", "plotting", "provenance", "_manifest"),
-    ("covariance", "_pip"),
+    ("covariance", "forward", "_pip"),
     ("distortion", "causal_lm", "classifier"),
     ("assets",),
     ("profiles",),

@@ -58,7 +58,10 @@ def measure(
     command = [sys.executable, "-m", "isouq.cost", "--model", model, "--method", *methods, "--json"]
     command += ["--memory-gb", str(memory_gb), "--seed", str(seed)]
     command += [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # give back at once
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"model {model}: {done.stderr.strip().splitlines()[-1]}")

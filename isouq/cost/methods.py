@@ -231,6 +231,7 @@ METHODS: dict[str, Method] = {
     "activations": _activations,
     "activation_gradient": _activation_gradient,
     "ghost": _plain(_isouq, engine="ghost"),
+    "ghost_first": _plain(_isouq, engine="ghost"),
     "token_mean": _plain(_token_mean),
     "autograd": _plain(_isouq, engine="autograd"),
     "backward": _plain(_backward),

@@ -55,7 +55,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
             raise ValueError(f"parameters: {pattern!r} matches none of the model's, such as {next(iter(every))!r}")
     chosen = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
     _refuse_quantised(model, chosen)
-    tied = _tied(model)
+    tied = _tied(model, every.values())
     return {n: p for n, p in chosen.items() if n not in tied}
 
 
@@ -103,9 +103,9 @@ class _Watched(dict[str, Any]):
             self.tracked.load(self.names[key], value)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _tied(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, str]:
     """Name → the name it is tied to, where offloading has torn them apart: their identity is lost, the names remain."""
-    if not any(p.is_meta for p in model.parameters()):
+    if not any(p.is_meta for p in parameters):
         return {}
     declared = getattr(model, "all_tied_weights_keys", None)
     if declared is None:
@@ -121,11 +121,12 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
-    tied, every = _tied(model), dict(model.named_parameters(remove_duplicate=False))
-    tracked = Tracked({name: every[name] for name in chosen}, tensors=list(model.parameters()))
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied, tensors = _tied(model, every.values()), {id(p): p for p in every.values()}
+    tracked = Tracked({name: every[name] for name in chosen}, tensors=list(tensors.values()))
     tracked.names = {id(p): name for name, p in reversed(every.items())}
     tracked.names |= {id(every[name]): to for name, to in tied.items()}
-    flags = [(p, p.requires_grad) for p in every.values()]
+    flags = [(p, p.requires_grad) for p in tensors.values()]
     offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
     try:
         for p, _ in flags:

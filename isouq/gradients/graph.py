@@ -19,44 +19,14 @@ from torch.autograd.function import BackwardCFunction
 Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that depend on the operation
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
 
-ELEMENTWISE = frozenset(
-    [
-        "Mul",
-        "Add",
-        "Sub",
-        "Div",
-        "Silu",
-        "Gelu",
-        "Relu",
-        "Tanh",
-        "Sigmoid",
-        "Pow",
-        "ToCopy",
-        "Clone",
-        "Split",
-        "SplitWithSizes",
-        "Slice",
-        "Unbind",
-        "Alias",
-        "NativeDropout",
-        "NativeLayerNorm",
-        "FusedRmsNorm",
-        "Mean",
-        "Softmax",
-        "LogSoftmax",
-        "Neg",
-        "Exp",
-        "Rsqrt",
-        "Where",
-        "MaskedFill",
-        "Elu",
-        "LeakyRelu",
-        "Softplus",
-        "Hardtanh",
-        "Threshold",
-    ]
+POINTWISE = frozenset(
+    "Mul Add Sub Div Neg Exp Log Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus LeakyRelu Hardtanh"
+    " Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
 )
-RESHAPES = frozenset(["View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"])
+ELEMENTWISE = POINTWISE | frozenset(
+    "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()
+)
+RESHAPES = frozenset("View UnsafeView ReshapeAlias Unsqueeze Squeeze".split())
 
 
 class NotCovered(ValueError):
@@ -80,10 +50,12 @@ def _undone(name: str) -> str:
 def is_custom(node: Node) -> bool:
     """Whether a Python autograd.Function stands at the node: it may hold parameters that the graph does not show.
 
-    Operators registered with torch.library name all their inputs, so theirs are not meant.
+    Operators registered with torch.library name all their inputs, so theirs are not meant; nor are functions that
+    declare themselves `parameter_free`.
     """
     name: str = node.name()
-    return isinstance(node, BackwardCFunction) and not name.startswith("GeneratedBackwardFor_")
+    innocent = name.startswith("GeneratedBackwardFor_") or getattr(node, "parameter_free", False)
+    return isinstance(node, BackwardCFunction) and not innocent
 
 
 def reorders(node: Node, n_examples: int) -> bool:
@@ -185,53 +157,15 @@ def _row_by_row(node: Node, weights: set[Node], n_examples: int) -> bool:
     if name in _ALONG:
         dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
         return all(signed(dim) % len(shapes[0]) != 0 for dim in dims) if shapes else False
-    return name in _POINTWISE and all(len(s) == len(shape) for s in shapes)
+    return name in POINTWISE and all(len(s) == len(shape) for s in shapes)
 
 
-_POINTWISE = frozenset(
-    [
-        "Mul",
-        "Add",
-        "Sub",
-        "Div",
-        "Neg",
-        "Exp",
-        "Log",
-        "Pow",
-        "Sqrt",
-        "Rsqrt",
-        "Relu",
-        "Elu",
-        "Gelu",
-        "Silu",
-        "Tanh",
-        "Sigmoid",
-        "LogSigmoid",
-        "Softplus",
-        "LeakyRelu",
-        "Hardtanh",
-        "Threshold",
-        "Where",
-        "MaskedFill",
-        "NativeDropout",
-        "ToCopy",
-        "Clone",
-        "Alias",
-    ]
+_ALONG = frozenset("Softmax LogSoftmax Gather Slice SumBackward1 MeanBackward1".split())
+_FIRST_ONLY = {"Addmm": 1} | dict.fromkeys(  # operations on one activation, with weights; at which input it enters
+    "Mm Convolution NativeBatchNorm NativeGroupNorm NativeLayerNorm FusedRmsNorm MaxPool2DWithIndices AvgPool2D"
+    " AdaptiveAvgPool2D".split(),
+    0,
 )
-_ALONG = frozenset(["Softmax", "LogSoftmax", "Gather", "Slice", "SumBackward1", "MeanBackward1"])
-_FIRST_ONLY = {  # operations on one activation, row by row, with weights; at which input it enters
-    "Mm": 0,
-    "Addmm": 1,
-    "Convolution": 0,
-    "NativeBatchNorm": 0,
-    "NativeGroupNorm": 0,
-    "NativeLayerNorm": 0,
-    "FusedRmsNorm": 0,
-    "MaxPool2DWithIndices": 0,
-    "AvgPool2D": 0,
-    "AdaptiveAvgPool2D": 0,
-}
 
 
 @dataclass
@@ -327,19 +261,5 @@ class Layout:
         return found[index[0]]
 
 
-_PICKS = frozenset(
-    ["IndexSelect", "Gather", "Sort", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy", "Cat", "Flip", "Roll"]
-)
-_SHUFFLES = frozenset(
-    [
-        "Index",
-        "IndexSelect",
-        "Gather",
-        "Scatter",
-        "ScatterAdd",
-        "IndexAdd",
-        "IndexPut",
-        "MaskedSelect",
-        "Sort",
-    ]
-)
+_PICKS = frozenset("IndexSelect Gather Sort Scatter ScatterAdd IndexAdd IndexCopy Cat Flip Roll".split())
+_SHUFFLES = frozenset("Index IndexSelect Gather Scatter ScatterAdd IndexAdd IndexPut MaskedSelect Sort".split())
