@@ -116,6 +116,17 @@ def test_a_model_that_sees_what_follows_is_never_filled_up():
     assert_close(isouq.score_tokens(model, *pad([case], "left")).log_prob, wanted[None])
 
 
+@pytest.mark.parametrize(("n_answer", "rows"), [(1, 4), (3, 4), (4, 4), (5, 8), (8, 8)])
+def test_the_head_runs_on_multiples_of_four_positions(llama, n_answer, rows):
+    seen = []
+    handle = llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    case = examples((9,), (n_answer,))
+    found = isouq.score_tokens(llama, *pad(case, "none"))
+    handle.remove()
+    assert seen == [rows]
+    assert_logs_close(found.log_epistemic, score(llama, case).epistemic["sequence"].log())
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_log_p_and_its_gradient_keep_their_digits_in_float32(scale):
     """Against float64 throughout; float32's own softmax loses a digit more on so many words."""
