@@ -107,34 +107,38 @@ def rank_lines(scores: pd.DataFrame, *, reference: str, marked: Array | None = N
     return ax
 
 
-def width_spectra(spectra: Sequence, shares: pd.DataFrame) -> Figure:
-    """Left: the Hessian's eigenvalues in units of the prior, one curve a width; right: shares against the number of
-    parameters, columns n_parameters, series, value, low, high."""
-    figure, axes = panels(2, aspect=0.85)
-    left, right = axes[0]
+def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.DataFrame) -> Figure:
+    """Left: the Hessian's eigenvalues in units of the prior, one curve a width; middle: a large one's density.
+
+    density: (grid, density), by Lanczos. shares, on the right: columns n_parameters, series, value, low, high.
+    """
+    figure, axes = panels(3, aspect=1.1)
+    left, middle, right = axes[0]
     for one, (colour, _, style) in zip(spectra, LOOKS, strict=False):
         values = np.sort(np.abs(one.hessian))[::-1]
         label = f"width {one.width}"
         left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.2, label=label)
     left.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
     left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (prior's precision = 1)", ylim=(1e-6, None))
-    left.legend(fontsize="small")
+    middle.semilogy(*density, color="black", linewidth=1)
+    middle.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
     for (name, some), (colour, marker, style) in zip(shares.groupby("series", sort=False), LOOKS, strict=False):
         right.plot(some["n_parameters"], some["value"], color=colour, marker=marker, linestyle=style, label=name)
         right.fill_between(some["n_parameters"], some["low"], some["high"], color=colour, alpha=0.12, linewidth=0)
     right.set(xscale="log", xlabel="parameters", ylabel="share", ylim=(0, 1.03))
-    right.legend(fontsize="small")
+    for ax in (left, right):
+        ax.legend(fontsize="x-small")
     return figure
 
 
-def gram_spectrum(eigenvalues: Mapping[str, Array], fit, *, ax: Axes | None = None) -> Axes:
-    """Eigenvalues of cosine Grams, sorted, one line per kind of proxies; the Marchenko–Pastur edges of `fit` dotted."""
+def gram_spectrum(eigenvalues: Mapping[str, Array], fit=None, *, ax: Axes | None = None) -> Axes:
+    """Eigenvalues of cosine Grams, sorted, a line per kind of proxies; the Marchenko–Pastur edges of `fit` dotted."""
     ax = plt.gca() if ax is None else ax
     for (name, values), (colour, marker, style) in zip(eigenvalues.items(), LOOKS, strict=False):
         values = np.sort(values)[::-1]
         at = np.arange(1, len(values) + 1) / len(values)
         ax.plot(at, values, color=colour, marker=marker, linestyle=style, markersize=3, linewidth=1, label=name)
-    for edge in fit.edges:
+    for edge in fit.edges if fit is not None else ():
         ax.axhline(edge, color="#777777", linestyle=":", linewidth=1)
     ax.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
     ax.set(yscale="log", xlabel="rank / number of proxies", ylabel="eigenvalue of the cosine Gram")
