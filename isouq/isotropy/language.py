@@ -58,8 +58,8 @@ class Texts:
         """The number of texts."""
         return len(self.prompts)
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, answer_mask, attention_mask), each (example, token), padded on the right."""
+    def padded(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input_ids, answer_mask, attention_mask) of all or some `rows`, (example, token), padded on the right."""
         width = max(len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True))
         out = torch.zeros(3, len(self), width, dtype=torch.int64)
         for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
@@ -67,7 +67,7 @@ class Texts:
             out[0, row, :end] = torch.tensor([*prompt, *answer])
             out[1, row, len(prompt) : end] = 1
             out[2, row, :end] = 1
-        return out[0], out[1].bool(), out[2]
+        return out[0][rows], out[1][rows].bool(), out[2][rows]
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -279,10 +279,9 @@ def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
     """
     rng = np.random.default_rng(seed)
     rows, asked = (rng.choice(len(texts), n, replace=False) for texts in (study.proxies, study.queries))
-    some = [
-        tuple(part[pick] for part in texts.padded()) for texts, pick in ((study.proxies, rows), (study.queries, asked))
-    ]
-    found = causal_lm.gram(model, some[0], some[1], engine="autograd", memory=2e9)
+    found = causal_lm.gram(
+        model, study.proxies.padded(rows), study.queries.padded(asked), engine="autograd", memory=2e9
+    )
     expected = torch.cat([found.rows, found.between], 1).numpy()
     return np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T]) / expected - 1
 

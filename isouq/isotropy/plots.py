@@ -109,7 +109,7 @@ def rank_lines(scores: pd.DataFrame, *, reference: str, marked: Array | None = N
 
 
 def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.DataFrame) -> Figure:
-    """Left: the Hessian's eigenvalues in units of the prior, one curve a width; middle: a large one's density.
+    """Left: eigenvalues of Hessian (thick) and GGN in units of the prior; middle: density of a large one's Hessian.
 
     density: (grid, density), by Lanczos. shares, on the right: columns n_parameters, series, value, low, high.
     """
@@ -118,7 +118,8 @@ def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.Da
     for one, (colour, _, style) in zip(spectra, LOOKS, strict=False):
         values = np.sort(np.abs(one.hessian))[::-1]
         label = f"width {one.width}"
-        left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.2, label=label)
+        left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.5, label=label)
+        left.loglog(np.arange(1, len(one.ggn) + 1), np.sort(one.ggn)[::-1], color=colour, linewidth=0.6)
     left.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
     left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (prior's precision = 1)", ylim=(1e-6, None))
     middle.semilogy(*density, color="black", linewidth=1)

@@ -55,7 +55,7 @@ def test_sweeps_and_scatters_have_a_line_or_cloud_for_every_series():
 
 
 def test_spectra_are_sorted_and_the_fitted_edges_drawn():
-    one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]))
+    one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]), ggn=np.ones(2))
     shares = pd.DataFrame({"n_parameters": [3, 9], "series": "s", "value": 0.5, "low": 0.4, "high": 0.6})
     figure = plots.width_spectra([one], (np.arange(4.0), np.full(4, 0.1)), shares)
     assert list(figure.axes[0].get_lines()[0].get_ydata()) == [3, 2, 1]
