@@ -121,7 +121,7 @@ def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.Da
         left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.5, label=label)
         left.loglog(np.arange(1, len(one.ggn) + 1), np.sort(one.ggn)[::-1], color=colour, linewidth=0.6)
     left.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
-    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (prior's precision = 1)", ylim=(1e-6, None))
+    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue|, prior = 1", ylim=(1e-6, None))
     middle.semilogy(*density, color="black", linewidth=1)
     middle.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-7, 10 * density[1].max()))
     for (name, some), (colour, marker, style) in zip(shares.groupby("series", sort=False), LOOKS, strict=False):
