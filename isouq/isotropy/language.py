@@ -280,7 +280,7 @@ def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
     rng = np.random.default_rng(seed)
     rows, asked = (rng.choice(len(texts), n, replace=False) for texts in (study.proxies, study.queries))
     found = causal_lm.gram(
-        model, study.proxies.padded(rows), study.queries.padded(asked), engine="autograd", memory=2e9
+        model, study.proxies.padded(rows), study.queries.padded(asked), engine="autograd", memory=1e9
     )
     expected = torch.cat([found.rows, found.between], 1).numpy()
     return np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T]) / expected - 1
