@@ -91,7 +91,9 @@ def shards():
 
 SHARDS = shards()
 POSTERIORS = {f"mcmc-{name}": name for name in SECTIONS["03_mcmc"].problems()} if "03_mcmc" in SECTIONS else {}
+ISOTROPY = SECTIONS["02_isotropy"].problem_names if "02_isotropy" in SECTIONS else []
 BEFORE = {  # what has to be done before a notebook starts
+    "02_isotropy": [f"{BUILD}/mcmc/{shard}.done" for shard, name in POSTERIORS.items() if name in ISOTROPY],
     "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
     "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
 }

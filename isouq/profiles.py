@@ -31,6 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
+IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
 SyntheticProblem = (
     MulticlassProblem
     | Literal["binary_linear", "binary_xor", "binary_rings"]
@@ -81,6 +82,32 @@ class Derivation(Parameters):
     n_chains: Annotated[int, Field(ge=4)] = 8
     n_warmup: Count = 500
     n_draws: Count = 1000
+
+
+class Isotropy(Parameters):
+    """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
+
+    store_dir: str = "build/store"
+    problem_names: list[IsotropyProblem] = Field(
+        default=["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"], min_length=1
+    )
+    n_seeds: Count = 2
+    n_chains: Annotated[int, Field(ge=4)] = 8
+    n_warmup: Count = 400
+    n_draws: Annotated[int, Field(ge=100)] = 500
+    widths: list[Count] = Field(default=[8, 32, 128, 512, 2048], min_length=2)
+    width_seeds: Count = 3
+    models: Models = ["smollm2-135m-instruct"]
+    n_proxies: Annotated[int, Field(ge=3)] = 13  # of each of five kinds
+    n_queries: Annotated[int, Field(ge=8, multiple_of=2)] = 60
+    n_checked: Count = 3  # proxies and queries whose inner products autograd computes again
+    memory_gb: Annotated[float, Field(gt=0)] = 3.0
+    n_resamples: Count = 300
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, the texts and the sentence embeddings."""
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*self.models, "triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2"})
 
 
 class Mcmc(Parameters):
@@ -163,6 +190,7 @@ class Cost(Parameters):
 # The notebooks that a profile can name; they run in the order of their numbers.
 SCHEMAS: dict[str, type[Parameters]] = {
     "01_derivation": Derivation,
+    "02_isotropy": Isotropy,
     "03_mcmc": Mcmc,
     "04_llm_qa": LlmQa,
     "05_cost": Cost,

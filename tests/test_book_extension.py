@@ -165,6 +165,9 @@ def test_the_papers_own_numbers_pass_the_rules(claim):
 def test_a_check_asks_for_a_key_of_the_agreed_form(check):
     form = re.compile(
         r"derivation\.engine\.max_relative_difference"
+        r"|isotropy\.networks\.(fisher|empirical_fisher)\.(unseen|shifted|other_problem|noise)\.(spearman|spread|structure)"
+        r"|isotropy\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|own_answers|truthfulqa|prose)\.pull"
+        r"|isotropy\.spectra\.(outlier|bulk)_(share|slope)"
         r"|mcmc\.size\.(tanh|relu)_(fan_in|fixed)\.slope"
         r"|mcmc\.(binary|multiclass|regression)_\w+\.(gn|la|aleatoric)\.(pearson|spearman)"
         r"|qa\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|wikidata|truthfulqa|truthfulqa_choose)"

@@ -23,6 +23,7 @@ from isouq import assets, causal_lm, covariance
 from isouq.causal_lm import Gram
 from isouq.covariance import Products
 from isouq.distortion import distortion, nearness, overlap, shuffles, structure
+from isouq.evaluation import pearson
 from isouq.qa import data, generation, judge
 
 Array = NDArray[np.float64]
@@ -57,8 +58,8 @@ class Texts:
         """The number of texts."""
         return len(self.prompts)
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, answer_mask, attention_mask), each (example, token), padded on the right."""
+    def padded(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input_ids, answer_mask, attention_mask) of all or some `rows`, (example, token), padded on the right."""
         width = max(len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True))
         out = torch.zeros(3, len(self), width, dtype=torch.int64)
         for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
@@ -66,7 +67,7 @@ class Texts:
             out[0, row, :end] = torch.tensor([*prompt, *answer])
             out[1, row, len(prompt) : end] = 1
             out[2, row, :end] = 1
-        return out[0], out[1].bool(), out[2]
+        return out[0][rows], out[1][rows].bool(), out[2][rows]
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -271,6 +272,20 @@ def measure(
     return Study(proxies=proxies, queries=queries, **{name: value.numpy() for name, value in arrays.items()})
 
 
+def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
+    """Relative errors (n, 2n) of a random sample of `study`'s inner products against autograd's own gradients.
+
+    n proxies with one another and with n queries; each is a backward pass of its own, and nothing is shared.
+    """
+    rng = np.random.default_rng(seed)
+    rows, asked = (rng.choice(len(texts), n, replace=False) for texts in (study.proxies, study.queries))
+    found = causal_lm.gram(
+        model, study.proxies.padded(rows), study.queries.padded(asked), engine="autograd", memory=1e9
+    )
+    expected = torch.cat([found.rows, found.between], 1).numpy()
+    return np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T]) / expected - 1
+
+
 def sentence_vectors(texts: Sequence[str], *, batch_size: int = 32) -> Array:
     """all-MiniLM-L6-v2: mean over tokens, then unit length: (text, 384). Independent of the model under study."""
     from transformers import AutoModel, AutoTokenizer
@@ -311,6 +326,12 @@ def bend(
         "within": within,
         "overall": overall,
     }
+
+
+def spearman_within(a: Array, b: Array, groups: NDArray) -> float:
+    """Spearman's ρ of a and b within groups: ranks are taken in each group and scaled to its size, then pooled."""
+    table = pd.DataFrame({"a": a, "b": b}).groupby(np.asarray(groups)).rank(pct=True)
+    return pearson(*(_centred(table[name].to_numpy(), groups) for name in table))
 
 
 def _centred(field: Array, groups: NDArray) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from isouq import covariance
 from isouq.covariance import Covariance, SingularCovarianceError
@@ -31,6 +32,7 @@ PARTNER = {
     "multiclass_clusters": "binary_rings",
 }
 SHIFT = np.array([1.5, 0.0])
+RECIPE = ("matrix", "source", "labels")
 N_LEADING = 5  # directions of an eigenspace that are compared
 
 
@@ -165,7 +167,6 @@ def compare(
     n: proxies, as many as training examples unless given. damping: in units of the case's own, α/n.
     spearman: rank correlation of gᵀΣg with MCMC's variance over the grid. spread: of the distortion field, in nats.
     explained, by_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
-    overlap: of the Fisher's leading directions with those of the training data's.
     """
     n = len(case.problem.inputs) if n is None else n
     strength = 0.0 if recipe.matrix == "hessian" else damping * case.damping  # the Hessian carries the prior already
@@ -191,12 +192,12 @@ def compare(
         "by_chance": found.by_chance,
         "beyond_chance": found.beyond_chance,
         "p_value": found.p_value,
-        "overlap": _overlap_with_training(case, recipe.source, n),
     }
 
 
-def _overlap_with_training(case: Case, source: str, n: int) -> float:
-    both = (proxies(case.problem, source, n)[0], case.problem.inputs)
+def overlap_with_training(case: Case, source: str) -> float:
+    """Of the leading directions of the Fisher of as many proxies with those of the training data's; see `overlap`."""
+    both = (proxies(case.problem, source, len(case.problem.inputs))[0], case.problem.inputs)
     a, b = (covariance.fisher_rows(*jacobian(case.problem, case.theta, inputs)) for inputs in both)
     return overlap(a @ a.T, b @ b.T, a @ b.T, N_LEADING)
 
@@ -205,6 +206,29 @@ def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options:
     """One row per case and recipe; `options` are those of `compare`."""
     rows = [compare(case, recipe, **options) for case in cases for recipe in recipes]  # type: ignore[arg-type]
     return pd.DataFrame([row for row in rows if row is not None])
+
+
+def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = RECIPE) -> pd.DataFrame:
+    """Each recipe minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
+
+    One row per combination of `by`, with n cases and for every column c its c, c_low, c_high (NaN for one case). Cases
+    are problems with data seeds: an interval over them is about such problems, and few of them.
+    """
+    same = ["problem", "seed", "source", "n", "damping"]
+    flat = table[table["matrix"] == "isotropic"].drop_duplicates(same).set_index(same)[list(columns)]
+    rows = []
+    for key, some in table[table["matrix"] != "isotropic"].groupby(list(by), sort=False):
+        found = interval(some.set_index(same)[list(columns)] - flat)
+        rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(some)} | found)
+    return pd.DataFrame(rows)
+
+
+def interval(values: pd.DataFrame) -> dict[str, float]:
+    """For every column c its mean c and the 95 % t-interval c_low, c_high; rows with NaN are left out."""
+    values = values.dropna()
+    reach = stats.t.ppf(0.975, max(1, len(values) - 1)) * values.sem()
+    parts = {"": values.mean(), "_low": values.mean() - reach, "_high": values.mean() + reach}
+    return {f"{column}{end}": float(part[column]) for column in values for end, part in parts.items()}
 
 
 def sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -57,7 +58,7 @@ def differences(
 
     table: columns source, series, and for every column c its c, c_low, c_high.
     """
-    figure, axes = panels(len(columns), aspect=0.95, sharey=True)
+    figure, axes = panels(len(columns), aspect=1.3, sharey=True)
     for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="#777777", linestyle="--", linewidth=1, zorder=0)
         for place, name in enumerate(series):
@@ -102,39 +103,44 @@ def rank_lines(scores: pd.DataFrame, *, reference: str, marked: Array | None = N
         moved = np.abs(row - row[reference]).max() > len(ranks) / 10
         colour = shade(0.9 * row[reference] / len(ranks))
         ax.plot(range(len(row)), row, marker="o", markersize=3, color=colour, linewidth=2 if moved else 0.8)
-    ax.set_xticks(range(ranks.shape[1]), [name.replace(", ", ",\n") for name in ranks.columns], fontsize="small")
+    ax.set_xticks(range(ranks.shape[1]), [textwrap.fill(name, 12) for name in ranks.columns], fontsize="small")
     ax.set(ylabel="rank among the questions (1 = least uncertain)", xlim=(-0.2, ranks.shape[1] - 0.8))
     return ax
 
 
-def width_spectra(spectra: Sequence, shares: pd.DataFrame) -> Figure:
-    """Left: the Hessian's eigenvalues in units of the prior, one curve a width; right: shares against the number of
-    parameters, columns n_parameters, series, value, low, high."""
-    figure, axes = panels(2, aspect=0.85)
-    left, right = axes[0]
+def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.DataFrame) -> Figure:
+    """Left: eigenvalues of Hessian (thick) and GGN in units of the prior; middle: density of a large one's Hessian.
+
+    density: (grid, density), by Lanczos. shares, on the right: columns n_parameters, series, value, low, high.
+    """
+    figure, axes = panels(3, aspect=1.3)
+    left, middle, right = axes[0]
     for one, (colour, _, style) in zip(spectra, LOOKS, strict=False):
         values = np.sort(np.abs(one.hessian))[::-1]
         label = f"width {one.width}"
-        left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.2, label=label)
+        left.loglog(np.arange(1, len(values) + 1), values, color=colour, linestyle=style, linewidth=1.5, label=label)
+        left.loglog(np.arange(1, len(one.ggn) + 1), np.sort(one.ggn)[::-1], color=colour, linewidth=0.6)
     left.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
-    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (prior's precision = 1)", ylim=(1e-6, None))
-    left.legend(fontsize="small")
+    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue|, prior = 1", ylim=(1e-6, None))
+    middle.semilogy(*density, color="black", linewidth=1)
+    middle.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-7, 10 * density[1].max()))
     for (name, some), (colour, marker, style) in zip(shares.groupby("series", sort=False), LOOKS, strict=False):
         right.plot(some["n_parameters"], some["value"], color=colour, marker=marker, linestyle=style, label=name)
         right.fill_between(some["n_parameters"], some["low"], some["high"], color=colour, alpha=0.12, linewidth=0)
     right.set(xscale="log", xlabel="parameters", ylabel="share", ylim=(0, 1.03))
-    right.legend(fontsize="small")
+    left.legend(fontsize="x-small")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
-def gram_spectrum(eigenvalues: Mapping[str, Array], fit, *, ax: Axes | None = None) -> Axes:
-    """Eigenvalues of cosine Grams, sorted, one line per kind of proxies; the Marchenko–Pastur edges of `fit` dotted."""
+def gram_spectrum(eigenvalues: Mapping[str, Array], fit=None, *, ax: Axes | None = None) -> Axes:
+    """Eigenvalues of cosine Grams, sorted, a line per kind of proxies; the Marchenko–Pastur edges of `fit` dotted."""
     ax = plt.gca() if ax is None else ax
     for (name, values), (colour, marker, style) in zip(eigenvalues.items(), LOOKS, strict=False):
         values = np.sort(values)[::-1]
         at = np.arange(1, len(values) + 1) / len(values)
         ax.plot(at, values, color=colour, marker=marker, linestyle=style, markersize=3, linewidth=1, label=name)
-    for edge in fit.edges:
+    for edge in fit.edges if fit is not None else ():
         ax.axhline(edge, color="#777777", linestyle=":", linewidth=1)
     ax.axhline(1, color="#777777", linestyle="--", linewidth=1, zorder=0)
     ax.set(yscale="log", xlabel="rank / number of proxies", ylabel="eigenvalue of the cosine Gram")
@@ -145,14 +151,14 @@ def gram_spectrum(eigenvalues: Mapping[str, Array], fit, *, ax: Axes | None = No
 def scatter_by_kind(table: pd.DataFrame, *, xlabel: str, ylabel: str) -> Figure:
     """A panel per kind of proxies: distortion against similarity, question sets by marker; columns kind, set, x, y."""
     kinds = list(dict.fromkeys(table["kind"]))
-    figure, axes = panels(len(kinds), aspect=1.15, sharey=True)
+    figure, axes = panels(len(kinds), aspect=1.7, sharey=True)
     for ax, kind in zip(axes[0], kinds, strict=True):
         for (name, some), (colour, marker, _) in zip(table[table["kind"] == kind].groupby("set"), LOOKS, strict=False):
             ax.plot(some["x"], some["y"], marker, color=colour, markersize=3.5, alpha=0.7, label=name, mfc="none")
         ax.axhline(0, color="#777777", linestyle="--", linewidth=1, zorder=0)
-        ax.set_title(kind.replace(", ", ",\n"), fontsize="small")
+        ax.set_title(textwrap.fill(kind, 16), fontsize="small")
         ax.tick_params(labelsize="small")
     axes[0, 0].set_ylabel(ylabel)
-    figure.supxlabel(xlabel, fontsize="medium")
+    axes[0, len(kinds) // 2].set_xlabel(xlabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -70,6 +70,16 @@ def test_what_differs_between_sets_only_is_not_structure_within_them(study):
     assert language.bend(bent, near, "random", damping=1e-3)["within"].p_value > 0.02
 
 
+def test_correlation_within_groups_does_not_see_what_differs_between_them():
+    x = np.tile(np.arange(10.0), 2)
+    groups = np.repeat(["a", "b"], 10)
+    apart = np.where(groups == "a", 100.0, 0.0)
+    assert language.spearman_within(x, np.exp(-x) + apart, groups) == pytest.approx(-1)
+    assert language.spearman_within(x + apart, x - 3 * apart, groups) == pytest.approx(1)
+    mixed = np.where(groups == "a", x, -x)
+    assert language.spearman_within(x, mixed, groups) == pytest.approx(0, abs=1e-12)
+
+
 def test_overlaps_are_one_on_the_diagonal_and_symmetric(study):
     table = language.overlaps(study, 3)
     np.testing.assert_allclose(np.diag(table), 1)
@@ -116,6 +126,11 @@ def test_on_the_real_model(tmp_path):
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)
     assert (study.form("all", damping=0.1) > 0).all()
+    errors = language.exactness(model, study, 2, seed=1)
+    assert errors.shape == (2, 4)
+    assert np.abs(errors).max() <= 1e-4
+    spoilt = Study(**{**vars(study), "products": study.products * 1.001})
+    assert np.abs(language.exactness(model, spoilt, 2, seed=1)).max() > 9e-4
     vectors = language.sentence_vectors(["A cat sat.", "A cat was sitting.", "Interest rates rose."])
     assert vectors[0] @ vectors[1] > 0.8 > vectors[0] @ vectors[2]
     with pytest.raises(ValueError, match="n: 1000 pieces of prose"):

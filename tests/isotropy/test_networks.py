@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from isouq import covariance
@@ -43,7 +44,8 @@ def test_the_covariance_that_made_the_variance_is_found_undistorted(case):
     assert found["spearman"] == pytest.approx(1)
     assert found["spread"] < 1e-9
     assert (found["explained"], found["p_value"]) == (0, 1)
-    assert found["overlap"] == pytest.approx(1)
+    assert networks.overlap_with_training(case, "training") == pytest.approx(1)
+    assert 5 / case.g.shape[1] < networks.overlap_with_training(case, "shifted") < 0.999
 
 
 def test_other_data_distort_more_the_farther_they_are(case):
@@ -111,3 +113,23 @@ def test_a_saddle_gives_no_row():
 def test_what_is_wrong_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(small("binary_rings")[0])
+
+
+def test_differences_from_isotropy_are_paired_by_case_and_proxies():
+    """Closed form: two cases whose levels differ by far, the second matrix 0.1 and 0.3 above isotropy in each."""
+    rows = [
+        {"problem": "p", "seed": seed, "source": source, "labels": "none", "n": 9, "damping": 1.0, "matrix": matrix,
+         "spread": 10 * seed + (100 if source == "noise" else 0) + gain}
+        for seed in (0, 1)
+        for source in ("unseen", "noise")
+        for matrix, gain in (("isotropic", 0.0), ("fisher", (0.1, 0.3)[seed]))
+    ]  # fmt: skip
+    found = networks.against_isotropic(pd.DataFrame(rows), ["spread"])
+    assert found["source"].tolist() == ["unseen", "noise"]
+    assert found["n_cases"].tolist() == [2, 2]
+    reach = 12.7062 * 0.1  # t of one degree of freedom, times the standard error
+    np.testing.assert_allclose(found["spread"], 0.2, atol=1e-9)
+    np.testing.assert_allclose(found["spread_high"] - 0.2, reach, rtol=1e-4)
+    one = networks.against_isotropic(pd.DataFrame(rows[:4]), ["spread"])
+    assert one["spread"].tolist() == pytest.approx([0.1, 0.1])
+    assert one["spread_low"].isna().all(), "one case has no interval"

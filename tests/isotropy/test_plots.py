@@ -1,0 +1,66 @@
+"""Figures show what they are given: as many marks and lines as rows, in the place that the numbers say."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from isouq import plotting
+from isouq.isotropy import plots, spectra
+from isouq.synthetic import problems
+
+
+@pytest.fixture(autouse=True)
+def style():
+    plt.switch_backend("agg")
+    plotting.use_style()
+    yield
+    plt.close("all")
+
+
+def test_maps_share_one_scale_and_mark_their_proxies():
+    problem = problems.make("binary_xor", resolution=6)
+    fields = {"a": np.linspace(-2, 1, 36), "b": np.zeros(36)}
+    figure = plots.distortion_maps(problem, fields, {"b": problem.inputs[:7]})
+    first, second = figure.axes[:2]
+    assert first.collections[0].norm.vmax == second.collections[0].norm.vmax == 2
+    assert len(second.collections[-1].get_offsets()) == 7
+
+
+def test_differences_put_each_interval_in_its_row():
+    table = pd.DataFrame({"source": ["x", "y"], "series": "s", "c": [1.0, 2.0], "c_low": 0.5, "c_high": [1.5, 3.0]})
+    ax = plots.differences(table, {"c": "label"}, rows=["y", "x"], series=["s"]).axes[0]
+    marks, at = ax.get_lines()[1].get_data()
+    assert (list(marks), list(at)) == ([1, 2], [1, 0])
+    assert len(ax.collections[0].get_segments()) == 2
+
+
+def test_rank_lines_are_ranks_and_movers_are_bold():
+    scores = pd.DataFrame({"isotropic": np.arange(30.0), "F": np.r_[29.0, np.arange(1.0, 29), 0.5]})
+    lines = plots.rank_lines(scores, reference="isotropic").get_lines()
+    assert [list(line.get_ydata()) for line in (lines[0], lines[1])] == [[1, 30], [2, 2]]
+    assert lines[0].get_linewidth() > lines[1].get_linewidth()
+
+
+def test_sweeps_and_scatters_have_a_line_or_cloud_for_every_series():
+    table = pd.DataFrame({"series": ["a", "a", "b", "b"], "n": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
+    ax = plots.sweeps({"t": (table, "n", "n")}, ylabel="y").axes[0]
+    assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
+    points = pd.DataFrame({"kind": ["k", "k", "l"], "set": ["s", "t", "s"], "x": [1.0, 2, 3], "y": [4.0, 5, 6]})
+    first, second = plots.scatter_by_kind(points, xlabel="x", ylabel="y").axes[:2]
+    assert [list(line.get_ydata()) for line in first.get_lines()[:2]] == [[4], [5]]
+    assert list(second.get_lines()[0].get_xdata()) == [3]
+
+
+def test_spectra_are_sorted_and_the_fitted_edges_drawn():
+    one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]), ggn=np.ones(2))
+    shares = pd.DataFrame({"n_parameters": [3, 9], "series": "s", "value": 0.5, "low": 0.4, "high": 0.6})
+    figure = plots.width_spectra([one], (np.arange(4.0), np.full(4, 0.1)), shares)
+    assert list(figure.axes[0].get_lines()[0].get_ydata()) == [3, 2, 1]
+    fit = spectra.MarchenkoPastur(scale=1.0, ratio=0.25, n_outliers=0, distance=0.0)
+    plt.figure()
+    lines = plots.gram_spectrum({"k": np.array([0.5, 1.5])}, fit).get_lines()
+    assert list(lines[0].get_ydata()) == [1.5, 0.5]
+    assert [line.get_ydata()[0] for line in lines[1:3]] == [0.25, 2.25]
