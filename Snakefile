@@ -90,7 +90,8 @@ def shards():
 
 
 SHARDS = shards()
-POSTERIORS = {f"mcmc-{name}": name for name in SECTIONS["03_mcmc"].problems()} if "03_mcmc" in SECTIONS else {}
+SHARES = SECTIONS["03_mcmc"].shares() if "03_mcmc" in SECTIONS else []
+POSTERIORS = {f"mcmc-{problem}-{seed}": (problem, seed) for problem, seed in SHARES}
 BEFORE = {  # what has to be done before a notebook starts
     "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
     "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
@@ -165,16 +166,17 @@ if POSTERIORS:
         wildcard_constraints:
             shard="|".join(map(re.escape, POSTERIORS)),
         params:
-            problem=lambda wildcards: POSTERIORS[wildcards.shard],
+            problem=lambda wildcards: POSTERIORS[wildcards.shard][0],
+            seed=lambda wildcards: POSTERIORS[wildcards.shard][1],
             settings=json.dumps(SECTIONS["03_mcmc"].model_dump()),
         threads: 1
         benchmark:
             f"{BUILD}/timings/{{shard}}.tsv"
         message:
-            "Sampling posteriors of {params.problem}"
+            "Sampling posteriors of {params.problem}, data seed {params.seed}"
         shell:
             "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
-            " --workers 1 --done {output:q}"
+            " --seed {params.seed} --workers 1 --done {output:q}"
 
 
 rule notebook:

@@ -99,10 +99,11 @@ class Mcmc(Parameters):
     size_depths: list[Count] = Field(default=[1], min_length=1)
     size_seeds: Count = 2
 
-    @staticmethod
-    def problems() -> list[str]:
-        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
-        return [name for part in get_args(SyntheticProblem) for name in get_args(part)]
+    def shares(self) -> list[tuple[str, int]]:
+        """Return (problem, data seed): whose posteriors are sampled before the notebook starts, a job each."""
+        names = [name for part in get_args(SyntheticProblem) for name in get_args(part)]
+        n_seeds = {name: max(self.n_seeds, self.size_seeds * (name in self.size_problems)) for name in names}
+        return [(name, self.seed + k) for name in names for k in range(n_seeds[name])]
 
 
 class LlmQa(Parameters):

@@ -8,11 +8,12 @@ from isouq import profiles
 from isouq.synthetic import plan, problems
 
 
-@pytest.mark.parametrize("name", ["smoke", "embedded"])
+@pytest.mark.parametrize("name", ["smoke", "embedded", "published"])
 def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
     section = profiles.load(name).parameters("03_mcmc")
     table, sizes = plan.table(section), plan.sizes(section)
-    assert {job.problem for job in table} == set(problems.SPECS) == set(section.problems())
+    assert {job.problem for job in table} == set(problems.SPECS)
+    assert {(job.problem, job.seed) for job in (*table, *sizes)} == set(section.shares())
     assert len(table) == len(problems.SPECS) * section.n_seeds
     files = [job.file() for job in (*table, *sizes)]
     assert len(set(files)) == len(files)
@@ -20,10 +21,17 @@ def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
     assert all((job.prior_scale is None) == (job.prior_scaling == "fan_in") for job in sizes)
 
 
-def test_deep_networks_come_in_fewer_widths():
-    section = profiles.Mcmc(size_widths=[4, 8, 16], size_depths=[1, 2], size_seeds=1, size_problems=["binary_xor"])
-    widths = {depth: {job.width for job in plan.sizes(section) if job.depth == depth} for depth in (1, 2)}
-    assert widths == {1: {4, 8, 16}, 2: {4, 16}}
+def test_costly_networks_come_in_fewer_widths_and_seeds():
+    section = profiles.Mcmc(size_widths=[4, 8, 64], size_depths=[1, 2], size_seeds=4, size_problems=["binary_xor"])
+    found = {}
+    for job in plan.sizes(section):
+        widths, seeds = found.setdefault((job.depth, job.prior_scaling), (set(), set()))
+        widths.add(job.width)
+        seeds.add(job.seed)
+    assert found[1, "fan_in"] == ({4, 8, 64}, {0, 1, 2, 3})
+    assert found[1, "fixed"] == ({4, 64}, {0, 1, 2})
+    assert found[2, "fan_in"] == ({4, 8}, {0, 1})
+    assert found[2, "fixed"] == ({4, 8}, {0, 1})
 
 
 def test_the_command_line_runs_one_problem(tmp_path, capsys):
