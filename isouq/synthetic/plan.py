@@ -17,15 +17,16 @@ from isouq.synthetic.jobs import Job
 from isouq.synthetic.posterior import Settings
 
 # One choice for every profile, so that the records of a large run serve the small ones too. Narrow networks mix
-# slowly and cost little: they get twice the draws. Fewer examples than in Table 1: the cost grows with them.
+# slowly and cost little: they get twice the draws; wide ones cost most and mix best: they get fewer. All have fewer
+# examples than in Table 1, since the cost grows with them.
 SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.8, max_tree_depth=8)
-NARROW = 16
+NARROW, WIDE = 16, 128
 SIZE_EXAMPLES = 40
 FIXED_SCALE = 1.0  # of the prior that does not shrink with the width
 ACTIVATIONS, PRIORS = ("tanh", "relu"), ("fan_in", "fixed")
 # The costly networks, those of more than one hidden layer or under a fixed prior (whose posterior is stiff), are run
 # at these of the widths asked for, and on fewer seeds.
-DEEP_WIDTHS, DEEP_SEEDS = (4, 8, 16, 32), 2
+DEEP_WIDTHS, DEEP_SEEDS = (4, 16, 32), 2
 FIXED_WIDTHS, FIXED_SEEDS = (4, 16, 64, 256), 3
 DATA_SIZE_PROBLEM = "binary_rings"
 
@@ -72,10 +73,16 @@ def sizes(section: Any) -> list[Job]:
                 n_examples=SIZE_EXAMPLES,
                 resolution=60 if problem.startswith("regression") else 12,
                 n_starts=8,
-                settings=replace(SIZE_SETTINGS, n_draws=1000) if width <= NARROW else SIZE_SETTINGS,
+                settings=_size_settings(width),
             )
             found.append(job)
     return found
+
+
+def _size_settings(width: int) -> Settings:
+    if width >= WIDE:
+        return replace(SIZE_SETTINGS, n_warmup=200, n_draws=400)
+    return replace(SIZE_SETTINGS, n_draws=1000) if width <= NARROW else SIZE_SETTINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

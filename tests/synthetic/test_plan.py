@@ -22,16 +22,16 @@ def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
 
 
 def test_costly_networks_come_in_fewer_widths_and_seeds():
-    section = profiles.Mcmc(size_widths=[4, 8, 64], size_depths=[1, 2], size_seeds=4, size_problems=["binary_xor"])
+    section = profiles.Mcmc(size_widths=[4, 8, 16, 64], size_depths=[1, 2], size_seeds=4, size_problems=["binary_xor"])
     found = {}
     for job in plan.sizes(section):
         widths, seeds = found.setdefault((job.depth, job.prior_scaling), (set(), set()))
         widths.add(job.width)
         seeds.add(job.seed)
-    assert found[1, "fan_in"] == ({4, 8, 64}, {0, 1, 2, 3})
-    assert found[1, "fixed"] == ({4, 64}, {0, 1, 2})
-    assert found[2, "fan_in"] == ({4, 8}, {0, 1})
-    assert found[2, "fixed"] == ({4, 8}, {0, 1})
+    assert found[1, "fan_in"] == ({4, 8, 16, 64}, {0, 1, 2, 3})
+    assert found[1, "fixed"] == ({4, 16, 64}, {0, 1, 2})
+    assert found[2, "fan_in"] == ({4, 16}, {0, 1})
+    assert found[2, "fixed"] == ({4, 16}, {0, 1})
 
 
 def test_the_command_line_runs_one_problem(tmp_path, capsys):
