@@ -90,8 +90,7 @@ def shards():
 
 
 SHARDS = shards()
-SHARES = SECTIONS["03_mcmc"].shares() if "03_mcmc" in SECTIONS else []
-POSTERIORS = {f"mcmc-{problem}-{seed}": (problem, seed) for problem, seed in SHARES}
+POSTERIORS = {f"mcmc-{seed}": seed for seed in SECTIONS["03_mcmc"].data_seeds()} if "03_mcmc" in SECTIONS else {}
 BEFORE = {  # what has to be done before a notebook starts
     "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
     "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
@@ -166,17 +165,15 @@ if POSTERIORS:
         wildcard_constraints:
             shard="|".join(map(re.escape, POSTERIORS)),
         params:
-            problem=lambda wildcards: POSTERIORS[wildcards.shard][0],
-            seed=lambda wildcards: POSTERIORS[wildcards.shard][1],
+            seed=lambda wildcards: POSTERIORS[wildcards.shard],
             settings=json.dumps(SECTIONS["03_mcmc"].model_dump()),
-        threads: 1
+        threads: ALONE  # it starts processes of its own
         benchmark:
             f"{BUILD}/timings/{{shard}}.tsv"
         message:
-            "Sampling posteriors of {params.problem}, data seed {params.seed}"
+            "Sampling posteriors of data seed {params.seed}"
         shell:
-            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
-            " --seed {params.seed} --workers 1 --done {output:q}"
+            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --seed {params.seed} --done {output:q}"
 
 
 rule notebook:

@@ -7,7 +7,7 @@ the names of the notebook's `parameters` cell, with that cell's values as defaul
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -99,11 +99,9 @@ class Mcmc(Parameters):
     size_depths: list[Count] = Field(default=[1], min_length=1)
     size_seeds: Count = 2
 
-    def shares(self) -> list[tuple[str, int]]:
-        """Return (problem, data seed): whose posteriors are sampled before the notebook starts, a job each."""
-        names = [name for part in get_args(SyntheticProblem) for name in get_args(part)]
-        n_seeds = {name: max(self.n_seeds, self.size_seeds * (name in self.size_problems)) for name in names}
-        return [(name, self.seed + k) for name in names for k in range(n_seeds[name])]
+    def data_seeds(self) -> list[int]:
+        """Return the data seeds, whose posteriors are sampled before the notebook starts, a job for each seed."""
+        return [self.seed + k for k in range(max(self.n_seeds, self.size_seeds))]
 
 
 class LlmQa(Parameters):

@@ -204,13 +204,22 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[s
     """
     begun = time.process_time()
     made = record(analyse(job, draws))
-    made["cpu_seconds"] = time.process_time() - begun
+    made = _rounded({**made, "cpu_seconds": time.process_time() - begun})
     file = Path(folder) / job.file()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, file)
     return made
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits: hundreds of records are committed, and no statistic of theirs is known better.
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def run_all(

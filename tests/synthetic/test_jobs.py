@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 def test_a_record_is_small_and_complete(made):
     folder, record = made
     file = folder / SMALL.file()
-    assert file.stat().st_size < 6000
+    assert file.stat().st_size < 4000
     assert json.loads(file.read_text()) == json.loads(json.dumps(record))
     assert record["correlation"]["la"]["pearson"] > 0.98
     assert record["correlation"]["delta"]["pearson"] > 0.999
