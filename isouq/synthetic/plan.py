@@ -96,7 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     section: Any = profiles.load(given.profile).parameters("03_mcmc")
     store = Path(section.store_dir)
-    jobs.keep_compiled(store / "jax")
     options: dict[str, Any] = {"n_workers": given.workers or section.n_workers, "compiled": store / "jax"}
     found = []
     # What a stopped study cannot do without comes first: Table 1, then sizes, each seed by seed. Only the draws of

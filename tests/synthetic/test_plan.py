@@ -57,3 +57,21 @@ def test_the_committed_records_are_those_that_published_asks_for_and_the_code_ma
     stale = [job.file() for job in wanted if job.file() in files and jobs.find(job, [jobs.COMMITTED]) is None]
     assert not stale, "made by other code of isouq.synthetic: remove them and sample again"
     assert sum(file.stat().st_size for file in files.values()) < 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"n_chains": 1}, "n_chains: 1 given; wanted greater than or equal to 4"),
+        ({"size_widths": [0, 4]}, "size_widths.0: 0 given; wanted greater than or equal to 1"),
+        ({"size_problems": ["binary_ring"]}, "did you mean 'binary_rings'"),
+        ({"n_draws": 10**9}, "over memory_gb = 2"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, section, message):
+    section = {"n_seeds": 1, "records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)} | section
+    profile = {"name": "tiny", "description": "none", "minutes": 1, "memory_gb": 1, "notebooks": {"03_mcmc": section}}
+    (tmp_path / "tiny.yml").write_text(json.dumps(profile))
+    with pytest.raises(ValueError, match=message):
+        plan.main(["--profile", str(tmp_path / "tiny.yml")])
+    assert not (tmp_path / "records").exists()
