@@ -90,7 +90,7 @@ def shards():
 
 
 SHARDS = shards()
-POSTERIORS = {f"mcmc-{seed}": seed for seed in SECTIONS["03_mcmc"].data_seeds()} if "03_mcmc" in SECTIONS else {}
+POSTERIORS = {f"mcmc-{name}": name for name in SECTIONS["03_mcmc"].problems()} if "03_mcmc" in SECTIONS else {}
 BEFORE = {  # what has to be done before a notebook starts
     "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
     "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
@@ -165,15 +165,16 @@ if POSTERIORS:
         wildcard_constraints:
             shard="|".join(map(re.escape, POSTERIORS)),
         params:
-            seed=lambda wildcards: POSTERIORS[wildcards.shard],
+            problem=lambda wildcards: POSTERIORS[wildcards.shard],
             settings=json.dumps(SECTIONS["03_mcmc"].model_dump()),
-        threads: ALONE  # it starts processes of its own
+        threads: 1
         benchmark:
             f"{BUILD}/timings/{{shard}}.tsv"
         message:
-            "Sampling posteriors of data seed {params.seed}"
+            "Sampling posteriors of {params.problem}"
         shell:
-            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --seed {params.seed} --done {output:q}"
+            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
+            " --workers 1 --done {output:q}"
 
 
 rule notebook:

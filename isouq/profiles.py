@@ -7,7 +7,7 @@ the names of the notebook's `parameters` cell, with that cell's values as defaul
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -99,9 +99,10 @@ class Mcmc(Parameters):
     size_depths: list[Count] = Field(default=[1], min_length=1)
     size_seeds: Count = 2
 
-    def data_seeds(self) -> list[int]:
-        """Return the data seeds, whose posteriors are sampled before the notebook starts, a job for each seed."""
-        return [self.seed + k for k in range(max(self.n_seeds, self.size_seeds))]
+    @staticmethod
+    def problems() -> list[str]:
+        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
+        return [name for part in get_args(SyntheticProblem) for name in get_args(part)]
 
 
 class LlmQa(Parameters):

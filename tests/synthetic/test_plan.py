@@ -12,8 +12,7 @@ from isouq.synthetic import jobs, plan, problems
 def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
     section = profiles.load(name).parameters("03_mcmc")
     table, sizes = plan.table(section), plan.sizes(section)
-    assert {job.problem for job in table} == set(problems.SPECS)
-    assert {job.seed for job in (*table, *plan.data_sizes(section), *sizes)} == set(section.data_seeds())
+    assert {job.problem for job in table} == set(problems.SPECS) == set(section.problems())
     assert len(table) == len(problems.SPECS) * section.n_seeds
     files = [job.file() for job in (*table, *sizes)]
     assert len(set(files)) == len(files)
