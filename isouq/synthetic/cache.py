@@ -4,23 +4,26 @@ A file belongs to one problem, one set of settings and one state of the sampling
 and refuses draws that failed the gate.
 """
 
+import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import arviz
 import numpy as np
 
 from isouq.synthetic import posterior as sampling
-from isouq.synthetic import problems
 from isouq.synthetic.posterior import Diagnostics, Posterior, Settings
 from isouq.synthetic.problems import Problem
 
 PACKAGES = ("arviz", "jax", "numpy", "numpyro")
+HERE = Path(__file__).parent
+SOURCES = [HERE / f"{name}.py" for name in ("problems", "posterior", "point", "jobs")] + [HERE.parent / "evaluation.py"]
+IN_FINGERPRINT = {"SPECS"}  # what it makes is known to the last number, so a problem more changes nothing
 
 
 class PosteriorError(ValueError):
@@ -32,20 +35,69 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def code_digest(*more: ModuleType) -> str:
-    """Return 12 hex digits of the source that decides the draws, and of `more` modules."""
-    digest = hashlib.sha256()
-    for module in (problems, sampling, *more):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:12]
+def code_digest(*roots: str) -> str:
+    """Return 12 hex digits of the source that decides what the functions `roots` return.
+
+    It covers every definition of SOURCES that the roots name, directly or through others, without docstrings,
+    comments and blank lines. What they do not reach (figures, other estimates, the rest of isouq) does not count;
+    nor do versions of libraries, whose draws differ by Monte Carlo error only and which are recorded beside.
+    """
+    text = "\n".join(definitions()[name][0] for name in sorted(reached(*roots)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def reached(*roots: str) -> set[str]:
+    """Return the names of the definitions that `roots` mention, directly or through others, and their own."""
+    source, waiting = definitions(), list(roots)
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in source and name not in found | IN_FINGERPRINT:
+            found.add(name)
+            waiting += source[name][1]
+    return found
+
+
+@functools.cache
+def definitions() -> dict[str, tuple[str, set[str]]]:
+    """Return, for each top-level definition of SOURCES, its lines of code and the names it mentions."""
+    found: dict[str, tuple[str, set[str]]] = {}
+    for file in SOURCES:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            mentioned = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            mentioned |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            for name in names:
+                text, more = found.get(name, ("", set()))  # two modules may use one name
+                found[name] = (text + _code(node, lines), more | mentioned)
+    return found
+
+
+def _code(node: ast.stmt, lines: list[str]) -> str:
+    # The file's own text and not ast.unparse, whose output differs from one Python to another.
+    docstrings: set[int] = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
+            docstrings.update(range(part.body[0].lineno, (part.body[0].end_lineno or 0) + 1))
+    first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
+    numbered = enumerate(lines[first - 1 : node.end_lineno], first)
+    kept = [line.rstrip() for number, line in numbered if number not in docstrings]
+    return "\n".join(line for line in kept if line and not line.lstrip().startswith("#"))
 
 
 def identity(problem: Problem, settings: Settings) -> dict[str, str]:
     """Return what a file must agree with to be taken for draws of `problem` under `settings`."""
     return {
         "problem": problem.fingerprint(),
-        "settings": json.dumps(asdict(settings), sort_keys=True),
-        "code": code_digest(),
+        "settings": json.dumps(settings.identity(), sort_keys=True),
+        "code": code_digest("sample"),
     }
 
 

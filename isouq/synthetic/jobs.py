@@ -10,12 +10,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from isouq.synthetic.posterior import Posterior, Reference, Settings
 from isouq.synthetic.problems import Problem
 
 LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
-COMMITTED = Path(__file__).resolve().parents[2] / "results" / "mcmc"
+COMMITTED = Path(__file__).resolve().parents[2] / "results" / "published" / "mcmc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Job:
         """Return the name of the job's record: readable, and unique to the data, the model and the settings."""
         problem = self.make()
         network = problem.model.network
-        identity = json.dumps([problem.fingerprint(), asdict(self.settings), self.n_starts], sort_keys=True)
+        identity = json.dumps([problem.fingerprint(), self.settings.identity(), self.n_starts], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         size = f"w{network.width}-d{network.depth}-{network.activation}-{problem.model.prior_scaling}"
         return f"{self.problem}-{size}-n{len(problem.inputs)}-s{self.seed}-{key}.json"
@@ -145,7 +146,7 @@ def record(case: Case) -> dict[str, Any]:
         "passed": diagnostics.passed,
         "failures": list(diagnostics.failures),
         "diagnostics": asdict(diagnostics),
-        "map": {"energy": case.best.energy, "gradient_norm": case.best.gradient_norm},
+        "map": _search(case.best),
         "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
         "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
         "ceiling": ceiling,
@@ -158,6 +159,11 @@ def record(case: Case) -> dict[str, Any]:
     }
 
 
+def _search(best: point.Point) -> dict[str, float]:
+    at_best = float(np.mean(best.energies < best.energy + 0.1))  # share of the starts that ended within 0.1 nats of it
+    return {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": at_best}
+
+
 def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
     if not (squared_norm > 0).all():
         return None  # a constant network: no σ² gives its variance
@@ -168,17 +174,17 @@ def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] |
 
 def code_digest() -> str:
     """Return 12 hex digits of the source that decides a record."""
-    return cache.code_digest(point, sys.modules[__name__])
+    return cache.code_digest("sample", "analyse", "record")
 
 
-def find(job: Job, folders: Iterable[str | Path], *, any_code: bool = False) -> dict[str, Any] | None:
+def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
     """Return the job's record from the first of `folders` that has it, or None.
 
-    A record made by another state of the code is not taken, unless `any_code`. Raises ValueError for a
-    file that cannot be read.
+    A record made by another state of the code that decides it is not taken. Raises ValueError for a file that
+    cannot be read.
     """
-    for folder in folders:
-        file = Path(folder) / job.file()
+    name = job.file()
+    for file in (Path(folder) / name for folder in folders):
         if not file.is_file():
             continue
         try:
@@ -186,20 +192,34 @@ def find(job: Job, folders: Iterable[str | Path], *, any_code: bool = False) -> 
             code = found["code"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file.name} is not a record of a job ({error}); delete it") from error
-        if any_code or code == code_digest():
+        if code == code_digest():
             return found
     return None
 
 
 def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[str, Any]:
-    """Run one job and leave its record in `folder`; the file appears whole or not at all."""
+    """Run one job and leave its record in `folder`; the file appears whole or not at all.
+
+    `cpu_seconds` is what the job took of one core, compilation included; waiting for a busy machine does not count.
+    """
+    begun = time.process_time()
     made = record(analyse(job, draws))
+    made = _rounded({**made, "cpu_seconds": time.process_time() - begun})
     file = Path(folder) / job.file()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, file)
     return made
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits: hundreds of records are committed, and no statistic of theirs is known better.
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def run_all(
@@ -209,40 +229,35 @@ def run_all(
     draws: str | Path | None = None,
     also: Sequence[str | Path] = (),
     n_workers: int = 2,
+    compiled: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
 
-    Records in `also` (such as those that are committed) count whatever state of the code made them. Every job
-    is checked before the first is run. Groups of jobs that differ in seed only go to one worker, which compiles
-    them once.
+    Every job is checked before the first is run. They start in the order given, so that what a stopped study has
+    done is its first part. Processes share what they compiled through the folder `compiled`.
     """
-    found = [find(job, [folder]) or find(job, also, any_code=True) for job in jobs]
+    found = [find(job, [folder, *also]) for job in jobs]
     missing = [i for i, one in enumerate(found) if one is None]
-    groups: dict[str, list[int]] = {}
-    for i in missing:
-        groups.setdefault(repr(replace(jobs[i], seed=0)), []).append(i)
-    with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as progress:
-        for group, made in _run_groups(list(groups.values()), jobs, folder, draws=draws, n_workers=n_workers):
-            for i, one in zip(group, made, strict=True):
-                found[i] = one
-            progress.update(len(group))
+    n_workers = min(n_workers, len(missing))
+    if n_workers < 2:
+        for i in tqdm(missing, desc="posteriors", mininterval=5, disable=not missing):
+            found[i] = run(jobs[i], folder, draws)
+        return [one for one in found if one is not None]
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    pool = concurrent.futures.ProcessPoolExecutor(n_workers, context, initializer=keep_compiled, initargs=(compiled,))
+    with pool:
+        waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing}
+        done = concurrent.futures.as_completed(waiting)
+        for future in tqdm(done, total=len(missing), desc="posteriors", mininterval=5):
+            found[waiting[future]] = future.result()
     return [one for one in found if one is not None]
 
 
-def _run_groups(groups, jobs, folder, *, draws, n_workers) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    if n_workers == 1 or len(groups) == 1:
-        for group in groups:
-            yield group, _run_group([jobs[i] for i in group], folder, draws)
-        return
-    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
-    with concurrent.futures.ProcessPoolExecutor(n_workers, mp_context=context) as pool:
-        waiting = {pool.submit(_run_group, [jobs[i] for i in group], folder, draws): group for group in groups}
-        for done in concurrent.futures.as_completed(waiting):
-            yield waiting[done], done.result()
-
-
-def _run_group(jobs: Sequence[Job], folder: str | Path, draws: str | Path | None) -> list[dict[str, Any]]:
-    return [run(job, folder, draws) for job in jobs]
+def keep_compiled(folder: str | Path | None) -> None:
+    """Have this process keep what jax compiles in `folder` and take from there what another has compiled."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

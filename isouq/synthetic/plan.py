@@ -1,7 +1,7 @@
 """Which jobs a profile asks for, and their run as a job of the pipeline.
 
-``python -m isouq.synthetic.plan --profile published`` runs whatever has no record yet; ``--problem`` takes one
-problem's share, for several machines. A killed run goes on where it stopped.
+``python -m isouq.synthetic.plan --profile published`` runs whatever has no record yet; ``--problem`` and ``--seed``
+take a share of it, for several machines. A killed run goes on where it stopped.
 """
 
 import argparse
@@ -17,14 +17,18 @@ from isouq.synthetic.jobs import Job
 from isouq.synthetic.posterior import Settings
 
 # One choice for every profile, so that the records of a large run serve the small ones too. Narrow networks mix
-# slowly and cost little: they get twice the draws.
+# slowly and cost little: they get twice the draws; wide ones cost most and mix best: they get fewer. All have fewer
+# examples than in Table 1, since the cost grows with them.
 SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.8, max_tree_depth=8)
-NARROW = 16
+NARROW, WIDE = 16, 128
+SIZE_EXAMPLES = 40
 FIXED_SCALE = 1.0  # of the prior that does not shrink with the width
 ACTIVATIONS, PRIORS = ("tanh", "relu"), ("fan_in", "fixed")
-# Networks of more than one hidden layer are slow: they are run at these of the widths asked for, and on fewer seeds.
-DEEP_WIDTHS, DEEP_SEEDS = (4, 16, 64), 2
-DATA_SIZE_PROBLEM = "binary_rings"
+# The costly networks, those of more than one hidden layer or under a fixed prior (whose posterior is stiff), are run
+# at these of the widths asked for, and on fewer seeds.
+DEEP_WIDTHS, DEEP_SEEDS = (4, 16, 32), 2
+FIXED_WIDTHS, FIXED_SEEDS = (4, 16, 64, 256), 3
+DATA_SIZE_PROBLEM, DATA_SIZE_SEEDS = "binary_rings", 3
 
 
 def table(section: Any) -> list[Job]:
@@ -41,20 +45,23 @@ def table(section: Any) -> list[Job]:
 
 
 def data_sizes(section: Any) -> list[Job]:
-    """Return the jobs on the number of examples: one problem, the first data seed."""
-    first = next(job for job in table(section) if job.problem == DATA_SIZE_PROBLEM)
-    return [replace(first, n_examples=n) for n in section.data_sizes]
+    """Return the jobs on the number of examples: one problem, the first data seeds of Table 1."""
+    mine = [job for job in table(section) if job.problem == DATA_SIZE_PROBLEM][:DATA_SIZE_SEEDS]
+    return [replace(job, n_examples=n) for job in mine for n in section.data_sizes]
 
 
 def sizes(section: Any) -> list[Job]:
     """Return the jobs on the network's size: problem, activation, prior, depth, width and data seed."""
     found = []
-    for depth in section.size_depths:
-        widths = [width for width in section.size_widths if depth == 1 or width in DEEP_WIDTHS]
-        n_seeds = section.size_seeds if depth == 1 else min(section.size_seeds, DEEP_SEEDS)
+    for depth, prior in itertools.product(section.size_depths, PRIORS):
+        widths, n_seeds = set(section.size_widths), section.size_seeds
+        if prior == "fixed":
+            widths, n_seeds = widths & set(FIXED_WIDTHS), min(n_seeds, FIXED_SEEDS)
+        if depth > 1:
+            widths, n_seeds = set(section.size_widths) & set(DEEP_WIDTHS), min(n_seeds, DEEP_SEEDS)
         seeds = range(section.seed, section.seed + n_seeds)
-        axes = (section.size_problems, ACTIVATIONS, PRIORS, widths, seeds)
-        for problem, activation, prior, width, seed in itertools.product(*axes):
+        axes = (section.size_problems, ACTIVATIONS, sorted(widths), seeds)
+        for problem, activation, width, seed in itertools.product(*axes):
             job = Job(
                 problem=problem,
                 seed=seed,
@@ -63,12 +70,19 @@ def sizes(section: Any) -> list[Job]:
                 activation=activation,
                 prior_scaling=prior,
                 prior_scale=FIXED_SCALE if prior == "fixed" else None,
+                n_examples=SIZE_EXAMPLES,
                 resolution=60 if problem.startswith("regression") else 12,
                 n_starts=8,
-                settings=replace(SIZE_SETTINGS, n_draws=1000) if width <= NARROW else SIZE_SETTINGS,
+                settings=_size_settings(width),
             )
             found.append(job)
     return found
+
+
+def _size_settings(width: int) -> Settings:
+    if width >= WIDE:
+        return replace(SIZE_SETTINGS, n_warmup=200, n_draws=400)
+    return replace(SIZE_SETTINGS, n_draws=1000) if width <= NARROW else SIZE_SETTINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,18 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m isouq.synthetic.plan", description=__doc__)
     parser.add_argument("--profile", default="embedded", help="name or path of a profile")
     parser.add_argument("--problem", choices=list(jobs.problems.SPECS), help="only the jobs of this problem")
+    parser.add_argument("--seed", type=int, help="only the jobs of this data seed")
     parser.add_argument("--workers", type=int, help="processes (default: as the profile says)")
     parser.add_argument("--done", help="a file to write at the end, for the pipeline")
     given = parser.parse_args(arguments)
     section: Any = profiles.load(given.profile).parameters("03_mcmc")
-    with_draws = [*table(section), *data_sizes(section)]
-    records = {"folder": section.records_dir, "n_workers": given.workers or section.n_workers}
-    draws = Path(section.store_dir) / "mcmc"
-    found = jobs.run_all([job for job in with_draws if given.problem in (None, job.problem)], draws=draws, **records)
-    wanted = [job for job in sizes(section) if given.problem in (None, job.problem)]
-    found += jobs.run_all(wanted, also=[jobs.COMMITTED], **records)
+    store = Path(section.store_dir)
+    options: dict[str, Any] = {"n_workers": given.workers or section.n_workers, "compiled": store / "jax"}
+    found = []
+    # What a stopped study cannot do without comes first: Table 1, then sizes, each seed by seed. Only the draws of
+    # Table 1 are kept, for its figures.
+    for part, draws in ((table(section), store / "mcmc"), ([*data_sizes(section), *sizes(section)], None)):
+        mine = [job for job in part if given.problem in (None, job.problem) and given.seed in (None, job.seed)]
+        mine.sort(key=lambda job: job.seed)
+        found += jobs.run_all(mine, section.records_dir, draws=draws, also=[jobs.COMMITTED], **options)
     failed = [one for one in found if not one["passed"]]
-    summary = f"{len(found)} records, {len(failed)} of them failed the gate"
+    hours = sum(one["cpu_seconds"] for one in found) / 3600
+    summary = f"{len(found)} records, {len(failed)} of them failed the gate; {hours:.2f} hours of one core"
     print(summary)
     if given.done:
         Path(given.done).parent.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,11 @@ class Point:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _energy_and_gradient(model: Model, z, inputs, targets):
-    scales = model.scales()
-    return jax.value_and_grad(lambda z: model.energy(scales * z, inputs, targets))(z)
+def _energy_and_gradient(model: Model, z, scales, inputs, targets):
+    def energy(z):
+        return 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets)
+
+    return jax.value_and_grad(energy)(z)
 
 
 @float64
@@ -44,10 +46,10 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
         if count < 1:
             raise ValueError(f"{name} is {count}; wanted at least 1")
     model, rng = problem.model, np.random.default_rng(seed)
-    inputs, targets = jnp.asarray(problem.inputs), jnp.asarray(problem.targets)
+    given = tuple(map(jnp.asarray, (model.scales(), problem.inputs, problem.targets)))
 
     def objective(z):
-        value, gradient = _energy_and_gradient(model, z, inputs, targets)
+        value, gradient = _energy_and_gradient(model.unscaled(), z, *given)
         return float(value), np.asarray(gradient)
 
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": 1e-7, "ftol": 0.0, "maxcor": 30}
@@ -83,7 +85,7 @@ def _gradients(model: Model, theta, inputs, classes):
 @float64
 def gradients(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """g = ∇θ p(y_c|x, θ) at every grid point: (point, param)."""
-    return np.asarray(_gradients(problem.model, theta, problem.grid, classes))
+    return np.asarray(_gradients(problem.model.unscaled(), theta, problem.grid, classes))
 
 
 @float64
@@ -94,13 +96,15 @@ def probabilities(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> n
 
 @functools.partial(jax.jit, static_argnames="model")
 def _hessian(model: Model, theta, inputs, targets):
-    return jax.hessian(model.energy, argnums=0)(theta, inputs, targets)
+    return -jax.hessian(model.log_likelihood)(theta, inputs, targets)
 
 
 @float64
 def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Hessian of the energy (param, param): of the negative log likelihood plus the prior's precision."""
-    return np.asarray(_hessian(problem.model, theta, problem.inputs, problem.targets))
+    model = problem.model
+    likelihood = np.asarray(_hessian(model.unscaled(), theta, problem.inputs, problem.targets))
+    return likelihood + np.diag(model.scales() ** -2.0)
 
 
 @float64

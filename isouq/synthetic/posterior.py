@@ -7,7 +7,7 @@ p(y|x, θ), the only thing that the study uses, can and must.
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,10 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted at least {least}")
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept is {self.target_accept}; wanted a number between 0 and 1")
+
+    def identity(self) -> dict[str, object]:
+        """Return the settings that the draws depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "memory_gb"}
 
     def require_memory(self, problem: Problem) -> None:
         """Raise ValueError when the draws and their functions would take more than `memory_gb`."""
@@ -123,11 +127,11 @@ class Reference:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
-def _run(model: Model, settings: Settings, keys, starts, inputs, targets):
+def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets):
     """Return (z, divergent, energy, n_steps), each (chain, draw, ...), of one chain per key, all in step."""
     init, step = hmc(
         # Sampled in units of the prior's scale: one step size then suits all layers.
-        lambda z: model.energy(model.scales() * z, inputs, targets),
+        lambda z: 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets),
         algo=settings.sampler.upper(),
     )
 
@@ -165,10 +169,11 @@ def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
     begun = time.perf_counter()
     start_key, run_key = jax.random.split(jax.random.key(settings.seed))
     z, divergent, energy, n_steps = _run(
-        problem.model,
-        replace(settings, seed=0),  # one compilation serves all seeds, and all data of one size
+        problem.model.unscaled(),
+        replace(settings, seed=0, memory_gb=0.0),  # one compilation serves all seeds, and all data of one size
         jax.random.split(run_key, settings.n_chains),
         jax.random.normal(start_key, (settings.n_chains, problem.model.network.n_parameters)),
+        jnp.asarray(problem.model.scales()),
         jnp.asarray(problem.inputs),
         jnp.asarray(problem.targets),
     )
@@ -193,7 +198,7 @@ def _predict_all(model: Model, thetas, inputs):
 @float64
 def functions(problem: Problem, draws: np.ndarray) -> np.ndarray:
     """Return p(y|x, θ) (or the mean) of every draw at every grid point: (chain, draw, point, class)."""
-    flat = _predict_all(problem.model, draws.reshape(-1, draws.shape[-1]), problem.grid)
+    flat = _predict_all(problem.model.unscaled(), draws.reshape(-1, draws.shape[-1]), problem.grid)
     return np.asarray(flat).reshape(*draws.shape[:2], *flat.shape[1:])
 
 

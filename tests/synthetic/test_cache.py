@@ -61,3 +61,61 @@ def test_a_damaged_file_is_refused(drawn, tmp_path):
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(PosteriorError, match=r"a\.nc is not a readable file of draws"):
         cache.load(file, drawn.problem, SETTINGS)
+
+
+SOURCE = '''
+LIMIT = 3
+def _step(x):
+    return x + LIMIT
+def sample(x):
+    """Draw."""
+    # a comment
+    return _step(x)
+def figure(x):
+    return x
+'''
+
+
+@pytest.fixture
+def digest(tmp_path, monkeypatch):
+    """Return a function: source text -> digest of what `sample` in it depends on."""
+
+    def of(text):
+        (tmp_path / "a.py").write_text(text)
+        monkeypatch.setattr(cache, "SOURCES", [tmp_path / "a.py"])
+        cache.definitions.cache_clear()
+        return cache.code_digest("sample")
+
+    yield of
+    cache.definitions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("x + LIMIT", "x - LIMIT"),
+        ("return _step(x)", "return _step(2 * x)"),
+        ("def sample", "@f\ndef sample"),
+    ],
+)
+def test_a_change_of_what_decides_the_draws_is_seen(digest, old, new):
+    assert old in SOURCE
+    assert digest(SOURCE) != digest(SOURCE.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"""Draw."""', '"""Draw\n    again."""'), ("    # a comment\n", "\n"), ("return x\n", "return 2 * x\n")],
+)
+def test_a_change_of_words_or_of_other_code_is_not(digest, old, new):
+    assert old in SOURCE
+    assert digest(SOURCE) == digest(SOURCE.replace(old, new))
+
+
+def test_the_code_behind_a_record_is_found():
+    everything = cache.definitions()
+    for name in ("sample", "_run", "convergence", "find_map", "_hessian", "ggn", "reference", "spearman", "MAX_RHAT"):
+        assert name in everything
+        assert name in cache.reached("sample", "analyse", "record")
+    assert not {"rescaled", "auroc", "run_all", "trend", "SPECS"} & cache.reached("sample", "analyse", "record")

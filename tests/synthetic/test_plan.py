@@ -5,10 +5,10 @@ import json
 import pytest
 
 from isouq import profiles
-from isouq.synthetic import plan, problems
+from isouq.synthetic import jobs, plan, problems
 
 
-@pytest.mark.parametrize("name", ["smoke", "embedded"])
+@pytest.mark.parametrize("name", ["smoke", "embedded", "published"])
 def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
     section = profiles.load(name).parameters("03_mcmc")
     table, sizes = plan.table(section), plan.sizes(section)
@@ -20,10 +20,17 @@ def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
     assert all((job.prior_scale is None) == (job.prior_scaling == "fan_in") for job in sizes)
 
 
-def test_deep_networks_come_in_fewer_widths():
-    section = profiles.Mcmc(size_widths=[4, 8, 16], size_depths=[1, 2], size_seeds=1, size_problems=["binary_xor"])
-    widths = {depth: {job.width for job in plan.sizes(section) if job.depth == depth} for depth in (1, 2)}
-    assert widths == {1: {4, 8, 16}, 2: {4, 16}}
+def test_costly_networks_come_in_fewer_widths_and_seeds():
+    section = profiles.Mcmc(size_widths=[4, 8, 16, 64], size_depths=[1, 2], size_seeds=4, size_problems=["binary_xor"])
+    found = {}
+    for job in plan.sizes(section):
+        widths, seeds = found.setdefault((job.depth, job.prior_scaling), (set(), set()))
+        widths.add(job.width)
+        seeds.add(job.seed)
+    assert found[1, "fan_in"] == ({4, 8, 16, 64}, {0, 1, 2, 3})
+    assert found[1, "fixed"] == ({4, 16, 64}, {0, 1, 2})
+    assert found[2, "fan_in"] == ({4, 16}, {0, 1})
+    assert found[2, "fixed"] == ({4, 16}, {0, 1})
 
 
 def test_the_command_line_runs_one_problem(tmp_path, capsys):
@@ -38,3 +45,32 @@ def test_the_command_line_runs_one_problem(tmp_path, capsys):
     assert (tmp_path / "a" / "one.done").read_text().startswith("1 records")
     assert capsys.readouterr().out.startswith("1 records")
     assert len(list((tmp_path / "mcmc").glob("*.nc"))) == 1
+
+
+def test_the_committed_records_are_those_that_published_asks_for_and_the_code_makes():
+    section = profiles.load("published").parameters("03_mcmc")
+    wanted = [*plan.table(section), *plan.data_sizes(section), *plan.sizes(section)]
+    files = {file.name: file for file in jobs.COMMITTED.glob("*.json")}
+    assert files, "no record is committed: python -m isouq.synthetic.plan --profile published"
+    assert files.keys() <= {job.file() for job in wanted}, "records that no job of published asks for"
+    stale = [job.file() for job in wanted if job.file() in files and jobs.find(job, [jobs.COMMITTED]) is None]
+    assert not stale, "made by other code of isouq.synthetic: remove them and sample again"
+    assert sum(file.stat().st_size for file in files.values()) < 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"n_chains": 1}, "n_chains: 1 given; wanted greater than or equal to 4"),
+        ({"size_widths": [0, 4]}, "size_widths.0: 0 given; wanted greater than or equal to 1"),
+        ({"size_problems": ["binary_ring"]}, "did you mean 'binary_rings'"),
+        ({"n_draws": 10**9}, "over memory_gb = 2"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, section, message):
+    section = {"n_seeds": 1, "records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)} | section
+    profile = {"name": "tiny", "description": "none", "minutes": 1, "memory_gb": 1, "notebooks": {"03_mcmc": section}}
+    (tmp_path / "tiny.yml").write_text(json.dumps(profile))
+    with pytest.raises(ValueError, match=message):
+        plan.main(["--profile", str(tmp_path / "tiny.yml")])
+    assert not (tmp_path / "records").exists()
