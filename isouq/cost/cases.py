@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from isouq.qa import data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(ABC):
     """A model and its inputs, each tensor with the examples on its first axis."""
 
     model: Any
@@ -29,13 +30,13 @@ class Case:
         """The first n examples."""
         return replace(self, inputs=tuple(x[:n] for x in self.inputs))
 
+    @abstractmethod
     def objective(self, module: Callable[..., Any], *inputs: Tensor) -> Tensor:
         """S, the log-probability of each example's answer in nats, (example,), differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, **options: Any) -> Estimate:
         """What isouq says of the examples, in one batch."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
