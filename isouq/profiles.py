@@ -100,8 +100,8 @@ class Isotropy(Parameters):
     models: Models = ["smollm2-135m-instruct"]
     n_proxies: Annotated[int, Field(ge=3)] = 13  # of each of five kinds
     n_queries: Annotated[int, Field(ge=8, multiple_of=2)] = 60
-    n_checked: Count = 3  # proxies and queries whose inner products autograd computes again
-    memory_gb: Annotated[float, Field(gt=0)] = 3.0
+    n_checked: Count = 2  # proxies and queries whose inner products autograd computes again
+    memory_gb: Annotated[float, Field(gt=0)] = 2.0
     n_resamples: Count = 300
 
     def assets(self) -> list[str]:

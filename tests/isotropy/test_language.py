@@ -129,8 +129,8 @@ def test_on_the_real_model(tmp_path):
     errors = language.exactness(model, study, 2, seed=1)
     assert errors.shape == (2, 4)
     assert np.abs(errors).max() <= 1e-4
-    spoilt = Study(**{**vars(study), "products": study.products * 1.001})
-    assert np.abs(language.exactness(model, spoilt, 2, seed=1)).max() > 9e-4
+    spoilt = Study(**{**vars(study), "products": study.products * 1.01, "gram": study.gram * 1.01})
+    assert np.abs(language.exactness(model, spoilt, 2, seed=1)).max() > 9e-3
     vectors = language.sentence_vectors(["A cat sat.", "A cat was sitting.", "Interest rates rose."])
     assert vectors[0] @ vectors[1] > 0.8 > vectors[0] @ vectors[2]
     with pytest.raises(ValueError, match="n: 1000 pieces of prose"):
