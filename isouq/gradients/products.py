@@ -63,12 +63,13 @@ class Sums:
         return Gram(self.block[:, :n], self.block[:, n:], self.squares)
 
     def add_gradients(self, matrix: Tensor) -> None:
-        """Add the products of explicit gradients (example, number)."""
+        """Add the products of explicit gradients (example, number); float32 sums over no more than 65,536 numbers."""
         n = self.n_rows
-        self.block += (matrix[:n] @ matrix.T).double()
-        if self.n_others:
-            norms = torch.linalg.vector_norm(matrix[n:], dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
-            self.squares += norms.double().square()
+        for part in matrix.split(1 << 16, dim=1):
+            self.block += (part[:n] @ part.T).double()
+            if self.n_others:
+                norms = torch.linalg.vector_norm(part[n:], dim=1, dtype=torch.promote_types(part.dtype, torch.float32))
+                self.squares += norms.double().square()
 
     def add_pair(self, p: Piece, q: Piece, product: Callable[[], Tensor]) -> None:
         """Add a block (p's examples, q's examples) and its mirror image, once where p is q.
