@@ -164,7 +164,7 @@ class Cost(Parameters):
     n_examples: Count = 8
     n_tokens: Annotated[int, Field(ge=2)] = 64
     n_answer: Count = 6
-    n_points: Count = 128
+    n_points: Count = 2048
     n_rounds: Count = 6
     n_rival_rounds: Count = 2
     n_sweep_rounds: Count = 2
