@@ -190,6 +190,7 @@ def test_each_page_says_which_run_its_numbers_come_from(pages, book):
         assert f"profile smoke, commit {meta['commit'][:10]}" in page.facts["footer"], name
     for name, page in notebook_pages(pages).items():
         assert 'profile = "smoke"' in page.facts["code"], f"{name} does not show its parameters"
+        assert page.facts["code"].count("\nresults_path = ") == 1, f"{name} shows the defaults too"
 
 
 @pytest.mark.book
