@@ -35,6 +35,14 @@ def test_training_reaches_its_loss_and_the_spectrum_is_that_of_laplace(name):
 
 
 @pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
+def test_the_hessian_is_that_of_the_posterior_without_its_prior(name):
+    problem = make(name, 24)
+    theta, scales = spectra.train(problem), problem.model.scales()
+    expected = point.hessian(problem, theta) * np.outer(scales, scales) - np.eye(len(scales))
+    np.testing.assert_allclose(spectra.hessian_in_prior_units(problem, theta), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
 def test_lanczos_agrees_with_the_whole_hessian(name):
     problem = make(name, 16)
     theta = spectra.train(problem)
