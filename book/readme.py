@@ -2,7 +2,8 @@
 
     python book/readme.py build/embedded/results.json
 
-No number of ours is typed into the README: what stands between its two markers is written here, from that file.
+No number of ours is typed into the README: what stands between its two markers is written here, from the kept runs. A
+run with question answering becomes the one that is quoted; the posteriors are quoted from `published` if that is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
@@ -31,8 +34,11 @@ METHODS = {
 }
 
 
-def measured(run: Results, folder: str) -> str:
+def measured(folder: str) -> str:
     """The README's block: the figure, the table behind it, what a score costs, and which run it was."""
+    run = results.load(ROOT / folder / "results.json")
+    largest = ROOT / "results" / "published" / "results.json"
+    study = results.load(largest) if largest.is_file() else run
     entries = run.entries
     model = next((name for name in MODELS if f"qa.{name}.wikidata.accuracy" in entries), None)
     if model is None:
@@ -50,7 +56,9 @@ def measured(run: Results, folder: str) -> str:
     for method, label in METHODS.items():
         cells = [_cell(entries, f"qa.{model}.{d}.{method}.auroc") for d in DATA_SETS]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_committed(entries, model), *_cost(entries), *_isotropy(entries), _run(run.meta)])
+    lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
+    lines += [] if study is run else [_run(run.meta), ""]
+    return "\n".join([*lines, *_posteriors(study), _run(study.meta)])
 
 
 def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
@@ -107,6 +115,30 @@ def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
     ]
 
 
+def _posteriors(run: Results) -> list[str]:
+    """How ‖g‖² follows the variance that MCMC finds (C4), beside the paper's, and how that goes with the width (C5)."""
+    claims = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf-8"))}
+    rows = []
+    for check in claims["C4"]["checks"]:
+        entry = run.entries.get(check["key"])
+        ours = "failed the gate" if entry is None else format_interval(entry)
+        rows.append(f"| {check['label'].removesuffix(', ρ')} | {ours} | {check['paper']} |")
+    key = claims["C5"]["checks"][0]["key"]
+    slopes = {label: run.entries.get(key.format(kind=kind)) for kind, label in claims["C5"]["each"]["kind"].items()}
+    return [
+        "Rank correlation of ‖g‖² with the variance that MCMC finds, with 95 % intervals over n data seeds:",
+        "",
+        "| | here | the paper |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+        "How it changes with each doubling of the network's width (n networks of one hidden layer):",
+        "",
+        *(f"- {label}: {format_interval(slope)}" for label, slope in slopes.items() if slope is not None),
+        "",
+    ]
+
+
 def _run(meta: Mapping[str, object]) -> str:
     created, commit = str(meta.get("created", ""))[:10], str(meta.get("commit", ""))[:10]
     hardware = meta.get("hardware")
@@ -122,20 +154,34 @@ def with_block(readme: str, block: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", readme)
 
 
-def main(path: str) -> None:
-    """Copy the results, draw the overview and rewrite the README's block."""
-    run = results.load(path)
-    folder = f"results/{run.meta['profile']}"
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, ROOT / folder / "results.json")
+def quoted(readme: str) -> str:
+    """The folder of the run that a README quotes. Raises ValueError when it quotes none."""
+    found = re.search(r"\((results/[\w-]+)/overview\.svg\)", readme)
+    if not found:
+        raise ValueError("README.md shows no figure made from results")
+    return found[1]
+
+
+def draw_overview(run: Results, target: Path) -> None:
+    """The figure of the README: AUROC by data set and score. Raises StopIteration when the run has none."""
     model = next(name for name in MODELS if f"qa.{name}.wikidata.accuracy" in run.entries)
     patterns = [f"qa.{model}.{data_set}.{{method}}.auroc" for data_set in DATA_SETS]
-    methods = list(METHODS)
-    panels = figure.read_panels(patterns, list(DATA_SETS.values()), methods, run.entries)
-    target = ROOT / folder / "overview.svg"
-    figure.draw(panels, methods, target, xlabel="AUROC, wrong answers", reference=0.5)
-    readme = ROOT / "README.md"
-    readme.write_text(with_block(readme.read_text(encoding="utf-8"), measured(run, folder)), encoding="utf-8")
+    panels = figure.read_panels(patterns, list(DATA_SETS.values()), list(METHODS), run.entries)
+    figure.draw(panels, list(METHODS), target, xlabel="AUROC, wrong answers", reference=0.5)
+
+
+def main(path: str) -> None:
+    """Keep the results, draw the overview where they have one, and rewrite the README's block."""
+    run, readme = results.load(path), ROOT / "README.md"
+    text, folder = readme.read_text(encoding="utf-8"), f"results/{run.meta['profile']}"
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, ROOT / folder / "results.json")
+    if any(key.startswith("qa.") for key in run.entries):
+        draw_overview(run, ROOT / folder / "overview.svg")
+        source = folder
+    else:
+        source = quoted(text)
+    readme.write_text(with_block(text, measured(source)), encoding="utf-8")
     print(f"{folder} and README.md: written")
 
 

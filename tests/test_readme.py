@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 
 import readme  # noqa: E402
-from isouq_book import results  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -31,11 +30,9 @@ def test_there_are_snippets_for_every_public_function():
 def test_the_measured_block_is_that_of_the_kept_results():
     kept = sorted((ROOT / "results").glob("*/results.json"))
     assert kept, "no results are kept: python book/readme.py build/PROFILE/results.json"
-    folder = re.search(r"\((results/[\w-]+)/overview\.svg\)", TEXT)
-    assert folder, "the README shows no figure made from results"
-    run = results.load(ROOT / folder[1] / "results.json")
-    assert readme.with_block(TEXT, readme.measured(run, folder[1])) == TEXT
-    assert (ROOT / folder[1] / "overview.svg").is_file()
+    folder = readme.quoted(TEXT)
+    assert readme.with_block(TEXT, readme.measured(folder)) == TEXT
+    assert (ROOT / folder / "overview.svg").is_file()
 
 
 def test_a_readme_without_markers_is_refused():
