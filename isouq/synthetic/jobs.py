@@ -26,6 +26,7 @@ from isouq.synthetic import cache, point, posterior, problems
 from isouq.synthetic.posterior import Posterior, Reference, Settings
 from isouq.synthetic.problems import Problem
 
+PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process that ran 130 of them crashed
 LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
 COMMITTED = Path(__file__).resolve().parents[2] / "results" / "published" / "mcmc"
 
@@ -244,12 +245,15 @@ def run_all(
             found[i] = run(jobs[i], folder, draws)
         return [one for one in found if one is not None]
     context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
-    pool = concurrent.futures.ProcessPoolExecutor(n_workers, context, initializer=keep_compiled, initargs=(compiled,))
-    with pool:
-        waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing}
-        done = concurrent.futures.as_completed(waiting)
-        for future in tqdm(done, total=len(missing), desc="posteriors", mininterval=5):
-            found[waiting[future]] = future.result()
+    share = n_workers * PER_PROCESS
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5) as bar:
+        for start in range(0, len(missing), share):
+            pool = concurrent.futures.ProcessPoolExecutor(n_workers, context, keep_compiled, (compiled,))
+            with pool:
+                waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing[start : start + share]}
+                for future in concurrent.futures.as_completed(waiting):
+                    found[waiting[future]] = future.result()
+                    bar.update()
     return [one for one in found if one is not None]
 
 
