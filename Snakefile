@@ -223,9 +223,8 @@ def build_book(notebooks, results, html):
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree("book", source, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "notebooks").mkdir(exist_ok=True)
-    for notebook in map(Path, notebooks):
-        page = with_one_set_of_parameters(json.loads(notebook.read_text(encoding="utf-8")))
-        (source / "notebooks" / notebook.name).write_text(json.dumps(page), encoding="utf-8")
+    for notebook in notebooks:
+        shutil.copy(notebook, source / "notebooks")
     toc = source / "_toc.yml"
     toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text())), sort_keys=False))
     command = [PYTHON, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source), "--config", "_config.yml"]
@@ -239,16 +238,6 @@ def build_book(notebooks, results, html):
         raise WorkflowError("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(source / "_build" / "html", html)
-
-
-def with_one_set_of_parameters(notebook):
-    """An executed notebook whose page shows the parameters of the run, and not the defaults above them."""
-    tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
-    if any("injected-parameters" in of_cell for of_cell in tags):
-        for of_cell in tags:
-            if "parameters" in of_cell:
-                of_cell.append("remove-cell")
-    return notebook
 
 
 def without_absent(entry):

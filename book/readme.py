@@ -40,9 +40,7 @@ def measured(folder: str) -> str:
     largest = ROOT / "results" / "published" / "results.json"
     study = results.load(largest) if largest.is_file() else run
     entries = run.entries
-    model = next((name for name in MODELS if f"qa.{name}.wikidata.accuracy" in entries), None)
-    if model is None:
-        raise ValueError("results.json holds no question-answering results; run a profile with 04_llm_qa")
+    model = model_of(run)
     lines = [
         f"![How well each score tells wrong answers of {MODELS[model]} from right ones]({folder}/overview.svg)",
         "",
@@ -59,6 +57,14 @@ def measured(folder: str) -> str:
     lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
     lines += [] if study is run else [_run(run.meta), ""]
     return "\n".join([*lines, *_posteriors(study), _run(study.meta)])
+
+
+def model_of(run: Results) -> str:
+    """The model whose answers are quoted. Raises ValueError when the run has none."""
+    model = next((name for name in MODELS if f"qa.{name}.wikidata.accuracy" in run.entries), None)
+    if model is None:
+        raise ValueError("results.json holds no question-answering results; run a profile with 04_llm_qa")
+    return model
 
 
 def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
@@ -117,6 +123,8 @@ def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
 
 def _posteriors(run: Results) -> list[str]:
     """How ‖g‖² follows the variance that MCMC finds (C4), beside the paper's, and how that goes with the width (C5)."""
+    if not any(key.startswith("mcmc.") for key in run.entries):
+        return []
     claims = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf-8"))}
     rows = []
     for check in claims["C4"]["checks"]:
@@ -163,9 +171,8 @@ def quoted(readme: str) -> str:
 
 
 def draw_overview(run: Results, target: Path) -> None:
-    """The figure of the README: AUROC by data set and score. Raises StopIteration when the run has none."""
-    model = next(name for name in MODELS if f"qa.{name}.wikidata.accuracy" in run.entries)
-    patterns = [f"qa.{model}.{data_set}.{{method}}.auroc" for data_set in DATA_SETS]
+    """The figure of the README: AUROC by data set and score. Raises ValueError when the run has none."""
+    patterns = [f"qa.{model_of(run)}.{data_set}.{{method}}.auroc" for data_set in DATA_SETS]
     panels = figure.read_panels(patterns, list(DATA_SETS.values()), list(METHODS), run.entries)
     figure.draw(panels, list(METHODS), target, xlabel="AUROC, wrong answers", reference=0.5)
 

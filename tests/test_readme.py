@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,10 @@ def test_the_measured_block_is_that_of_the_kept_results():
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="lacks the markers"):
         readme.with_block("nothing", "block")
+
+
+def test_a_run_without_posteriors_is_not_said_to_have_failed_the_gate():
+    kept = readme.results.load(ROOT / readme.quoted(TEXT) / "results.json")
+    without = {key: entry for key, entry in kept.entries.items() if not key.startswith("mcmc.")}
+    assert len(without) < len(kept.entries)
+    assert readme._posteriors(replace(kept, entries=without)) == []

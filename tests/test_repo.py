@@ -122,7 +122,7 @@ class TestNotebook:
 
     def test_its_parameters_are_the_fields_and_defaults_of_its_schema(self, path):
         code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert code[0].metadata.get("tags") == ["parameters"]
+        assert code[0].metadata.get("tags") == ["parameters", "remove-cell"]  # the page shows those of the run
         given = {}
         for statement in ast.parse(code[0].source).body:
             assert isinstance(statement, ast.Assign), "the parameters cell holds literals only"
@@ -136,7 +136,7 @@ class TestNotebook:
 
     def test_every_shipped_profile_runs_it(self, path):
         shipped = [profiles.load(file.stem) for file in (ROOT / "profiles").glob("*.yml")]
-        assert {"smoke", "embedded", "published"} == {profile.name for profile in shipped}
+        assert {"smoke", "embedded", "published"} <= {profile.name for profile in shipped}
         for profile in shipped:
             assert path.stem in profile.chapters(), f"{profile.name} leaves it out, but other pages refer to it"
 

@@ -75,12 +75,13 @@ def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_run_all_runs_what_is_missing(made, tmp_path):
+def test_run_all_runs_what_is_missing_and_renews_its_processes(made, tmp_path, monkeypatch):
     _, record = made
-    other = replace(SMALL, n_examples=20)  # two groups: each goes to a process of its own
-    found = jobs.run_all([SMALL, other], tmp_path, n_workers=2)
-    assert {file.name for file in tmp_path.iterdir()} == {SMALL.file(), other.file()}
-    assert [one["n_examples"] for one in found] == [30, 20]
+    monkeypatch.setattr(jobs, "PER_PROCESS", 1)  # the third job is left to a second pair of processes
+    wanted = [SMALL, replace(SMALL, n_examples=20), replace(SMALL, n_examples=25)]
+    found = jobs.run_all(wanted, tmp_path, n_workers=2)
+    assert {file.name for file in tmp_path.iterdir()} == {job.file() for job in wanted}
+    assert [one["n_examples"] for one in found] == [30, 20, 25]
     assert found[0]["correlation"]["gn"] == pytest.approx(record["correlation"]["gn"])
 
 
