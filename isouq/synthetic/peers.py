@@ -24,7 +24,8 @@ def blackjax_nuts(problem: Problem, settings: Settings) -> tuple[np.ndarray, flo
     def log_density(z):
         return -problem.model.energy(scales * z, problem.inputs, problem.targets)
 
-    run = jax.jit(jax.vmap(_chain(log_density, settings)))
+    chain = _chain(log_density, settings)
+    run = jax.jit(lambda keys, starts: jax.lax.map(lambda one: chain(*one), (keys, starts)))  # as ours are run
     keys = jax.random.split(jax.random.key(settings.seed), (2, settings.n_chains))
     starts = jax.vmap(lambda key: jax.random.normal(key, scales.shape))(keys[0])
     compiled = run.lower(keys[1], starts).compile()

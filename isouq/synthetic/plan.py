@@ -17,8 +17,9 @@ from isouq.synthetic.jobs import Job
 from isouq.synthetic.posterior import Settings
 
 # One choice for every profile, so that the records of a large run serve the small ones too. Narrow networks mix
-# slowly and cost little: they get twice the draws; wide ones cost most and mix best: they get fewer. All have fewer
-# examples than in Table 1, since the cost grows with them.
+# slowly and cost little: they get twice the draws, and steps so short that no narrow place of the posterior makes them
+# diverge. Wide ones cost most and mix best: they get fewer draws. A fixed prior's posterior is stiff and needs longer
+# trajectories. All have fewer examples than in Table 1, since the cost grows with them.
 SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.8, max_tree_depth=8)
 NARROW, WIDE = 16, 128
 SIZE_EXAMPLES = 40
@@ -73,16 +74,17 @@ def sizes(section: Any) -> list[Job]:
                 n_examples=SIZE_EXAMPLES,
                 resolution=60 if problem.startswith("regression") else 12,
                 n_starts=8,
-                settings=_size_settings(width),
+                settings=_size_settings(width, prior),
             )
             found.append(job)
     return found
 
 
-def _size_settings(width: int) -> Settings:
-    if width >= WIDE:
-        return replace(SIZE_SETTINGS, n_warmup=200, n_draws=400)
-    return replace(SIZE_SETTINGS, n_draws=1000) if width <= NARROW else SIZE_SETTINGS
+def _size_settings(width: int, prior: str) -> Settings:
+    settings = replace(SIZE_SETTINGS, max_tree_depth=9) if prior == "fixed" else SIZE_SETTINGS
+    if width <= NARROW:
+        return replace(settings, n_draws=1000, target_accept=0.95)
+    return replace(settings, n_warmup=200, n_draws=400) if width >= WIDE else settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -160,3 +160,13 @@ def test_isotropy_of_known_covariances():
     assert posterior.isotropy(5 + draws * scales) == pytest.approx(exact, rel=0.1)
     line = draws[..., :1] * np.ones(50)
     assert posterior.isotropy(line) == pytest.approx(1 / 50, rel=0.3)
+
+
+def test_isotropy_reads_no_lower_for_few_draws_that_follow_one_another():
+    found = []
+    for seed in range(20):
+        draws = np.random.default_rng(seed).normal(size=(4, 100, 500))
+        for t in range(1, draws.shape[1]):  # an isotropic autoregression of variance 1
+            draws[:, t] = 0.9 * draws[:, t - 1] + np.sqrt(1 - 0.9**2) * draws[:, t]
+        found.append(posterior.isotropy(draws))
+    assert np.mean(found) == pytest.approx(1, abs=0.05)
