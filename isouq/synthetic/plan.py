@@ -103,15 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section: Any = profiles.load(given.profile).parameters("03_mcmc")
     store = Path(section.store_dir)
     options: dict[str, Any] = {"n_workers": given.workers or section.n_workers, "compiled": store / "jax"}
-    found = []
+    found: dict[Job, dict[str, Any]] = {}  # Table 1 and the data sizes share jobs
     # What a stopped study cannot do without comes first: Table 1, then sizes, each seed by seed. Only the draws of
     # Table 1 are kept, for its figures.
     for part, draws in ((table(section), store / "mcmc"), ([*data_sizes(section), *sizes(section)], None)):
         mine = [job for job in part if given.problem in (None, job.problem) and given.seed in (None, job.seed)]
         mine.sort(key=lambda job: job.seed)
-        found += jobs.run_all(mine, section.records_dir, draws=draws, also=[jobs.COMMITTED], **options)
-    failed = [one for one in found if not one["passed"]]
-    hours = sum(one["cpu_seconds"] for one in found) / 3600
+        records = jobs.run_all(mine, section.records_dir, draws=draws, also=[jobs.COMMITTED], **options)
+        found.update(zip(mine, records, strict=True))
+    failed = [one for one in found.values() if not one["passed"]]
+    hours = sum(one["cpu_seconds"] for one in found.values()) / 3600
     summary = f"{len(found)} records, {len(failed)} of them failed the gate; {hours:.2f} hours of one core"
     print(summary)
     if given.done:
