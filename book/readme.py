@@ -38,7 +38,7 @@ def measured(folder: str) -> str:
     """The README's block: the figure, the table behind it, what a score costs, and which run it was."""
     run = results.load(ROOT / folder / "results.json")
     largest = ROOT / "results" / "published" / "results.json"
-    study = results.load(largest) if largest.is_file() else run
+    study = results.load(largest) if largest.is_file() and largest.parent != ROOT / folder else run
     entries = run.entries
     model = model_of(run)
     lines = [
