@@ -34,6 +34,8 @@ def test_the_measured_block_is_that_of_the_kept_results():
     folder = readme.quoted(TEXT)
     assert readme.with_block(TEXT, readme.measured(folder)) == TEXT
     assert (ROOT / folder / "overview.svg").is_file()
+    runs = [line for line in TEXT.splitlines() if line.startswith("Profile `")]
+    assert len(runs) == len(set(runs)) > 0, "each run is named once"
 
 
 def test_a_readme_without_markers_is_refused():
