@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import time
@@ -23,7 +22,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from isouq import assets, causal_lm, profiles
+from isouq import assets, causal_lm, identity, profiles
 from isouq.estimate import Aggregation, Estimate
 from isouq.gradients import Engine
 from isouq.qa import data, generation, judge
@@ -82,7 +81,7 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     asset, file = DATA_SETS[data_set]
     content = data.load(asset, assets.path(asset, file))
     subject = prepare(lm, tokenizer, content, settings, choose=data_set.endswith("_choose"))
-    identity = {
+    wanted = {
         "model": model,
         "weights": fingerprint,
         "data_set": data_set,
@@ -90,8 +89,8 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         "code": code_digest(Path(__file__).parents[1], CODE),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    path = store_path(Path(settings.store_dir), f"{model}--{data_set}", identity)
-    with Store(path, identity) as store:
+    path = store_path(Path(settings.store_dir), f"{model}--{data_set}", wanted)
+    with Store(path, wanted) as store:
         complete(store, subject, settings, progress=progress)
         return tabulate(store, subject.questions)
 
@@ -303,16 +302,7 @@ def _load_model(name: str) -> tuple[Any, Any, str]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-    return model, tokenizer, fingerprint(model, tokenizer)
-
-
-def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Return 12 hex digits of all weights and the vocabulary: what changes them is another model."""
-    found = hashlib.blake2b(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode(), digest_size=6)
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return model, tokenizer, identity.weights(model, tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import causal_lm
+from isouq import causal_lm, identity
 from isouq.qa import generation, study
 from isouq.qa.data import DataSet, Question
 from isouq.qa.store import Store
@@ -161,10 +161,10 @@ def test_an_unknown_data_set_is_refused_before_anything_is_loaded() -> None:
 
 
 def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:
-    before = study.fingerprint(llama, tokenizer)
+    before = identity.weights(llama, tokenizer)
     weight = llama.model.layers[1].mlp.up_proj.weight
     with_change = weight.data[3, 4].item()
     weight.data[3, 4] += 1e-3
-    assert study.fingerprint(llama, tokenizer) != before
+    assert identity.weights(llama, tokenizer) != before
     weight.data[3, 4] = with_change
-    assert study.fingerprint(llama, tokenizer) == before
+    assert identity.weights(llama, tokenizer) == before
