@@ -264,7 +264,7 @@ def _differentiate(
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
         return torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1)
 
-    norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters)
+    norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters, apart=True)
     first = norms.columns(slice(0, 1)) if whole else None
     return first, norms.columns(slice(int(whole), None)) if tokens else None
 

@@ -121,7 +121,7 @@ def _batched(
             inside = slice(start + rows.start, min(start + rows.stop, stop))
             return objective(_rows(inputs, inside), inside)
 
-        found.append(squared_norms(model, part, stop - start, engine=engine, parameters=parameters))
+        found.append(squared_norms(model, part, stop - start, engine=engine, parameters=parameters, apart=True))
     return found
 
 

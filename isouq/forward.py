@@ -6,7 +6,6 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from isouq.gradients.common import differentiable, select_parameters
+from isouq.gradients.isolation import is_decoder
 from isouq.sequences import Batch, limits
 
 
@@ -57,7 +57,8 @@ class LogProb(torch.autograd.Function):
     In float32 that sum costs every norm a digit. Of the logits' size only they themselves are saved.
     """
 
-    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
+    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here,
+    row_by_row = True  # and each row of logits by itself
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
@@ -113,25 +114,15 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return False
 
 
-_HARMLESS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether padding leaves the model's scores alone
-
-
 def padding(model: nn.Module, batch: Batch) -> int:
-    """How many tokens to append, unseen by a causal model, for matrix products whose kernels go by eights.
+    """How many tokens to append, which a decoder does not see, for matrix products whose kernels go by eights.
 
-    At most one in 16, within the model's context, and only where a trial on one sequence shows that it changes nothing.
+    At most one in 16, within the model's context, and only where the model's class is known to see no padding.
     """
     width, context = batch.ids.shape[1] - 1, limits(model)[1]
     n = -width % 8
-    if n == 0 or 16 * n > width or (context is not None and width + n > context):
-        return 0
-    if model not in _HARMLESS:
-        one = batch.part(slice(0, 1))
-        slack = min(0.1, 1000 * torch.finfo(next(model.parameters()).dtype).eps)
-        with torch.no_grad():
-            exact, padded = token_log_probs(model, one), token_log_probs(model, one.padded(8))
-        _HARMLESS[model] = torch.allclose(exact, padded, rtol=slack, atol=slack)
-    return n if _HARMLESS[model] else 0
+    fits = 16 * n <= width and (context is None or width + n <= context)
+    return n if fits and is_decoder(model) else 0
 
 
 def check_finite(values: Tensor, batch: Batch) -> None:
