@@ -63,7 +63,8 @@ def differentiate(value: Tensor, tracked: Tracked, take: Callable[[Tensor, Tenso
 
     def hook(p: Tensor, grad: Tensor) -> Tensor:
         take(p, grad)
-        return grad.new_zeros(()).expand_as(grad)  # what autograd keeps in its place takes no memory
+        # What autograd keeps in its place takes no memory.
+        return grad if grad.is_sparse else grad.new_zeros(()).expand_as(grad)
 
     handles = [p.register_hook(functools.partial(hook, p)) for p in leaves]
     try:  # `grad` runs no hook of the owner's on what accumulates gradients, and fills no .grad

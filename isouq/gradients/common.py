@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -143,7 +144,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
         for module in offloaded:
             names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.enable_grad(), _as_written():
             yield tracked
     finally:
         for table, content in zip(hooks, kept, strict=True):
@@ -154,6 +155,13 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
             module._parameters = dict(module._parameters)
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled code runs eagerly: its graph shows no operation, and it allows one backward pass only."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[int, Any]]:

