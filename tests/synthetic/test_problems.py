@@ -34,18 +34,18 @@ def test_two_problems_of_one_seed_share_no_random_numbers():
     ("job", "message"),
     [
         (lambda: Job(problem="binary_ring"), "did you mean 'binary_rings'"),
-        (lambda: Job(problem="binary_xor", width=0), "width is 0; wanted an integer of at least 1"),
-        (lambda: Job(problem="binary_xor", depth=-1), "depth is -1"),
+        (lambda: Job(problem="binary_xor", width=0), "width: 0 given, an integer of at least 1 wanted"),
+        (lambda: Job(problem="binary_xor", depth=-1), "depth: -1 given"),
         (lambda: Job(problem="binary_xor", activation="rely"), "did you mean 'relu'"),
-        (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale is 0.0"),
-        (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale is nan"),
+        (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale: 0.0 given"),
+        (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale: nan given"),
         (lambda: Job(problem="binary_xor", prior_scaling="fanin"), "did you mean 'fan_in'"),
-        (lambda: Job(problem="binary_xor", n_examples=2), "n_examples is 2"),
-        (lambda: Job(problem="binary_xor", resolution=1), "grid of 1 points"),
-        (lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)), "n_chains is 1; wanted at least 4"),
+        (lambda: Job(problem="binary_xor", n_examples=2), "n_examples: 2 given"),
+        (lambda: Job(problem="binary_xor", resolution=1), "resolution: 1 given"),
+        (lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)), "n_chains: 1 given, an integer of at least 4 wanted"),
         (lambda: Job(problem="binary_xor", settings=Settings(n_draws=10**9)), "over memory_gb = 2"),
         (lambda: Job(problem="binary_xor", settings=Settings(sampler="nut")), "did you mean 'nuts'"),
-        (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept is 1.0"),
+        (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept: 1.0 given"),
     ],
 )
 def test_bad_input_is_refused_by_name(job, message):
@@ -63,7 +63,7 @@ def test_a_model_of_another_kind_is_refused():
     model = problems.SPECS["multiclass_rings"].model
     with pytest.raises(ValueError, match="binary_rings wants"):
         problems.make("binary_rings", model=model)
-    with pytest.raises(ValueError, match="noise is 0"):
+    with pytest.raises(ValueError, match="noise: 0.0 given"):
         replace(model, noise=0.0)
 
 
