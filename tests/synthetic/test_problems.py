@@ -42,7 +42,10 @@ def test_two_problems_of_one_seed_share_no_random_numbers():
         (lambda: Job(problem="binary_xor", prior_scaling="fanin"), "did you mean 'fan_in'"),
         (lambda: Job(problem="binary_xor", n_examples=2), "n_examples: 2 given"),
         (lambda: Job(problem="binary_xor", resolution=1), "resolution: 1 given"),
-        (lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)), "n_chains: 1 given, an integer of at least 4 wanted"),
+        (
+            lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)),
+            "n_chains: 1 given, an integer of at least 4 wanted",
+        ),
         (lambda: Job(problem="binary_xor", settings=Settings(n_draws=10**9)), "over memory_gb = 2"),
         (lambda: Job(problem="binary_xor", settings=Settings(sampler="nut")), "did you mean 'nuts'"),
         (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept: 1.0 given"),
@@ -63,7 +66,7 @@ def test_a_model_of_another_kind_is_refused():
     model = problems.SPECS["multiclass_rings"].model
     with pytest.raises(ValueError, match="binary_rings wants"):
         problems.make("binary_rings", model=model)
-    with pytest.raises(ValueError, match="noise: 0.0 given"):
+    with pytest.raises(ValueError, match=r"noise: 0\.0 given"):
         replace(model, noise=0.0)
 
 
