@@ -114,9 +114,10 @@ def groups(name: str, value: object) -> NDArray[np.int64]:
 
 def same_rows(**columns: object) -> None:
     """Refuse columns of several lengths, and pandas objects of other rows: they would be paired by position."""
-    names, lengths = " and ".join(columns), [len(column) for column in columns.values()]  # type: ignore[arg-type]
+    names = " and ".join(columns)
+    lengths = [str(*array_of(name, column).shape[:1]) or "no" for name, column in columns.items()]
     if len(set(lengths)) > 1:
-        raise ValueError(f"{names}: {', '.join(map(str, lengths))} rows given, one length wanted")
+        raise ValueError(f"{names}: {', '.join(lengths)} rows given, one length wanted")
     indexes = [column.index for column in columns.values() if isinstance(column, pd.Series | pd.DataFrame)]
     if not all(index.equals(indexes[0]) for index in indexes):
         raise ValueError(

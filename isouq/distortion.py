@@ -98,11 +98,9 @@ def structure(
     checks.same_rows(field=field, features=features)
     features = checks.numbers("features", features, 2)
     field = checks.numbers("field", field, least=features.shape[1] + 2)
-    permutations = checks.array_of("permutations", permutations)
-    if permutations.ndim != 2 or not (len(permutations) and (np.sort(permutations) == np.arange(len(field))).all()):
-        raise ValueError(
-            f"permutations: {permutations.shape} given, (permutation, {len(field)}) orders of points wanted"
-        )
+    permutations = checks.numbers("permutations", permutations, 2, width=len(field)).astype(int)
+    if (np.sort(permutations) != np.arange(len(field))).any():
+        raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
     basis = features - features.mean(0)
     if np.linalg.matrix_rank(basis) < basis.shape[1]:
         raise ValueError("features: a constant one given, or one that follows from the others; others wanted")

@@ -113,15 +113,15 @@ def bootstrap_interval(
     the same questions is paired. A resample on which the statistic is undefined (one class) is drawn again.
 
     Raises ValueError when columns differ in length or rows, when the statistic refuses the full sample or returns
-    something other than a finite number, and when more resamples are undefined than asked for. The least number of
-    resamples, and of different ones that the rows must allow, is that of `least_resamples`: so four rows have no
-    interval at 95 %, since 35 resamples are all they have.
+    something other than a finite number, and when more resamples are undefined than asked for. It takes 2/(1 − level)
+    resamples, 40 at 95 %, for one of them to lie beyond each end, and rows that have as many different ones: four rows
+    have 35, and so no interval at 95 %.
     """
     arrays = [checks.array_of(f"columns[{k}]", column) for k, column in enumerate(columns)]
     if not arrays or any(not array.ndim for array in arrays):
         raise ValueError(f"columns: {len(arrays)} given, at least one wanted, each with a row per example")
     checks.same_rows(**{f"columns[{k}]": column for k, column in enumerate(columns)})
-    needed = least_resamples(level)
+    needed = math.ceil(round(2 / (1 - _level(level)), 6))
     n_resamples, n = checks.count("n_resamples", n_resamples, needed), len(arrays[0])
     if not n or math.comb(2 * min(n, 30) - 1, min(n, 30)) < needed:
         raise UndefinedStatisticError(f"columns: {n} rows given, too few for {needed} different resamples")
@@ -140,11 +140,6 @@ def bootstrap_interval(
         raise UndefinedStatisticError(f"the statistic is undefined on more than half of the resamples ({n} rows)")
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)
-
-
-def least_resamples(level: float) -> int:
-    """Return how many resamples it takes for one of them to lie beyond each end, on average: 40 at 95 %."""
-    return math.ceil(round(2 / (1 - _level(level)), 6))
 
 
 def auroc_interval(score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
@@ -194,9 +189,8 @@ def out_of_fold_scores(
     features, wrong = _features("features", features), checks.labels("wrong", wrong)
     n_folds, seed = checks.count("n_folds", n_folds, 2), checks.seed("seed", seed)
     if min(wrong.sum(), (~wrong).sum()) < n_folds:
-        raise UndefinedStatisticError(
-            f"{n_folds} folds need {n_folds} right and wrong answers, got {(~wrong).sum()} and {wrong.sum()}"
-        )
+        counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
+        raise UndefinedStatisticError(f"wrong: {counts} given, of each as many as the {n_folds} folds wanted")
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     classifier = make_pipeline(StandardScaler(), LogisticRegression())
     return cross_val_predict(classifier, features, wrong, cv=folds, method="decision_function")
@@ -235,10 +229,8 @@ def _features(name: str, features: ArrayLike) -> Column:
     columns = _moderate(name, checks.numbers(name, features, 2), 1e140)
     spreads = np.quantile(np.abs(columns - np.median(columns, axis=0)), [0.25, 0.5, 0.75], axis=0)
     if ((spreads > 0) & (spreads < FLAT * columns.std(axis=0))).any():
-        raise ValueError(
-            f"{name}: a feature with values far beyond the others given, which standardised are all alike; one without "
-            "such values wanted (its logarithm or ranks may do)"
-        )
+        why = "a feature with values far beyond the others given, which leave these alike once standardised"
+        raise ValueError(f"{name}: {why}; one without them wanted, such as its logarithm or ranks")
     return columns
 
 
@@ -277,9 +269,7 @@ def _two_columns(a: ArrayLike, b: ArrayLike) -> tuple[Column, Column]:
 def _moderate(name: str, columns: Column, most: float = 1e300) -> Column:
     """Refuse numbers so large that a sum of them, or of their squares, overflows."""
     if np.abs(columns).max() > most:
-        raise ValueError(
-            f"{name}: values up to {np.abs(columns).max():.1e} given, at most {most:.0e} wanted; divide them"
-        )
+        raise ValueError(f"{name}: values up to {np.abs(columns).max():.1e} given, at most {most:.0e} wanted")
     return columns
 
 

@@ -136,7 +136,10 @@ def test_overlap_of_subspaces_from_products_alone(rng):
         (lambda: distortion.nearness(np.ones((3, 2)), np.ones((0, 2))), "proxies: shape"),
         (lambda: distortion.nearness(np.ones((3, 2)), np.ones((4, 2))), "coincide"),
         (lambda: distortion.nearness(np.ones((3, 2)), np.ones((4, 3))), r"points: shape \(3, 2\) given, \(row, 3\)"),
-        (lambda: distortion.structure(np.ones(9), np.ones((8, 2)), np.zeros((1, 9), int)), "field and features: 9, 8 rows"),
+        (
+            lambda: distortion.structure(np.ones(9), np.ones((8, 2)), np.zeros((1, 9), int)),
+            "field and features: 9, 8 rows",
+        ),
         (lambda: distortion.structure(np.full(9, np.nan), np.ones((9, 2)), np.zeros((1, 9), int)), "NaN"),
         (lambda: distortion.structure(np.ones(9), np.ones((9, 2)), np.zeros((0, 9), int)), "permutations"),
         (lambda: distortion.overlap(np.eye(3), np.eye(3), np.eye(3), 4), "k: 4 given, but first has 3"),

@@ -128,7 +128,7 @@ def test_out_of_fold_scores_find_signal_and_do_not_leak() -> None:
 
 
 def test_out_of_fold_scores_refuse_what_they_cannot_fit() -> None:
-    with pytest.raises(ValueError, match="5 folds need"):
+    with pytest.raises(ValueError, match="3 right and 17 wrong answers given, of each as many as the 5 folds"):
         evaluation.out_of_fold_scores(np.arange(20.0)[:, None], [True] * 17 + [False] * 3)
     with pytest.raises(ValueError, match="features: NaN or infinite"):
         evaluation.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)

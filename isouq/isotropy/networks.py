@@ -110,9 +110,10 @@ def proxies(problem: Problem, source: str, n: int) -> tuple[Array, NDArray[np.in
         return problem.inputs[:n], problem.targets[:n]
     if source == "noise":
         return np.random.default_rng([problem.seed, 1]).uniform(*problem.limits, (n, 2)), None
+    name = problem.name
     if source == "other problem":
-        checks.one_of("problem", problem.name, PARTNER)
-    name = PARTNER[problem.name] if source == "other problem" else problem.name
+        checks.one_of("problem", name, PARTNER)
+        name = PARTNER[name]
     fresh = problems.make(name, seed=10_000 + problem.seed, n_examples=max(n, 3))
     inputs, targets = fresh.inputs[:n], fresh.targets[:n]
     if source == "other problem":
@@ -191,19 +192,9 @@ def compare(
     shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
     found = structure(bent.field, near, shifts)
     return {
-        "problem": case.problem.name,
-        "seed": case.problem.seed,
-        "matrix": recipe.matrix,
-        "source": recipe.source,
-        "labels": recipe.labels,
-        "n": n,
-        "damping": damping,
-        "spearman": spearman(form, case.variance),
-        "spread": bent.spread,
-        "explained": found.explained,
-        "by_chance": found.by_chance,
-        "beyond_chance": found.beyond_chance,
-        "p_value": found.p_value,
+        **{"problem": case.problem.name, "seed": case.problem.seed, **vars(recipe), "n": n, "damping": damping},
+        **{"spearman": spearman(form, case.variance), "spread": bent.spread},
+        **{name: getattr(found, name) for name in ("explained", "by_chance", "beyond_chance", "p_value")},
     }
 
 

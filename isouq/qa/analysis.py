@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from isouq import checks, evaluation
 from isouq.evaluation import Interval, UndefinedStatisticError
@@ -49,9 +50,8 @@ class Analysis:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.count("n_resamples", self.n_resamples, evaluation.least_resamples(0.95))
+        checks.count("n_resamples", self.n_resamples, 40), checks.seed("seed", self.seed)
         checks.count("n_folds", self.n_folds, 2, evaluation.MIN_PER_CLASS)
-        checks.seed("seed", self.seed)
 
     def interval(self, statistic: Any, *columns: Any) -> Interval | None:
         """Return `statistic(*columns)` with its percentile bootstrap interval over questions, None if undefined."""
@@ -145,7 +145,7 @@ def within_bins(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def quantile_bins(column: pd.Series, n_bins: int) -> np.ndarray:
+def quantile_bins(column: ArrayLike, n_bins: int) -> np.ndarray:
     """Return each row's quantile bin, 0 the lowest; equal values share a bin, so there may be fewer."""
     values = checks.numbers("column", column)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, checks.count("n_bins", n_bins) + 1)[1:-1]))

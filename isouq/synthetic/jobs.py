@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 from tqdm import tqdm
 
@@ -119,7 +120,7 @@ def analyse(job: Job, folder: str | Path | None = None) -> Case:
 
 def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> dict[str, float | None]:
     """Return Pearson's r and Spearman's ρ over the points `where`; None where one side is constant."""
-    where = np.ones(len(a), dtype=bool) if where is None else checks.labels("where", where)
+    where = np.ones(np.shape(a), dtype=bool) if where is None else checks.labels("where", where)
     checks.same_rows(a=a, b=b, where=where)
     found: dict[str, float | None] = {}
     for name, statistic in (("pearson", pearson), ("spearman", spearman)):
@@ -266,22 +267,23 @@ def keep_compiled(folder: str | Path | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
+def mean_interval(values: ArrayLike) -> Interval | None:
     """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
 
     Raises ValueError for values that are no correlations.
     """
-    n = len(checks.numbers("values", values, least=0))
-    for value in values:
+    found = checks.numbers("values", values, least=0)
+    n = len(found)
+    for value in found:
         checks.number("values", value, -1 - 1e-9, 1 + 1e-9)
     if n < 2:
         return None
-    mean = float(np.mean(values))
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    mean = float(np.mean(found))
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(found, ddof=1) / np.sqrt(n))
     return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
 
 
-def trend(doublings: np.ndarray, values: np.ndarray, group: np.ndarray, *, seed: int = 0) -> Interval:
+def trend(doublings: ArrayLike, values: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Interval:
     """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
 
     A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only

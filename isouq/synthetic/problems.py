@@ -9,7 +9,6 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +254,7 @@ def _wave(noise):
     return generate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spec:
     """How a named problem is made: generator (rng, n) -> (inputs, targets), sample size, model, limits."""
 
@@ -263,33 +262,28 @@ class Spec:
     generate: Callable
     n_examples: int
     model: Model
-    limits: tuple[float, float]
+    limits: tuple[float, float] = (-3.0, 3.0)
 
 
-def _spec(
-    title: str,
-    generate: Callable,
-    n_examples: int,
-    sizes: tuple[int, int, int],
-    limits: tuple[float, float] = (-3.0, 3.0),
-    **prior: Any,
-) -> Spec:
-    """One row of SPECS; `sizes` are the network's inputs, its outputs and its hidden layers, of 8 units each."""
-    n_inputs, n_outputs, depth = sizes
+def _model(kind: str, n_inputs: int, n_outputs: int, depth: int = 1, **prior: float) -> Model:
     network = Network(n_inputs=n_inputs, n_outputs=n_outputs, depth=depth)
-    model = replace(Model(kind=title.split(":")[0], network=network), **prior)
-    return Spec(title=title, generate=generate, n_examples=n_examples, model=model, limits=limits)
+    return Model(kind=kind, network=network, **prior)  # type: ignore[arg-type]
 
 
+_BINARY, _MULTICLASS = _model("binary", 2, 1, prior_scale=1.5), _model("multiclass", 2, 3, prior_scale=1.5)
 SPECS: dict[str, Spec] = {
-    "binary_linear": _spec("binary: linear", _linear, 80, (2, 1, 0)),
-    "binary_xor": _spec("binary: XOR", _xor, 80, (2, 1, 1), prior_scale=1.5),
-    "binary_rings": _spec("binary: rings", _rings((0.6, 1.7), 0.25), 80, (2, 1, 1), prior_scale=1.5),
-    "multiclass_clusters": _spec("multiclass: clusters", _clusters, 90, (2, 3, 1)),
-    "multiclass_spirals": _spec("multiclass: spirals", _spirals, 120, (2, 3, 1), prior_scale=1.5),
-    "multiclass_rings": _spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, (2, 3, 1), prior_scale=1.5),
-    "regression_linear": _spec("regression: linear", _line(0.3), 30, (1, 1, 0), (-2.0, 2.0), noise=0.3),
-    "regression_nonlinear": _spec("regression: nonlinear", _wave(0.25), 40, (1, 1, 1), prior_scale=1.5, noise=0.25),
+    "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
+    "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
+    "binary_rings": Spec("binary: rings", _rings((0.6, 1.7), 0.25), 80, _BINARY),
+    "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
+    "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
+    "multiclass_rings": Spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, _MULTICLASS),
+    "regression_linear": Spec(
+        "regression: linear", _line(0.3), 30, _model("regression", 1, 1, depth=0, noise=0.3), (-2.0, 2.0)
+    ),
+    "regression_nonlinear": Spec(
+        "regression: nonlinear", _wave(0.25), 40, _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
+    ),
 }
 
 
