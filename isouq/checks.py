@@ -43,9 +43,9 @@ def number(name: str, value: object, above: float = -np.inf, below: float = np.i
     """Return a finite number between two bounds; `or_equal` lets the lower one in too."""
     array = array_of(name, value)
     if array.ndim or array.dtype.kind not in "iuf" or not (above < array < below or (or_equal and array == above)):
-        bounds = [f"{'of at least' if or_equal else 'above'} {above:g}"] if above > -np.inf else []
-        bounds += [f"below {below:g}"] if below < np.inf else []
-        raise ValueError(f"{name}: {value} given, a finite number {' and '.join(bounds)}".rstrip() + " wanted")
+        low = f" {'of at least' if or_equal else 'above'} {above:g}" if above > -np.inf else ""
+        high = f" and below {below:g}" if below < np.inf else ""
+        raise ValueError(f"{name}: {value} given, a finite number{low}{high} wanted")
     return float(array)
 
 
@@ -70,9 +70,9 @@ def numbers(
     array = array_of(name, value)
     short = array.ndim != ndim or len(array) < least or (least and not array.size)
     if short or (width is not None and array.shape[-1] != width):
-        axes = [*AXES[: ndim - 1], AXES[ndim - 1] if width is None else str(width)]
-        shape = f"({', '.join(axes)}{',' * (ndim == 1)})"
-        raise ValueError(f"{name}: shape {array.shape} given, {shape} with at least {least} rows wanted")
+        axes = ", ".join([*AXES[: ndim - 1], AXES[ndim - 1] if width is None else str(width)]) + "," * (ndim == 1)
+        rows = f" with {least} row{'s' * (least != 1)} or more" if ndim > 1 or width is None else ""
+        raise ValueError(f"{name}: shape {array.shape} given, ({axes}){rows} wanted")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: {array.dtype} given, real numbers wanted")
     array = array.astype(np.float64, copy=False)
@@ -120,9 +120,9 @@ def same_rows(**columns: object) -> None:
         raise ValueError(f"{names}: {', '.join(lengths)} rows given, one length wanted")
     indexes = [column.index for column in columns.values() if isinstance(column, pd.Series | pd.DataFrame)]
     if not all(index.equals(indexes[0]) for index in indexes):
+        way_out = "align them, or pass .to_numpy() to pair them by position"
         raise ValueError(
-            f"{names}: pandas columns with other indexes given, the same rows in the same order wanted; align them, "
-            "or pass .to_numpy() to pair them by position"
+            f"{names}: pandas indexes that differ given, the same rows in the same order wanted; {way_out}"
         )
 
 

@@ -135,18 +135,14 @@ class LowRank:
     def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
         """As above. Raises SingularCovarianceError without damping, and where rounding leaves no positive number."""
         if not _nonnegative(damping):
-            raise SingularCovarianceError(
-                f"{self.kind}: {len(self.eigenvalues)} rows cannot make a matrix over all parameters invertible; "
-                "give a damping above 0"
-            )
+            why = f"{len(self.eigenvalues)} rows cannot make a matrix over all parameters invertible"
+            raise SingularCovarianceError(f"{self.kind}: {why}; give a damping above 0")
         g = self._products(g)
         inside = np.square(g.with_rows @ self.eigenvectors) / self.n_examples
         form = (g.squares - inside @ (1 / (damping + self.eigenvalues))) / damping
         if not (form > 0)[g.squares > 0].all():
-            raise SingularCovarianceError(
-                f"{self.kind}: gᵀΣg is lost in the rounding of the inner products at damping {damping:.1e}; give a "
-                f"larger one (the largest eigenvalue is {self.eigenvalues.max():.1e})"
-            )
+            why = f"gᵀΣg is lost in the rounding of the inner products at damping {damping:.1e}; give a larger one"
+            raise SingularCovarianceError(f"{self.kind}: {why} (largest eigenvalue {self.eigenvalues.max():.1e})")
         return form
 
     def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
@@ -199,11 +195,7 @@ def from_products(gram: ArrayLike, kind: str, *, n_examples: int | None = None) 
 
 
 def empirical_fisher(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    diagonal: bool = False,
+    jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike, *, diagonal: bool = False
 ) -> Covariance:
     """mean_i ∇log p(yᵢ|xᵢ) ∇log p(yᵢ|xᵢ)ᵀ with the labels y that were observed (or made: then say so).
 
@@ -214,12 +206,7 @@ def empirical_fisher(
     return _diagonal(rows, len(rows), "empirical_fisher") if diagonal else from_rows(rows, "empirical_fisher")
 
 
-def fisher(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    *,
-    diagonal: bool = False,
-) -> Covariance:
+def fisher(jacobian: ArrayLike, logits: ArrayLike, *, diagonal: bool = False) -> Covariance:
     """mean_i Σ_c p(c|xᵢ) ∇log p(c|xᵢ) ∇log p(c|xᵢ)ᵀ: the sum over the model's own labels is exact; none is observed."""
     rows, n = fisher_rows(jacobian, logits), len(np.asarray(logits))
     return _diagonal(rows, n, "fisher") if diagonal else from_rows(rows, "fisher", n_examples=n)
@@ -263,11 +250,7 @@ def posterior(draws: ArrayLike) -> Dense:
     return Dense(kind="posterior", eigenvalues=values.clip(min=0), eigenvectors=vectors, inverse=True)
 
 
-def scores(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    labels: ArrayLike,
-) -> Float[np.ndarray, "example param"]:
+def scores(jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, "example param"]:
     """∇θ log p(yᵢ|xᵢ) = Jᵢᵀ(e_y − p) per example."""
     jacobian, logits = _two_sided(jacobian, logits)
     labels = checks.integers("labels", labels, length=len(logits), below=logits.shape[1])
@@ -278,10 +261,8 @@ def _two_sided(jacobian: ArrayLike, logits: ArrayLike) -> tuple[Array, Array]:
     """Both checked, and one logit written as two classes' logits (0, z)."""
     jacobian, logits = checks.numbers("jacobian", jacobian, 3), checks.numbers("logits", logits, 2)
     if jacobian.shape[:2] != logits.shape:
-        raise ValueError(
-            f"jacobian and logits: shapes {jacobian.shape} and {logits.shape} given, (example, class, param) and "
-            "(example, class) wanted"
-        )
+        given = f"shapes {jacobian.shape} and {logits.shape} given"
+        raise ValueError(f"jacobian and logits: {given}, (example, class, param) and (example, class) wanted")
     if logits.shape[1] == 1:
         return np.concatenate([0 * jacobian, jacobian], 1), np.concatenate([0 * logits, logits], 1)
     return jacobian, logits
@@ -313,9 +294,8 @@ def _damped(kind: str, curvature: Array, damping: float) -> Array:
     if not (precision > ROUNDING * np.abs(curvature).max()).all():
         least = float(curvature.min())
         reason = "is singular" if least >= 0 else f"has the negative eigenvalue {least:.1e}"
-        raise SingularCovarianceError(
-            f"{kind}: {reason}; give a damping above {max(0.0, -least):.1e}, got {damping:.1e}"
-        )
+        needed = f"give a damping above {max(0.0, -least):.1e}, got {damping:.1e}"
+        raise SingularCovarianceError(f"{kind}: {reason}; {needed}")
     return precision
 
 

@@ -84,11 +84,7 @@ def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 
     return np.stack([distances.min(1), np.exp(-0.5 * np.square(distances / width)).mean(1)], 1)
 
 
-def structure(
-    field: ArrayLike,
-    features: ArrayLike,
-    permutations: NDArray[np.int_],
-) -> Structure:
+def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_]) -> Structure:
     """R² of the field's linear fit on `features`, against the same after each permutation of the field's points.
 
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations have to leave alone what the null hypothesis
@@ -102,7 +98,7 @@ def structure(
     if (np.sort(permutations) != np.arange(len(field))).any():
         raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
     basis = features - features.mean(0)
-    if np.linalg.matrix_rank(basis) < basis.shape[1]:
+    if (features == features[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
         raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
     if field.std() < 1e-9:
         return Structure(explained=0.0, by_chance=0.0, p_value=1.0, n_permutations=len(permutations))

@@ -168,12 +168,7 @@ def _labels(whose: str, true: NDArray | None, logits: Array, rng: np.random.Gene
 
 
 def compare(
-    case: Case,
-    recipe: Recipe,
-    *,
-    n: int | None = None,
-    damping: float = 1.0,
-    n_permutations: int = 199,
+    case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
 ) -> dict[str, object] | None:
     """How Σ from one recipe does against MCMC: a row of the study's table, or None where it is no covariance.
 
@@ -221,8 +216,8 @@ def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[
     flat = table[table["matrix"] == "isotropic"].drop_duplicates(same).set_index(same)[list(columns)]
     rows = []
     for key, some in table[table["matrix"] != "isotropic"].groupby(list(by), sort=False):
-        found = interval(some.set_index(same)[list(columns)] - flat)
-        rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(some)} | found)
+        gained = (some.set_index(same)[list(columns)] - flat).dropna()  # not one without isotropy beside it
+        rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(gained)} | interval(gained))
     return pd.DataFrame(rows)
 
 

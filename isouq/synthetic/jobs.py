@@ -272,8 +272,7 @@ def mean_interval(values: ArrayLike) -> Interval | None:
 
     Raises ValueError for values that are no correlations.
     """
-    found = checks.numbers("values", values, least=0)
-    n = len(found)
+    n = len(found := checks.numbers("values", values, least=0))
     for value in found:
         checks.number("values", value, -1 - 1e-9, 1 + 1e-9)
     if n < 2:

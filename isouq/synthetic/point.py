@@ -182,9 +182,8 @@ def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
     """
     network, theta, factor = model.network, model.parameters(theta), checks.number("factor", factor, 0.0)
     if network.activation != "relu" or network.depth < 1:
-        raise ValueError(
-            f"model: a {network.activation} network of depth {network.depth} given, a hidden layer of relu units wanted"
-        )
+        given = f"a {network.activation} network of depth {network.depth} given"
+        raise ValueError(f"model: {given}, a hidden layer of relu units wanted")
     (fan_in, width), (_, fan_out) = network.shapes[:2]
     first, second = (fan_in + 1) * width, width * fan_out
     scale = np.ones(len(theta))

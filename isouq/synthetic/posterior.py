@@ -43,11 +43,10 @@ class Settings:
         checks.one_of("sampler", self.sampler, ("nuts", "hmc"))
         for name, least in (("n_chains", 4), ("n_warmup", 1), ("n_draws", 4), ("max_tree_depth", 1)):
             checks.count(name, getattr(self, name), least)
-        for name, most in (("target_accept", 1.0), ("trajectory_length", np.inf), ("step_size", np.inf)):
-            if name != "step_size" or self.step_size is not None:
-                checks.number(name, getattr(self, name), 0.0, most)
-        checks.number("memory_gb", self.memory_gb, 0.0, or_equal=True)
-        checks.seed("seed", self.seed)
+        checks.number("target_accept", self.target_accept, 0.0, 1.0)
+        checks.number("trajectory_length", self.trajectory_length, 0.0)
+        checks.number("step_size", 1.0 if self.step_size is None else self.step_size, 0.0)
+        checks.number("memory_gb", self.memory_gb, 0.0, or_equal=True), checks.seed("seed", self.seed)
 
     def identity(self) -> dict[str, object]:
         """Return the settings that the draws depend on."""
@@ -59,10 +58,9 @@ class Settings:
         per_draw = model.network.n_parameters + 4 * len(problem.grid) * model.network.n_outputs
         need = 8 * self.n_chains * self.n_draws * per_draw / 1e9
         if need > self.memory_gb:
-            raise ValueError(
-                f"{self.n_chains} chains x {self.n_draws} draws need {need:.2g} GB, over memory_gb = "
-                f"{self.memory_gb:.2g}; wanted fewer draws, a smaller network or a coarser grid"
-            )
+            size = f"{self.n_chains} chains x {self.n_draws} draws need {need:.2g} GB, over memory_gb = "
+            way_out = "fewer draws, a smaller network or a coarser grid"
+            raise ValueError(f"{size}{self.memory_gb:.2g}; wanted {way_out}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,8 +168,7 @@ class Problem:
         if self.model.kind != "regression":
             found["targets"] = checks.integers("targets", self.targets, below=max(2, network.n_outputs))
         checks.seed("seed", self.seed), _limits(self.limits)
-        for name, array in found.items():
-            object.__setattr__(self, name, array)
+        vars(self).update(found)  # as float64 and int64, whatever was given
 
     def classes(self, classes: ArrayLike) -> np.ndarray:
         """Return a class (point,) per grid point. Raises ValueError for one that the model does not have."""
@@ -271,6 +270,8 @@ def _model(kind: str, n_inputs: int, n_outputs: int, depth: int = 1, **prior: fl
 
 
 _BINARY, _MULTICLASS = _model("binary", 2, 1, prior_scale=1.5), _model("multiclass", 2, 3, prior_scale=1.5)
+_STRAIGHT = _model("regression", 1, 1, depth=0, noise=0.3)
+_CURVED = _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
 SPECS: dict[str, Spec] = {
     "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
     "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
@@ -278,12 +279,8 @@ SPECS: dict[str, Spec] = {
     "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
     "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
     "multiclass_rings": Spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, _MULTICLASS),
-    "regression_linear": Spec(
-        "regression: linear", _line(0.3), 30, _model("regression", 1, 1, depth=0, noise=0.3), (-2.0, 2.0)
-    ),
-    "regression_nonlinear": Spec(
-        "regression: nonlinear", _wave(0.25), 40, _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
-    ),
+    "regression_linear": Spec("regression: linear", _line(0.3), 30, _STRAIGHT, (-2.0, 2.0)),
+    "regression_nonlinear": Spec("regression: nonlinear", _wave(0.25), 40, _CURVED),
 }
 
 
@@ -331,10 +328,8 @@ def _grid(inputs: np.ndarray, limits: tuple[float, float], resolution: int) -> n
     least, most = inputs.min(), inputs.max()
     span = most - least
     if high < least or low > most or low < least - 2 * span or high > most + 2 * span:
-        raise ValueError(
-            f"limits {limits} lie outside the data, which span {least:.2f} to {most:.2f}; "
-            "wanted a grid that meets the data and reaches no more than two spans beyond them"
-        )
+        wanted = "a grid that meets them and reaches no more than two spans beyond"
+        raise ValueError(f"limits: {limits} given, outside the data from {least:.2f} to {most:.2f}; {wanted} wanted")
     axis = np.linspace(low, high, resolution)
     if inputs.shape[1] == 1:
         return axis[:, None]

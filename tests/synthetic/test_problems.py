@@ -56,6 +56,69 @@ def test_bad_input_is_refused_by_name(job, message):
         job().make()
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("binary_xor", lambda p: {"inputs": np.full_like(p.inputs, np.nan)}, "inputs: NaN or infinite at 24 of 24"),
+        ("binary_xor", lambda p: {"inputs": np.ma.masked_greater(p.inputs, 0)}, "inputs: masked"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:-1]}, "inputs and targets: 11, 12 rows"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:2], "targets": p.targets[:2]}, "inputs: shape"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:, :1]}, r"inputs: shape \(12, 1\) given, \(row, 2\)"),
+        ("binary_xor", lambda p: {"grid": p.grid[:, 0]}, "grid: shape"),
+        ("binary_xor", lambda p: {"grid": p.grid[:0]}, "grid: shape"),
+        ("binary_xor", lambda p: {"grid": np.where(p.grid > 2, np.inf, p.grid)}, "grid: NaN or infinite"),
+        ("binary_xor", lambda p: {"targets": p.targets + 7}, "targets: 7 to 8 given, classes 0 to 1"),
+        ("binary_xor", lambda p: {"targets": p.targets - 1}, "targets: -1 to 0 given"),
+        ("binary_xor", lambda p: {"targets": p.targets * 1.0}, "targets: .* float64 given, .* integers"),
+        ("binary_xor", lambda p: {"targets": p.targets == 1}, "targets: .* bool given, .* integers"),
+        ("binary_xor", lambda p: {"targets": p.targets[:, None]}, "targets: shape"),
+        ("multiclass_rings", lambda p: {"targets": p.targets + 1}, "targets: 1 to 3 given, classes 0 to 2"),
+        ("regression_linear", lambda p: {"targets": p.targets * np.nan}, "targets: NaN"),
+        ("regression_linear", lambda p: {"targets": p.targets.astype(str)}, "targets: .* real numbers"),
+        ("binary_xor", lambda p: {"limits": (3.0, -3.0)}, "limits: .* low < high"),
+        ("binary_xor", lambda p: {"limits": (np.nan, 3.0)}, "limits: NaN"),
+        ("binary_xor", lambda p: {"seed": -1}, "seed: -1"),
+        ("binary_xor", lambda p: {"model": problems.SPECS["regression_linear"].model}, "inputs: shape"),
+        ("multiclass_rings", lambda p: {"model": problems.SPECS["binary_xor"].model}, "targets: 0 to 2 given"),
+    ],
+)
+def test_a_problem_of_nonsense_is_refused_however_it_is_made(name, changed, message):
+    problem = problems.make(name, n_examples=12, resolution=4)
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(problem, **changed(problem))
+
+
+@pytest.mark.parametrize("targets", [np.uint8, np.int32])
+def test_small_integers_are_taken_for_what_they_are(targets):
+    """As uint8, 1 − 2·1 would be 255."""
+    problem = problems.make("binary_xor", n_examples=12, resolution=4)
+    assert replace(problem, targets=problem.targets.astype(targets)).targets.dtype == np.int64
+
+
+@pytest.mark.parametrize("given", [{"resolution": 0}, {"limits": ()}, {"n_examples": 0}])
+def test_nothing_is_not_taken_for_the_default(given):
+    with pytest.raises((ValueError, TypeError), match=next(iter(given))):
+        problems.make("binary_xor", **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"n_draws": 10.5}, "n_draws"),
+        ({"n_chains": True}, "n_chains"),
+        ({"step_size": 0.0}, "step_size"),
+        ({"step_size": np.nan}, "step_size"),
+        ({"trajectory_length": -1.0}, "trajectory_length"),
+        ({"target_accept": np.nan}, "target_accept"),
+        ({"memory_gb": np.nan}, "memory_gb"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_of_nonsense_are_refused_by_name(settings, name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        Settings(**settings)
+
+
 @pytest.mark.parametrize("limits", [(5.0, 9.0), (-30.0, 30.0), (2.0, -2.0)])
 def test_a_grid_outside_the_data_is_refused(limits):
     with pytest.raises(ValueError, match=r"outside the data|low < high"):
