@@ -133,9 +133,8 @@ def outputs(network: Network, theta: torch.Tensor, inputs: torch.Tensor) -> torc
 def jacobian(problem: Problem, theta: Array, inputs: Array) -> tuple[Array, Array]:
     """∂logits/∂θ (example, class, param) and the logits (example, class) of the problem's network; no regression's."""
     checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
-    theta = problem.model.parameters(theta)
-    inputs = checks.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs)
-    at, x = torch.tensor(theta), torch.tensor(inputs)
+    x = torch.tensor(checks.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs))
+    at = torch.tensor(problem.model.parameters(theta))
 
     def one(theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return outputs(problem.model.network, theta, x)

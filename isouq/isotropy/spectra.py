@@ -53,6 +53,7 @@ class _InPriorUnits(nn.Module):
 
     def __init__(self, problem: Problem, z: ArrayLike) -> None:
         super().__init__()
+        checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
         self.network = problem.model.network
         self.scales = torch.tensor(problem.model.scales())
         self.z = nn.Parameter(torch.as_tensor(z))
@@ -64,7 +65,6 @@ class _InPriorUnits(nn.Module):
 
 def _loss(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
     """The summed negative log-likelihood in nats as a function of z. Raises ValueError for a regression."""
-    checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
     model = _InPriorUnits(problem, np.zeros(len(problem.model.scales())))
     inputs, targets = torch.tensor(problem.inputs), torch.tensor(problem.targets)
 
@@ -142,7 +142,6 @@ def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
 def _operator(problem: Problem, theta: Array) -> Any:
     from curvlinops import HessianLinearOperator  # of the extra `peers`; only large networks need it
 
-    checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
     model = _InPriorUnits(problem, problem.model.parameters(theta) / problem.model.scales())
     targets = torch.tensor(problem.targets)
     loss: nn.Module = nn.CrossEntropyLoss(reduction="sum")

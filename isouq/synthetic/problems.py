@@ -96,6 +96,8 @@ class Model:
     def __post_init__(self):
         one_of("kind", self.kind, KINDS)
         one_of("prior_scaling", self.prior_scaling, SCALINGS)
+        if (self.kind == "multiclass") != (self.network.n_outputs > 1):
+            raise ValueError(f"network: {self.network.n_outputs} outputs given; one wanted, several if multiclass")
         for name in ("prior_scale", "noise"):
             checks.number(name, getattr(self, name), 1e-100, 1e100)  # their squares divide
 

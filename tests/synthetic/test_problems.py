@@ -36,6 +36,7 @@ def test_two_problems_of_one_seed_share_no_random_numbers():
         (lambda: Job(problem="binary_ring"), "did you mean 'binary_rings'"),
         (lambda: Job(problem="binary_xor", width=0), "width: 0 given, an integer of at least 1 wanted"),
         (lambda: Job(problem="binary_xor", depth=-1), "depth: -1 given"),
+        (lambda: Job(problem="binary_xor", n_starts=0), "n_starts: 0 given"),
         (lambda: Job(problem="binary_xor", activation="rely"), "did you mean 'relu'"),
         (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale: 0.0 given"),
         (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale: nan given"),
@@ -129,6 +130,8 @@ def test_a_model_of_another_kind_is_refused():
     model = problems.SPECS["multiclass_rings"].model
     with pytest.raises(ValueError, match="binary_rings wants"):
         problems.make("binary_rings", model=model)
+    with pytest.raises(ValueError, match="network: 3 outputs given"):
+        replace(model, kind="binary")
     with pytest.raises(ValueError, match=r"noise: 0\.0 given"):
         replace(model, noise=0.0)
 
