@@ -51,7 +51,8 @@ class Job:
 
     def make(self) -> Problem:
         """Make the problem. Raises ValueError for what is unknown or impossible, before anything is sampled."""
-        problems.one_of("problem", self.problem, problems.SPECS), checks.count("n_starts", self.n_starts)
+        checks.one_of("problem", self.problem, problems.SPECS)
+        checks.count("n_starts", self.n_starts)
         model = problems.SPECS[self.problem].model
         network = replace(model.network, **self._given("width", "depth", "activation"))
         model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
