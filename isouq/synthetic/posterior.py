@@ -58,8 +58,8 @@ class Settings:
         per_draw = model.network.n_parameters + 4 * len(problem.grid) * model.network.n_outputs
         need = 8 * self.n_chains * self.n_draws * per_draw / 1e9
         if need > self.memory_gb:
-            size = f"{self.n_chains} chains x {self.n_draws} draws need {need:.2g} GB, over memory_gb = {self.memory_gb:.2g}"
-            raise ValueError(f"{size}; wanted fewer draws, a smaller network or a coarser grid")
+            given = f"{self.n_chains} x {self.n_draws} draws need {need:.2g} GB, over memory_gb = {self.memory_gb:.2g}"
+            raise ValueError(f"{given}; wanted fewer draws, a smaller network or a coarser grid")
 
 
 @dataclass(frozen=True, kw_only=True)
