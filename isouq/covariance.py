@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 
+from isouq import checks
+
 Array = NDArray[np.float64]
 ROUNDING = 1e-12  # of the largest eigenvalue: below it an eigenvalue computed in float64 is not told from zero
 
@@ -42,10 +44,10 @@ class Products:
     with_rows: Float[np.ndarray, "query row"]
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.squares).all() and np.isfinite(self.with_rows).all()):
-            raise ValueError("products: NaN or infinite, finite inner products wanted")
+        checks.same_rows(squares=checks.numbers("squares", self.squares), with_rows=self.with_rows)
+        checks.numbers("with_rows", self.with_rows, 2)
         if (self.squares < 0).any():
-            raise ValueError("squares: negative, squared norms wanted")
+            raise ValueError("squares: negative ones given, squared norms wanted")
 
 
 @runtime_checkable
@@ -68,11 +70,11 @@ class Isotropic:
     kind: str = "isotropic"
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.variance) and self.variance > 0):
-            raise ValueError(f"variance: {self.variance} given, a finite number above 0 wanted")
+        checks.number("variance", self.variance, 0.0)
 
     def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
         """σ²‖g‖²."""
+        _nonnegative(damping)
         return self.variance * (g.squares if isinstance(g, Products) else np.square(_gradients(g)).sum(1))
 
 
@@ -111,8 +113,8 @@ class Dense:
     def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
         """The share of ‖g‖² in directions whose eigenvalue is below `threshold`: (query,) between 0 and 1."""
         g = _gradients(g, len(self.eigenvalues))
-        below = self.eigenvectors[:, self.eigenvalues < threshold]
-        return np.square(g @ below).sum(1) / np.square(g).sum(1)
+        below = self.eigenvectors[:, self.eigenvalues < checks.number("threshold", threshold)]
+        return np.square(g @ below).sum(1) / _some(np.square(g).sum(1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,27 +135,21 @@ class LowRank:
     def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
         """As above. Raises SingularCovarianceError without damping, and where rounding leaves no positive number."""
         if not _nonnegative(damping):
-            raise SingularCovarianceError(
-                f"{self.kind}: {len(self.eigenvalues)} rows cannot make a matrix over all parameters invertible; "
-                "give a damping above 0"
-            )
+            why = f"{len(self.eigenvalues)} rows cannot make a matrix over all parameters invertible"
+            raise SingularCovarianceError(f"{self.kind}: {why}; give a damping above 0")
         g = self._products(g)
         inside = np.square(g.with_rows @ self.eigenvectors) / self.n_examples
         form = (g.squares - inside @ (1 / (damping + self.eigenvalues))) / damping
         if not (form > 0)[g.squares > 0].all():
-            raise SingularCovarianceError(
-                f"{self.kind}: gᵀΣg is lost in the rounding of the inner products at damping {damping:.1e}; give a "
-                f"larger one (the largest eigenvalue is {self.eigenvalues.max():.1e})"
-            )
+            why = f"gᵀΣg is lost in the rounding of the inner products at damping {damping:.1e}; give a larger one"
+            raise SingularCovarianceError(f"{self.kind}: {why} (largest eigenvalue {self.eigenvalues.max():.1e})")
         return form
 
     def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
         """The share of ‖g‖² in directions whose eigenvalue is below `threshold`, most of them exactly 0."""
-        if not threshold > 0:
-            raise ValueError(f"threshold: {threshold} given, a number above 0 wanted: most eigenvalues are 0")
-        g, above = self._products(g), self.eigenvalues >= threshold
+        g, above = self._products(g), self.eigenvalues >= checks.number("threshold", threshold, 0.0)
         inside = np.square(g.with_rows @ self.eigenvectors[:, above]) / (self.n_examples * self.eigenvalues[above])
-        return (1 - inside.sum(1) / g.squares).clip(min=0)
+        return (1 - inside.sum(1) / _some(g.squares)).clip(min=0)
 
     def _products(self, g: ArrayLike | Products) -> Products:
         if not isinstance(g, Products):
@@ -177,7 +173,7 @@ def from_rows(rows: ArrayLike, kind: str, *, n_examples: int | None = None) -> D
     n is the number of rows unless `n_examples` says otherwise (a Fisher has a row per example and class).
     """
     rows = _gradients(rows, name="rows")
-    n = len(rows) if n_examples is None else n_examples
+    n = len(rows) if n_examples is None else checks.count("n_examples", n_examples)
     if len(rows) < rows.shape[1]:
         values, vectors = _eigen(rows @ rows.T / n, kind)
         return LowRank(kind=kind, n_examples=n, eigenvalues=values, eigenvectors=vectors, rows=rows)
@@ -190,10 +186,8 @@ def from_products(gram: ArrayLike, kind: str, *, n_examples: int | None = None) 
 
     Raises ValueError for no row and for a matrix that is not symmetric and positive semi-definite up to float32.
     """
-    gram = np.asarray(gram, dtype=np.float64)
-    n = len(gram) if n_examples is None else n_examples
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
-        raise ValueError(f"gram: shape {gram.shape} given, (row, row) with at least one row wanted")
+    gram = checks.symmetric("gram", gram, 1e-4)
+    n = len(gram) if n_examples is None else checks.count("n_examples", n_examples)
     values, vectors = _eigen(gram / n, kind)
     if values[0] < -1e-4 * values[-1]:
         raise ValueError(f"gram: its eigenvalue {values[0] * n:.1e} is negative, inner products wanted")
@@ -201,11 +195,7 @@ def from_products(gram: ArrayLike, kind: str, *, n_examples: int | None = None) 
 
 
 def empirical_fisher(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    diagonal: bool = False,
+    jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike, *, diagonal: bool = False
 ) -> Covariance:
     """mean_i ∇log p(yᵢ|xᵢ) ∇log p(yᵢ|xᵢ)ᵀ with the labels y that were observed (or made: then say so).
 
@@ -216,12 +206,7 @@ def empirical_fisher(
     return _diagonal(rows, len(rows), "empirical_fisher") if diagonal else from_rows(rows, "empirical_fisher")
 
 
-def fisher(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    *,
-    diagonal: bool = False,
-) -> Covariance:
+def fisher(jacobian: ArrayLike, logits: ArrayLike, *, diagonal: bool = False) -> Covariance:
     """mean_i Σ_c p(c|xᵢ) ∇log p(c|xᵢ) ∇log p(c|xᵢ)ᵀ: the sum over the model's own labels is exact; none is observed."""
     rows, n = fisher_rows(jacobian, logits), len(np.asarray(logits))
     return _diagonal(rows, n, "fisher") if diagonal else from_rows(rows, "fisher", n_examples=n)
@@ -253,45 +238,31 @@ def hessian(matrix: ArrayLike, kind: str = "hessian") -> Dense:
 
     It may be indefinite: then only a damping above its most negative eigenvalue gives a covariance.
     """
-    values, vectors = _eigen(_symmetric(matrix), kind)
+    found = checks.symmetric("matrix", matrix)
+    values, vectors = _eigen((found + found.T) / 2, kind)
     return Dense(kind=kind, eigenvalues=_without_rounding(values), eigenvectors=vectors)
 
 
 def posterior(draws: ArrayLike) -> Dense:
     """The covariance of draws of θ itself: what the others approximate. Damping adds λI to it."""
-    draws = _gradients(draws, name="draws")
-    if len(draws) < 2:
-        raise ValueError(f"draws: {len(draws)} given, at least 2 wanted")
+    draws = checks.numbers("draws", draws, 2, least=2)
     values, vectors = _eigen(np.cov(draws, rowvar=False).reshape(draws.shape[1], -1), "posterior")
     return Dense(kind="posterior", eigenvalues=values.clip(min=0), eigenvectors=vectors, inverse=True)
 
 
-def scores(
-    jacobian: ArrayLike,
-    logits: ArrayLike,
-    labels: ArrayLike,
-) -> Float[np.ndarray, "example param"]:
+def scores(jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, "example param"]:
     """∇θ log p(yᵢ|xᵢ) = Jᵢᵀ(e_y − p) per example."""
     jacobian, logits = _two_sided(jacobian, logits)
-    labels = np.asarray(labels)
-    n_classes = logits.shape[1]
-    if labels.shape != (len(logits),) or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels: shape {labels.shape} of {labels.dtype} given, ({len(logits)},) integers wanted")
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(f"labels: {labels.min()} to {labels.max()} given, classes 0 to {n_classes - 1} wanted")
-    return np.einsum("ecp,ec->ep", jacobian, np.eye(n_classes)[labels] - _softmax(logits))
+    labels = checks.integers("labels", labels, length=len(logits), below=logits.shape[1])
+    return np.einsum("ecp,ec->ep", jacobian, np.eye(logits.shape[1])[labels] - _softmax(logits))
 
 
 def _two_sided(jacobian: ArrayLike, logits: ArrayLike) -> tuple[Array, Array]:
     """Both checked, and one logit written as two classes' logits (0, z)."""
-    jacobian, logits = np.asarray(jacobian, dtype=np.float64), np.asarray(logits, dtype=np.float64)
-    if jacobian.ndim != 3 or jacobian.shape[:2] != logits.shape or not logits.size:
-        raise ValueError(
-            f"jacobian and logits: shapes {jacobian.shape} and {logits.shape} given, (example, class, param) and "
-            "(example, class) with at least one example wanted"
-        )
-    if not (np.isfinite(jacobian).all() and np.isfinite(logits).all()):
-        raise ValueError("jacobian and logits: NaN or infinite values given, finite ones wanted")
+    jacobian, logits = checks.numbers("jacobian", jacobian, 3), checks.numbers("logits", logits, 2)
+    if jacobian.shape[:2] != logits.shape:
+        given = f"shapes {jacobian.shape} and {logits.shape} given"
+        raise ValueError(f"jacobian and logits: {given}, (example, class, param) and (example, class) wanted")
     if logits.shape[1] == 1:
         return np.concatenate([0 * jacobian, jacobian], 1), np.concatenate([0 * logits, logits], 1)
     return jacobian, logits
@@ -317,42 +288,28 @@ def _without_rounding(values: Array) -> Array:
     return np.where(np.abs(values) < ROUNDING * np.abs(values).max(), 0.0, values)
 
 
-def _symmetric(matrix: ArrayLike) -> Array:
-    matrix = np.asarray(matrix, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"matrix: shape {matrix.shape} given, (param, param) wanted")
-    if not np.isfinite(matrix).all():
-        raise ValueError("matrix: NaN or infinite entries given, finite ones wanted")
-    if not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * np.abs(matrix).max()):
-        raise ValueError("matrix: not symmetric, a curvature wanted")
-    return (matrix + matrix.T) / 2
-
-
 def _damped(kind: str, curvature: Array, damping: float) -> Array:
     """λ + F's eigenvalues (or diagonal), all positive, or an error that names the damping it takes."""
     precision = curvature + _nonnegative(damping)
     if not (precision > ROUNDING * np.abs(curvature).max()).all():
         least = float(curvature.min())
         reason = "is singular" if least >= 0 else f"has the negative eigenvalue {least:.1e}"
-        raise SingularCovarianceError(
-            f"{kind}: {reason}; give a damping above {max(0.0, -least):.1e}, got {damping:.1e}"
-        )
+        needed = f"give a damping above {max(0.0, -least):.1e}, got {damping:.1e}"
+        raise SingularCovarianceError(f"{kind}: {reason}; {needed}")
     return precision
 
 
 def _nonnegative(damping: float) -> float:
-    if not (np.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping: {damping} given, a finite number of at least 0 wanted")
-    return float(damping)
+    return checks.number("damping", damping, 0.0, or_equal=True)
+
+
+def _some(squares: Array) -> Array:
+    if not squares.all():
+        raise ValueError(f"g: {int((squares == 0).sum())} of {len(squares)} gradients are zero and have no share")
+    return squares
 
 
 def _gradients(g: ArrayLike | Products, n_parameters: int | None = None, name: str = "g") -> Array:
     if isinstance(g, Products):
         raise TypeError("g: inner products given, but this covariance needs the gradients themselves (query, param)")
-    g = np.asarray(g, dtype=np.float64)
-    if g.ndim != 2 or not len(g) or (n_parameters is not None and g.shape[1] != n_parameters):
-        wanted = "param" if n_parameters is None else n_parameters
-        raise ValueError(f"{name}: shape {g.shape} given, (row, {wanted}) with at least one row wanted")
-    if not np.isfinite(g).all():
-        raise ValueError(f"{name}: NaN or infinite values given, finite ones wanted")
-    return g
+    return checks.numbers(name, g, 2, width=n_parameters)

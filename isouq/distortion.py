@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
+from isouq import checks
+
 Array = NDArray[np.float64]
 
 
@@ -52,20 +54,17 @@ def distortion(estimate: ArrayLike, reference: ArrayLike) -> Distortion:
 
     Raises ValueError where one of them is not a positive number: a variance of zero has no ratio, a NaN no meaning.
     """
+    checks.same_rows(estimate=estimate, reference=reference)
     logs = []
     for name, value in (("estimate", estimate), ("reference", reference)):
-        value = np.asarray(value, dtype=np.float64)
-        if value.ndim != 1 or len(value) < 2:
-            raise ValueError(f"{name}: shape {value.shape} given, (point,) with at least 2 points wanted")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{name}: NaN or infinite at {int((~np.isfinite(value)).sum())} of {len(value)} points")
+        value = checks.numbers(name, value, least=2)
         if not (value > 0).all():
             what = "negative" if (value < 0).any() else "zero"
             raise ValueError(f"{name}: a variance is {what} at {int((value <= 0).sum())} of {len(value)} points")
         logs.append(np.log(value))
-    if logs[0].shape != logs[1].shape:
-        raise ValueError(f"estimate and reference: {len(logs[0])} and {len(logs[1])} points given, as many wanted")
     ratio = logs[0] - logs[1]
+    if abs(ratio.mean()) > 700:
+        raise ValueError(f"estimate: e^{ratio.mean():.0f} times the reference, a factor that float64 holds wanted")
     field = ratio - ratio.mean()
     return Distortion(field=field, scale=float(np.exp(ratio.mean())), spread=float(field.std()))
 
@@ -75,44 +74,35 @@ def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 
 
     The second is the mean of exp(−d²/2h²) with h the proxies' median distance from each other, between 0 and 1.
     """
-    points, proxies = np.asarray(points, dtype=np.float64), np.asarray(proxies, dtype=np.float64)
-    if points.ndim != 2 or proxies.ndim != 2 or points.shape[1] != proxies.shape[1]:
-        raise ValueError(
-            f"points and proxies: {points.shape} and {proxies.shape} given, (…, feature) of one width wanted"
-        )
-    if len(proxies) < 2:
-        raise ValueError(f"proxies: {len(proxies)} given, at least 2 wanted")
+    proxies = checks.numbers("proxies", proxies, 2, least=2)
+    points = checks.numbers("points", points, 2, width=proxies.shape[1])
     between = cdist(proxies, proxies)[np.triu_indices(len(proxies), 1)]
     width = np.median(between)
-    if not width > 0:
-        raise ValueError("proxies: more than half of them coincide, so nearness has no scale")
+    if not 0 < width < np.inf:
+        raise ValueError("proxies: more than half of them coincide or lie out of reach, so nearness has no scale")
     distances = cdist(points, proxies)
     return np.stack([distances.min(1), np.exp(-0.5 * np.square(distances / width)).mean(1)], 1)
 
 
-def structure(
-    field: ArrayLike,
-    features: ArrayLike,
-    permutations: NDArray[np.int_],
-) -> Structure:
+def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_]) -> Structure:
     """R² of the field's linear fit on `features`, against the same after each permutation of the field's points.
 
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations have to leave alone what the null hypothesis
     leaves alone: `shuffles` for points that could be exchanged, `grid_shifts` for a map, whose neighbours are alike.
     A field that is zero up to rounding has no structure: R² = 0, p = 1.
     """
-    field, features = np.asarray(field, dtype=np.float64), np.asarray(features, dtype=np.float64)
-    if field.ndim != 1 or features.ndim != 2 or len(features) != len(field) or len(field) <= features.shape[1] + 1:
-        raise ValueError(
-            f"field and features: {field.shape} and {features.shape} given, (point,) and (point, feature) wanted"
-        )
-    if not (np.isfinite(field).all() and np.isfinite(features).all()):
-        raise ValueError("field and features: NaN or infinite values given, finite ones wanted")
-    if permutations.ndim != 2 or not len(permutations) or permutations.shape[1] != len(field):
-        raise ValueError(f"permutations: shape {permutations.shape} given, (permutation, {len(field)}) wanted")
+    checks.same_rows(field=field, features=features)
+    features = checks.numbers("features", features, 2)
+    field = checks.numbers("field", field, least=features.shape[1] + 2)
+    permutations = checks.numbers("permutations", permutations, 2, width=len(field)).astype(int)
+    if (np.sort(permutations) != np.arange(len(field))).any():
+        raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
+    basis = features - features.mean(0)
+    if (features == features[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
+        raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
     if field.std() < 1e-9:
         return Structure(explained=0.0, by_chance=0.0, p_value=1.0, n_permutations=len(permutations))
-    basis = np.linalg.qr(features - features.mean(0))[0]
+    basis = np.linalg.qr(basis)[0]
     standard = (field - field.mean()) / (field.std() * np.sqrt(len(field)))
     found = float(np.square(standard @ basis).sum())
     null = np.square(standard[permutations] @ basis).sum(1)
@@ -124,9 +114,11 @@ def shuffles(
     n_points: int, n_permutations: int, *, seed: int, groups: NDArray | None = None
 ) -> Int[np.ndarray, "permutation point"]:
     """Random permutations, within `groups` (point,) where given (points of two data sets cannot be exchanged)."""
-    rng = np.random.default_rng(seed)
-    groups = np.zeros(n_points, dtype=int) if groups is None else np.asarray(groups)
-    rows = np.tile(np.arange(n_points), (n_permutations, 1))
+    rng = np.random.default_rng(checks.seed("seed", seed))
+    order = np.arange(checks.count("n_points", n_points))
+    groups = 0 * order if groups is None else checks.groups("groups", groups)
+    checks.same_rows(n_points=order, groups=groups)
+    rows = np.tile(order, (checks.count("n_permutations", n_permutations), 1))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         rows[:, members] = rng.permuted(rows[:, members], axis=1)
@@ -135,9 +127,10 @@ def shuffles(
 
 def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> Int[np.ndarray, "permutation point"]:
     """Random shifts around a grid's edges, some mirrored: unlike shuffles they leave neighbours alike."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checks.seed("seed", seed))
+    shape = tuple(checks.count("shape", size) for size in shape)
     indices = np.arange(int(np.prod(shape))).reshape(shape)
-    rows = np.empty((n_permutations, indices.size), dtype=int)
+    rows = np.empty((checks.count("n_permutations", n_permutations), indices.size), dtype=int)
     for row in rows:
         moved = np.roll(indices, [int(rng.integers(size)) for size in shape], axis=tuple(range(len(shape))))
         for axis in range(len(shape)):
@@ -152,10 +145,12 @@ def overlap(first: ArrayLike, second: ArrayLike, between: ArrayLike, k: int) -> 
     `first` = XXᵀ, `second` = YYᵀ, `between` = XYᵀ: inner products suffice, whatever the number P of parameters.
     Raises ValueError where a matrix has fewer than k directions.
     """
-    sides = []
+    sides, k = [], checks.count("k", k)
     for name, gram in (("first", first), ("second", second)):
-        values, vectors = np.linalg.eigh(np.asarray(gram, dtype=np.float64))
-        if not 1 <= k <= len(values) or values[-k] <= 1e-6 * values[-1]:
+        values, vectors = np.linalg.eigh(checks.symmetric(name, gram, 1e-4))
+        if k > len(values) or values[-k] <= 1e-6 * values[-1]:
             raise ValueError(f"k: {k} given, but {name} has {int((values > 1e-6 * values[-1]).sum())} directions")
         sides.append(vectors[:, -k:] / np.sqrt(values[-k:]))
-    return float(np.square(sides[0].T @ np.asarray(between) @ sides[1]).sum() / k)
+    between = checks.numbers("between", between, 2, width=len(sides[1]))
+    checks.same_rows(first=sides[0], between=between)
+    return float(np.square(sides[0].T @ between @ sides[1]).sum() / k)

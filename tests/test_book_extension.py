@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import isouq
+
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = ROOT / "book" / "_ext"
 sys.path.insert(0, str(EXTENSION))
@@ -283,3 +285,27 @@ def test_a_figure_is_drawn_from_results_and_says_in_words_what_it_shows(small_bo
     code, text, warnings = small_book(page, {"other.key": auroc(0.7)})
     assert code == 0, warnings
     assert "This run has no results for this figure." in text
+
+
+# The page of functions and classes
+
+
+def test_the_page_of_functions_has_every_public_name_and_renders_without_a_warning(tmp_path):
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
+    options = {name: settings[name] for name in settings if name.startswith(("autodoc", "napoleon", "default_role"))}
+    extensions = ["myst_parser", "isouq_book", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+    options |= {"extensions": extensions, "root_doc": "api", "nitpick_ignore_regex": [("py:.*", ".*")]}
+    options["myst_enable_extensions"] = ["dollarmath"]
+    (tmp_path / "conf.py").write_text("\n".join(f"{name} = {value!r}" for name, value in options.items()))
+    (tmp_path / "api.md").write_text((ROOT / "book" / "api.md").read_text())
+    (tmp_path / "results.json").write_text('{"results": {}}')
+    paths = {"PYTHONPATH": f"{EXTENSION}{os.pathsep}{ROOT}", "ISOUQ_RESULTS": str(tmp_path / "results.json")}
+    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", str(tmp_path), str(tmp_path / "html")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
+    assert run.returncode == 0, run.stderr
+    page = (tmp_path / "html" / "api.html").read_text()
+    shown = re.findall(r'id="(?:module-)?isouq\.(\w+)"', page)
+    assert set(shown) >= set(isouq.__all__)
+    assert {"Regression", "inner_products", "score_outputs"} <= set(shown)
+    assert len(shown) == len(set(shown)), "a name has two entries"
+    assert "log_gradient" in page, "properties of the results are part of their entries"

@@ -28,7 +28,7 @@ def test_auroc_equals_scikit_learn_with_ties(scored: tuple[np.ndarray, np.ndarra
 
 def test_auroc_ranks_infinite_scores_but_refuses_nan() -> None:
     assert evaluation.auroc([-np.inf, 0.0, 1.0], [False, True, True]) == 1.0
-    with pytest.raises(ValueError, match="NaN at 1 of 3"):
+    with pytest.raises(ValueError, match="score: NaN at 1 of 3"):
         evaluation.auroc([np.nan, 0.0, 1.0], [False, True, True])
 
 
@@ -41,7 +41,7 @@ def test_auroc_of_one_class_is_an_error(label: bool) -> None:
 def test_wrong_must_be_labels_of_the_same_length() -> None:
     with pytest.raises(ValueError, match="only true/false"):
         evaluation.auroc([1.0, 2.0], [0, 2])
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="score and wrong: 3, 2 rows given, one length"):
         evaluation.auroc([1.0, 2.0, 3.0], [0, 1])
 
 
@@ -70,7 +70,7 @@ def test_correlations_equal_scipy(scored: tuple[np.ndarray, np.ndarray]) -> None
 
 @pytest.mark.parametrize("correlation", [evaluation.pearson, evaluation.spearman])
 def test_correlations_refuse_nan_and_constants(correlation) -> None:
-    with pytest.raises(ValueError, match="b is not finite at 1 of 2"):
+    with pytest.raises(ValueError, match="b: NaN or infinite at 1 of 2"):
         correlation([0.0, 1.0], [0.0, np.nan])
     with pytest.raises(ValueError, match="a is constant"):
         correlation([1.0, 1.0], [0.0, 2.0])
@@ -97,7 +97,7 @@ def test_bootstrap_resamples_rows_jointly_and_repeats_with_its_seed(scored) -> N
 
 
 def test_bootstrap_redraws_resamples_of_one_class_and_says_when_it_cannot() -> None:
-    interval = evaluation.auroc_interval([0.0, 1.0, 2.0, 3.0], [0, 0, 1, 1])
+    interval = evaluation.auroc_interval([0.0, 1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1, 1])
     assert (interval.low, interval.high) == (1.0, 1.0)
     with pytest.raises(ValueError, match="undefined on more than half"):
         evaluation.bootstrap_interval(_defined_only_in_order, np.arange(20))
@@ -113,7 +113,7 @@ def test_wilson_interval_has_the_published_value() -> None:
     interval = evaluation.wilson_interval(0, 10)  # upper end z²/(n + z²)
     assert interval.low == 0.0
     assert interval.high == pytest.approx(1.959964**2 / (10 + 1.959964**2), abs=1e-6)
-    with pytest.raises(ValueError, match="5 of 3"):
+    with pytest.raises(ValueError, match="successes: 5 given"):
         evaluation.wilson_interval(5, 3)
 
 
@@ -128,9 +128,9 @@ def test_out_of_fold_scores_find_signal_and_do_not_leak() -> None:
 
 
 def test_out_of_fold_scores_refuse_what_they_cannot_fit() -> None:
-    with pytest.raises(ValueError, match="5 folds need"):
+    with pytest.raises(ValueError, match="3 right and 17 wrong answers given, of each as many as the 5 folds"):
         evaluation.out_of_fold_scores(np.arange(20.0)[:, None], [True] * 17 + [False] * 3)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="features: NaN or infinite"):
         evaluation.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)
 
 
@@ -149,7 +149,10 @@ def test_likelihood_ratio_finds_what_is_added_and_only_that() -> None:
     statistic, p_value = evaluation.likelihood_ratio_test(base, extra, wrong)
     assert p_value < 1e-6
     assert p_value == pytest.approx(stats.chi2.sf(statistic, 1))
-    assert evaluation.likelihood_ratio_test(np.hstack([base, extra]), base + 2 * extra, wrong)[0] < 1e-3
+    twice = evaluation.likelihood_ratio_test(base, np.hstack([extra, 3 * extra - base]), wrong)
+    assert twice == pytest.approx((statistic, p_value)), "a combination adds no degree of freedom"
+    with pytest.raises(evaluation.UndefinedStatisticError, match="extra: constant, or the same as base"):
+        evaluation.likelihood_ratio_test(np.hstack([base, extra]), base + 2 * extra, wrong)
     with pytest.raises(ValueError, match="right and wrong"):
         evaluation.likelihood_ratio_test(base, extra, np.ones(400))
 

@@ -134,8 +134,8 @@ def plan_after(project: Path) -> dict[str, str]:
 
 
 def test_a_parameter_of_the_analysis_runs_just_its_notebook_and_the_plan_says_why(project):
-    write_profile(project, n_resamples=7)
-    assert plan_after(project) == {"Running notebooks/04_llm_qa.ipynb": "changed n_resamples: 300 -> 7"}
+    write_profile(project, n_resamples=70)
+    assert plan_after(project) == {"Running notebooks/04_llm_qa.ipynb": "changed n_resamples: 300 -> 70"}
     assert jobs(run(project).stdout).keys() == {"Running notebooks/04_llm_qa.ipynb", "Joining results"}
     assert plan_after(project) == {}
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from isouq import covariance
+from isouq import checks, covariance
 from isouq.covariance import Covariance, SingularCovarianceError
 from isouq.distortion import distortion, grid_shifts, nearness, overlap, structure
 from isouq.evaluation import spearman
@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 
 # Where proxy data come from. Only the first was seen in training; each next one is farther from it.
 SOURCES = ("training", "unseen", "shifted", "other problem", "noise")
+MATRICES = ("isotropic", "empirical_fisher", "empirical_fisher_diagonal", "fisher", "hessian")
+LABELS = ("true", "shuffled", "model")
 UNLABELLED = ("other problem", "noise")  # inputs for which this problem has no true label
 PARTNER = {
     "binary_rings": "multiclass_spirals",
@@ -47,6 +49,11 @@ class Recipe:
     matrix: str
     source: str = "training"
     labels: str = "none"
+
+    def __post_init__(self) -> None:
+        checks.one_of("matrix", self.matrix, MATRICES)
+        checks.one_of("source", self.source, SOURCES)
+        checks.one_of("labels", self.labels, LABELS if self.matrix.startswith("empirical") else ("none",))
 
 
 RECIPES = (
@@ -94,16 +101,19 @@ def solve(problem: Problem, settings: Settings, folder: str | Path | None = None
 def proxies(problem: Problem, source: str, n: int) -> tuple[Array, NDArray[np.int64] | None]:
     """Inputs (example, 2) from `source` with their true labels (example,), None where the problem has none for them.
 
-    Raises ValueError for an unknown source, and for more training examples than there are.
+    Raises ValueError for an unknown source, for more training examples than there are, and for a problem without a
+    PARTNER.
     """
-    problems.one_of("source", source, SOURCES)
-    if not n >= 1 or (source == "training" and n > len(problem.inputs)):
-        raise ValueError(f"n: {n} proxies given, 1 to {len(problem.inputs)} of training data wanted")
+    checks.one_of("source", source, SOURCES)
+    checks.count("n", n, 1, len(problem.inputs) if source == "training" else 10**6)
     if source == "training":
         return problem.inputs[:n], problem.targets[:n]
     if source == "noise":
         return np.random.default_rng([problem.seed, 1]).uniform(*problem.limits, (n, 2)), None
-    name = PARTNER[problem.name] if source == "other problem" else problem.name
+    name = problem.name
+    if source == "other problem":
+        checks.one_of("problem", name, PARTNER)
+        name = PARTNER[name]
     fresh = problems.make(name, seed=10_000 + problem.seed, n_examples=max(n, 3))
     inputs, targets = fresh.inputs[:n], fresh.targets[:n]
     if source == "other problem":
@@ -121,8 +131,10 @@ def outputs(network: Network, theta: torch.Tensor, inputs: torch.Tensor) -> torc
 
 
 def jacobian(problem: Problem, theta: Array, inputs: Array) -> tuple[Array, Array]:
-    """∂logits/∂θ (example, class, param) and the logits (example, class) of the problem's network."""
-    at, x = torch.tensor(theta), torch.tensor(inputs)
+    """∂logits/∂θ (example, class, param) and the logits (example, class) of the problem's network; no regression's."""
+    checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
+    x = torch.tensor(checks.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs))
+    at = torch.tensor(problem.model.parameters(theta))
 
     def one(theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return outputs(problem.model.network, theta, x)
@@ -155,12 +167,7 @@ def _labels(whose: str, true: NDArray | None, logits: Array, rng: np.random.Gene
 
 
 def compare(
-    case: Case,
-    recipe: Recipe,
-    *,
-    n: int | None = None,
-    damping: float = 1.0,
-    n_permutations: int = 199,
+    case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
 ) -> dict[str, object] | None:
     """How Σ from one recipe does against MCMC: a row of the study's table, or None where it is no covariance.
 
@@ -179,19 +186,9 @@ def compare(
     shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
     found = structure(bent.field, near, shifts)
     return {
-        "problem": case.problem.name,
-        "seed": case.problem.seed,
-        "matrix": recipe.matrix,
-        "source": recipe.source,
-        "labels": recipe.labels,
-        "n": n,
-        "damping": damping,
-        "spearman": spearman(form, case.variance),
-        "spread": bent.spread,
-        "explained": found.explained,
-        "by_chance": found.by_chance,
-        "beyond_chance": found.beyond_chance,
-        "p_value": found.p_value,
+        **{"problem": case.problem.name, "seed": case.problem.seed, **vars(recipe), "n": n, "damping": damping},
+        **{"spearman": spearman(form, case.variance), "spread": bent.spread},
+        **{name: getattr(found, name) for name in ("explained", "by_chance", "beyond_chance", "p_value")},
     }
 
 
@@ -218,8 +215,8 @@ def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[
     flat = table[table["matrix"] == "isotropic"].drop_duplicates(same).set_index(same)[list(columns)]
     rows = []
     for key, some in table[table["matrix"] != "isotropic"].groupby(list(by), sort=False):
-        found = interval(some.set_index(same)[list(columns)] - flat)
-        rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(some)} | found)
+        gained = (some.set_index(same)[list(columns)] - flat).dropna()  # not one without isotropy beside it
+        rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(gained)} | interval(gained))
     return pd.DataFrame(rows)
 
 

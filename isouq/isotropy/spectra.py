@@ -17,7 +17,7 @@ from scipy import integrate
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from isouq import covariance
+from isouq import checks, covariance
 from isouq.isotropy.networks import jacobian, outputs
 from isouq.synthetic import point, problems
 from isouq.synthetic.problems import Problem
@@ -33,6 +33,7 @@ def train(problem: Problem, *, target_loss: float = TARGET_LOSS, step_size: floa
     Not the MAP: under a Gaussian prior a wide network's mode puts every hidden unit at zero, which no training does.
     Raises ValueError when the target is not reached.
     """
+    checks.number("target_loss", target_loss), checks.number("step_size", step_size, 0.0)
     scales = torch.tensor(problem.model.scales())
     start = np.random.default_rng([problem.seed, 7]).normal(size=len(scales))
     z = torch.tensor(start, requires_grad=True)
@@ -52,6 +53,7 @@ class _InPriorUnits(nn.Module):
 
     def __init__(self, problem: Problem, z: ArrayLike) -> None:
         super().__init__()
+        checks.one_of("problem", problem.model.kind, ("binary", "multiclass"))
         self.network = problem.model.network
         self.scales = torch.tensor(problem.model.scales())
         self.z = nn.Parameter(torch.as_tensor(z))
@@ -62,7 +64,7 @@ class _InPriorUnits(nn.Module):
 
 
 def _loss(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The summed negative log-likelihood in nats as a function of z."""
+    """The summed negative log-likelihood in nats as a function of z. Raises ValueError for a regression."""
     model = _InPriorUnits(problem, np.zeros(len(problem.model.scales())))
     inputs, targets = torch.tensor(problem.inputs), torch.tensor(problem.targets)
 
@@ -98,6 +100,7 @@ class Spectrum:
 
 def spectrum(problem: Problem, *, largest_dense: int = 5000) -> Spectrum:
     """Train, then look: GGN and shares exactly at any width (by products), the Hessian whole up to `largest_dense`."""
+    checks.count("largest_dense", largest_dense, 0)
     theta, scales, n = train(problem), problem.model.scales(), len(problem.inputs)
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta)) * scales
     jac, logits = jacobian(problem, theta, problem.inputs)
@@ -131,7 +134,7 @@ def widths(problem_name: str, seeds: Sequence[int], sizes: Sequence[int], **opti
 
 def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
     """The Hessian of the summed negative log-likelihood in z (param, param)."""
-    gradient = torch.func.grad(_loss(problem))
+    gradient, theta = torch.func.grad(_loss(problem)), problem.model.parameters(theta)
     rows = torch.func.jacrev(gradient, chunk_size=64)  # all rows at once would take gigabytes
     return rows(torch.tensor(theta / problem.model.scales())).numpy()
 
@@ -139,7 +142,7 @@ def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
 def _operator(problem: Problem, theta: Array) -> Any:
     from curvlinops import HessianLinearOperator  # of the extra `peers`; only large networks need it
 
-    model = _InPriorUnits(problem, theta / problem.model.scales())
+    model = _InPriorUnits(problem, problem.model.parameters(theta) / problem.model.scales())
     targets = torch.tensor(problem.targets)
     loss: nn.Module = nn.CrossEntropyLoss(reduction="sum")
     if problem.model.kind == "binary":
@@ -149,7 +152,7 @@ def _operator(problem: Problem, theta: Array) -> Any:
 
 def count_outliers(problem: Problem, theta: Array, *, start: int = 16) -> int:
     """How many eigenvalues of the Hessian exceed 1 in size, by Lanczos, for networks whose Hessian does not fit."""
-    operator, k = _operator(problem, theta).to_scipy(), start
+    operator, k = _operator(problem, theta).to_scipy(), checks.count("start", start)
     while k < operator.shape[0] - 1:
         values = eigsh(operator, k=k, which="LM", return_eigenvectors=False, tol=1e-3, v0=np.ones(operator.shape[0]))
         if np.abs(values).min() <= 1:
@@ -162,6 +165,7 @@ def lanczos_density(problem: Problem, theta: Array, *, n_steps: int = 64, n_repe
     """The Hessian's spectral density by stochastic Lanczos quadrature (curvlinops; Papyan 2020): (grid, density)."""
     from curvlinops import lanczos_approximate_spectrum
 
+    checks.count("n_steps", n_steps), checks.count("n_repeats", n_repeats)
     operator = _operator(problem, theta)
     options = {"k": 1, "return_eigenvectors": False, "tol": 1e-3, "v0": np.ones(operator.shape[0])}
     ends = tuple(float(eigsh(operator.to_scipy(), which=which, **options)[0]) for which in ("SA", "LA"))
@@ -173,10 +177,10 @@ def lanczos_density(problem: Problem, theta: Array, *, n_steps: int = 64, n_repe
 
 def effective_rank(eigenvalues: ArrayLike) -> float:
     """(Σe)²/Σe², the participation ratio: k where k eigenvalues are equal and the rest zero."""
-    values = np.asarray(eigenvalues, dtype=np.float64)
-    if not len(values) or not np.isfinite(values).all() or not (values >= 0).all() or not values.any():
-        raise ValueError("eigenvalues: finite numbers of at least 0, not all 0, wanted")
-    return float(values.sum() ** 2 / np.square(values).sum())
+    values = checks.numbers("eigenvalues", eigenvalues)
+    if not ((values >= 0).all() and values.any()):
+        raise ValueError(f"eigenvalues: {values.min():g} to {values.max():g} given, at least 0 and not all 0 wanted")
+    return checks.number("eigenvalues: their rank", values.sum() ** 2 / np.square(values).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +213,8 @@ def marchenko_pastur(eigenvalues: ArrayLike) -> MarchenkoPastur:
 
     For n ≤ d. Raises ValueError for fewer than 10 eigenvalues, or for a spread that no n ≤ d explains.
     """
-    values = np.sort(np.asarray(eigenvalues, dtype=np.float64))
-    effective_rank(values)
-    bulk = values
+    effective_rank(eigenvalues)
+    bulk = values = np.sort(checks.numbers("eigenvalues", eigenvalues))
     for _ in range(len(values)):
         if len(bulk) < 10:
             raise ValueError(f"eigenvalues: {len(bulk)} of {len(values)} left below the edge, at least 10 wanted")

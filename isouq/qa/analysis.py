@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
-from isouq import evaluation
-from isouq.evaluation import Interval
+from isouq import checks, evaluation
+from isouq.evaluation import Interval, UndefinedStatisticError
 from isouq.provenance import Result
 
 HEADLINE = "sequence"
@@ -28,41 +29,41 @@ NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its offic
 N_BINS = 4  # quantile bins of probability and of length
 
 # The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
-PAPER_TABLE_2 = {
-    "triviaqa": {
-        "p_true": (0.69, 0.06),
-        "semantic_entropy": (0.55, 0.03),
-        "naive_entropy": (0.52, 0.04),
-        "aleatoric": (0.60, 0.04),
-        "epistemic": (0.52, 0.07),
-        "combined": (0.61, 0.05),
-    },
-    "truthfulqa": {
-        "p_true": (0.55, 0.06),
-        "semantic_entropy": (0.54, 0.08),
-        "naive_entropy": (0.51, 0.08),
-        "aleatoric": (0.60, 0.09),
-        "epistemic": (0.55, 0.07),
-        "combined": (0.63, 0.08),
-    },
+_METHODS = ("p_true", "semantic_entropy", "naive_entropy", "aleatoric", "epistemic", "combined")
+_MEANS_AND_STDS = {
+    "triviaqa": ((0.69, 0.06), (0.55, 0.03), (0.52, 0.04), (0.60, 0.04), (0.52, 0.07), (0.61, 0.05)),
+    "truthfulqa": ((0.55, 0.06), (0.54, 0.08), (0.51, 0.08), (0.60, 0.09), (0.55, 0.07), (0.63, 0.08)),
 }
+PAPER_TABLE_2 = {name: dict(zip(_METHODS, numbers, strict=True)) for name, numbers in _MEANS_AND_STDS.items()}
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """How intervals and fits are made: bootstrap resamples, folds of the logistic regression, seed."""
+    """How intervals and fits are made: bootstrap resamples, folds of the logistic regression, seed.
+
+    Raises ValueError for fewer resamples than a 95 % interval takes, and for more folds than
+    `evaluation.MIN_PER_CLASS`, which could not all have right and wrong answers.
+    """
 
     n_resamples: int = evaluation.N_RESAMPLES
     n_folds: int = 5
     seed: int = 0
 
-    def interval(self, statistic: Any, *columns: Any) -> Interval:
-        """Return `statistic(*columns)` with its percentile bootstrap interval over questions."""
-        return evaluation.bootstrap_interval(statistic, *columns, n_resamples=self.n_resamples, seed=self.seed)
+    def __post_init__(self) -> None:
+        checks.count("n_resamples", self.n_resamples, 40), checks.seed("seed", self.seed)
+        checks.count("n_folds", self.n_folds, 2, evaluation.MIN_PER_CLASS)
+
+    def interval(self, statistic: Any, *columns: Any) -> Interval | None:
+        """Return `statistic(*columns)` with its percentile bootstrap interval over questions, None if undefined."""
+        try:
+            return evaluation.bootstrap_interval(statistic, *columns, n_resamples=self.n_resamples, seed=self.seed)
+        except UndefinedStatisticError:
+            return None
 
 
 def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
     """Return the rows that this aggregation scored: no empty answers, and for token_mean those it was asked."""
+    checks.one_of("aggregation", aggregation, AGGREGATIONS)
     return table[table[f"log_epistemic_{aggregation}"].notna()]
 
 
@@ -73,11 +74,12 @@ def score_columns(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> 
     the controls, which have no aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient (log
     G), length (L).
     """
+    checks.one_of("aggregation", aggregation, AGGREGATIONS)
     features = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
     scores = dict(zip(("aleatoric", "epistemic"), features.T, strict=True))
     for name, used in (("aleatoric_fitted", [0]), ("epistemic_fitted", [1]), ("combined", [0, 1])):
         scores[name] = evaluation.out_of_fold_scores(
-            features[:, used], table["wrong"], n_folds=analysis.n_folds, seed=analysis.seed
+            features[:, used], table["wrong"].to_numpy(), n_folds=analysis.n_folds, seed=analysis.seed
         )
     if aggregation == HEADLINE:
         scores |= {
@@ -101,7 +103,7 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         used = scored(table, aggregation)
         if used.empty:  # token_mean, when it was asked of no question
             continue
-        wrong = used["wrong"].to_numpy(bool)
+        wrong = checks.labels("wrong", used["wrong"])
         row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
         if not evaluation.enough_of_both(wrong):
             row["note"] = f"too few: {(~wrong).sum()} right, {wrong.sum()} wrong"
@@ -109,12 +111,9 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
             rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
             continue
         for name, score in score_columns(used, aggregation, analysis).items():
-            found = analysis.interval(evaluation.auroc, score, wrong)
-            gain = analysis.interval(_auroc_gain, score, used["likelihood"], wrong)
-            rows.append(
-                {"method": name, **row, "value": found.value, "low": found.low, "high": found.high}
-                | dict(zip(_GAIN, (gain.value, gain.low, gain.high), strict=True))
-            )
+            found = _columns(analysis.interval(evaluation.auroc, score, wrong), len(used))
+            gain = _columns(analysis.interval(_auroc_gain, score, used["likelihood"], wrong), len(used))
+            rows.append({"method": name, **row, **found} | dict(zip(_GAIN, gain.values(), strict=False)))
     return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", "value", "low", "high", *_GAIN])
 
 
@@ -130,33 +129,34 @@ def within_bins(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
 
     Bins are quartiles of log p and of L, fixed once on all answers; the value counts only pairs inside a
     bin. Columns: method, within (probability or length), value, low, high, n; NaN when too few are right or
-    wrong.
+    wrong, or when no bin holds both.
     """
     used = scored(table)
-    wrong = used["wrong"].to_numpy(bool)
-    absent = {"value": np.nan, "low": np.nan, "high": np.nan, "n": len(used)}
+    wrong = checks.labels("wrong", used["wrong"], least=0)
     enough = evaluation.enough_of_both(wrong)
     rows = []
     for within, column in (("probability", "log_prob"), ("length", "n_tokens")):
-        bins = quantile_bins(used[column], N_BINS)
         for method, score in WITHIN.items():
-            columns = (used[score], wrong, bins)
-            found = _columns(analysis.interval(evaluation.stratified_auroc, *columns)) if enough else absent
-            rows.append({"method": method, "within": within, **found})
+            found = None
+            if enough:
+                bins = quantile_bins(used[column], N_BINS)
+                found = analysis.interval(evaluation.stratified_auroc, used[score], wrong, bins)
+            rows.append({"method": method, "within": within, **_columns(found, len(used))})
     return pd.DataFrame(rows)
 
 
-def quantile_bins(column: pd.Series, n_bins: int) -> np.ndarray:
+def quantile_bins(column: ArrayLike, n_bins: int) -> np.ndarray:
     """Return each row's quantile bin, 0 the lowest; equal values share a bin, so there may be fewer."""
-    edges = np.unique(np.quantile(column, np.linspace(0, 1, n_bins + 1)[1:-1]))
-    return np.searchsorted(edges, column, side="right")
+    values = checks.numbers("column", column)
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, checks.count("n_bins", n_bins) + 1)[1:-1]))
+    return np.searchsorted(edges, values, side="right")
 
 
 def added_signal(table: pd.DataFrame) -> pd.DataFrame:
     """Return the likelihood-ratio test of log U_E beside log p and log L, for each aggregation.
 
     Columns: aggregation, statistic (χ², one degree of freedom), p_value, n; no row when too few are right
-    or wrong.
+    or wrong, or when U_E says nothing that the others do not say too.
     """
     rows = []
     for aggregation in AGGREGATIONS:
@@ -166,27 +166,32 @@ def added_signal(table: pd.DataFrame) -> pd.DataFrame:
         log_p = np.log(used["probability_token_mean"]) if aggregation == "token_mean" else used["log_prob"]
         log_p = log_p / used["n_tokens"] if aggregation == "geometric" else log_p
         base = np.column_stack([log_p, np.log(used["n_tokens"])])
-        statistic, p_value = evaluation.likelihood_ratio_test(
-            base, used[[f"log_epistemic_{aggregation}"]], used["wrong"]
-        )
+        try:
+            extra = used[[f"log_epistemic_{aggregation}"]]
+            statistic, p_value = evaluation.likelihood_ratio_test(base, extra, used["wrong"])
+        except UndefinedStatisticError:
+            continue
         rows.append({"aggregation": aggregation, "statistic": statistic, "p_value": p_value, "n": len(used)})
     return pd.DataFrame(rows)
 
 
-def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval]:
-    """Return how far U_E and G follow p (Spearman's ρ with log p), and the share of answers with p < ½."""
+def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | None]:
+    """Return how far U_E and G follow p (Spearman's ρ with log p), and the share of answers with p < ½.
+
+    None for what is not defined: for fewer than five answers, for scores that are all the same.
+    """
     used = scored(table)
     log_p = used["log_prob"]
     return {
         "epistemic": analysis.interval(evaluation.spearman, used["log_epistemic_sequence"], log_p),
         "log_gradient": analysis.interval(evaluation.spearman, used["log_gradient"], log_p),
-        "below_half": evaluation.wilson_interval(int((log_p < np.log(0.5)).sum()), len(used)),
+        "below_half": evaluation.wilson_interval(int((log_p < np.log(0.5)).sum()), len(used)) if len(used) else None,
     }
 
 
 def accuracy(table: pd.DataFrame, column: str = "right") -> Interval:
     """Return the share of right answers with Wilson's 95 % interval."""
-    return evaluation.wilson_interval(int(table[column].sum()), len(table))
+    return evaluation.wilson_interval(int(checks.labels(column, table[column]).sum()), len(table))
 
 
 def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
@@ -207,24 +212,20 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
         key = f"{prefix}.{row['method'].removesuffix('_fitted')}{suffix}"
         key += "_fitted" if row["method"].endswith("_fitted") else ""
         claim = {"truthfulqa_choose": "C6", "triviaqa": "C7"}.get(subject.split(".")[-1])
-        results[f"{key}.auroc"] = Result(
-            **{name: row[name] for name in ("value", "low", "high", "n")}, claim=claim, note=_INTERVAL
-        )
-        value, low, high = (row[name] for name in _GAIN)
+        results[f"{key}.auroc"] = _of_row(row, claim=claim)
         if row["method"] != "likelihood":
-            results[f"{key}.auroc_gain"] = Result(
-                value=value, low=low, high=high, n=row["n"], note="paired with likelihood"
-            )
+            gain = dict(zip(("value", "low", "high"), (row[name] for name in _GAIN), strict=True))
+            results[f"{key}.auroc_gain"] = Result(**gain, n=row["n"], note="paired with likelihood")
     for row in within_bins(table, analysis).dropna(subset=["value"]).to_dict("records"):
-        key = f"{prefix}.{row['method']}.auroc_within_{row['within']}"
-        results[key] = Result(**{name: row[name] for name in ("value", "low", "high", "n")}, note=_INTERVAL)
+        results[f"{prefix}.{row['method']}.auroc_within_{row['within']}"] = _of_row(row)
     for row in added_signal(table).to_dict("records"):
         key = f"{prefix}.epistemic_{row['aggregation']}.added_signal_p_value"
         results[key] = Result(value=row["p_value"], n=row["n"], note="likelihood-ratio test given log p and log L")
     found = agreement(table, analysis)
-    results[f"{prefix}.below_half.share"] = _result(found["below_half"], note="Wilson")
-    for method in ("epistemic", "log_gradient"):
-        results[f"{prefix}.{method}.spearman_with_log_prob"] = _result(found[method], note=_INTERVAL)
+    for method, interval in found.items():
+        key, note = ("share", "Wilson") if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
+        if interval is not None:
+            results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
     return results
 
 
@@ -235,20 +236,24 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     results = {f"{prefix}.no_comment.share": _result(share, note="Wilson")}
     aurocs = auroc_table(committed, analysis)
     for row in aurocs[aurocs["aggregation"] == HEADLINE].dropna(subset=["value"]).to_dict("records"):
-        key = f"{prefix}.{row['method']}_committed.auroc"
-        results[key] = Result(**{name: row[name] for name in ("value", "low", "high", "n")}, note=_INTERVAL)
+        results[f"{prefix}.{row['method']}_committed.auroc"] = _of_row(row)
     return results
 
 
 _INTERVAL = "95 % percentile bootstrap over questions"
 
 
-def _columns(interval: Interval) -> dict[str, Any]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
+    value, low, high = (interval.value, interval.low, interval.high) if interval else (np.nan, np.nan, np.nan)
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
 def _result(interval: Interval, *, note: str) -> Result:
-    return Result(**_columns(interval), note=note)
+    return Result(**_columns(interval, interval.n), note=note)
+
+
+def _of_row(row: Mapping[Any, Any], claim: str | None = None) -> Result:
+    return Result(**{name: row[name] for name in ("value", "low", "high", "n")}, claim=claim, note=_INTERVAL)
 
 
 def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
@@ -268,6 +273,9 @@ def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.Data
     `column`: "value", with the paper's Table 2 beside it at the headline's rows (what its p(y|x) is, we do not
     know), or "versus_likelihood". Where right or wrong answers are too few the text says how many there are.
     """
+    checks.one_of("column", column, ("value", "versus_likelihood"))
+    if not found:
+        raise ValueError("found: no table given, at least one wanted")
     columns = {}
     for data_set, aurocs in found.items():
         rows = aurocs.set_index(["aggregation", "method"])

@@ -18,9 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 from tqdm import tqdm
 
+from isouq import checks
 from isouq.evaluation import Interval, UndefinedStatisticError, pearson, spearman
 from isouq.synthetic import cache, point, posterior, problems
 from isouq.synthetic.posterior import Posterior, Reference, Settings
@@ -49,7 +51,8 @@ class Job:
 
     def make(self) -> Problem:
         """Make the problem. Raises ValueError for what is unknown or impossible, before anything is sampled."""
-        problems.one_of("problem", self.problem, problems.SPECS)
+        checks.one_of("problem", self.problem, problems.SPECS)
+        checks.count("n_starts", self.n_starts)
         model = problems.SPECS[self.problem].model
         network = replace(model.network, **self._given("width", "depth", "activation"))
         model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
@@ -118,7 +121,8 @@ def analyse(job: Job, folder: str | Path | None = None) -> Case:
 
 def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> dict[str, float | None]:
     """Return Pearson's r and Spearman's ρ over the points `where`; None where one side is constant."""
-    where = np.ones(len(a), dtype=bool) if where is None else where
+    where = np.ones(np.shape(a), dtype=bool) if where is None else checks.labels("where", where)
+    checks.same_rows(a=a, b=b, where=where)
     found: dict[str, float | None] = {}
     for name, statistic in (("pearson", pearson), ("spearman", spearman)):
         try:
@@ -239,7 +243,7 @@ def run_all(
     """
     found = [find(job, [folder, *also]) for job in jobs]
     missing = [i for i, one in enumerate(found) if one is None]
-    n_workers = min(n_workers, len(missing))
+    n_workers = min(checks.count("n_workers", n_workers), len(missing))
     if n_workers < 2:
         for i in tqdm(missing, desc="posteriors", mininterval=5, disable=not missing):
             found[i] = run(jobs[i], folder, draws)
@@ -264,31 +268,38 @@ def keep_compiled(folder: str | Path | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two."""
-    n = len(values)
+def mean_interval(values: ArrayLike) -> Interval | None:
+    """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
+
+    Raises ValueError for values that are no correlations.
+    """
+    n = len(found := checks.numbers("values", values, least=0))
+    for value in found:
+        checks.number("values", value, -1 - 1e-9, 1 + 1e-9)
     if n < 2:
         return None
-    mean = float(np.mean(values))
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    mean = float(np.mean(found))
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(found, ddof=1) / np.sqrt(n))
     return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
 
 
-def trend(doublings: np.ndarray, values: np.ndarray, group: np.ndarray, *, seed: int = 0) -> Interval:
+def trend(doublings: ArrayLike, values: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Interval:
     """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
 
     A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only
     changes with size within the same data count. Raises ValueError for fewer than two groups of two sizes.
     """
-    parts = []
-    for name in np.unique(group):
-        x, y = doublings[group == name], values[group == name]
+    checks.same_rows(doublings=doublings, values=values, group=group)
+    doublings, values = checks.numbers("doublings", doublings), checks.numbers("values", values)
+    codes, parts = checks.groups("group", group), []
+    for code in np.unique(codes):
+        x, y = doublings[codes == code], values[codes == code]
         if np.ptp(x) > 0:  # one size alone says nothing of a trend
             parts.append((np.sum((x - x.mean()) * (y - y.mean())), np.sum(np.square(x - x.mean()))))
     if len(parts) < 2:
-        raise ValueError(f"group has {len(parts)} value(s) with more than one size; wanted at least 2")
+        raise ValueError(f"group: {len(parts)} with more than one size given, at least 2 wanted")
     sums = np.array(parts)
-    rows = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
+    rows = np.random.default_rng(checks.seed("seed", seed)).integers(0, len(sums), (2000, len(sums)))
     again = sums[rows].sum(axis=1)
     low, high = np.quantile(again[:, 0] / again[:, 1], [0.025, 0.975])
     slope = sums[:, 0].sum() / sums[:, 1].sum()

@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     section: Any = profiles.load(given.profile).parameters("03_mcmc")
     store = Path(section.store_dir)
-    options: dict[str, Any] = {"n_workers": given.workers or section.n_workers, "compiled": store / "jax"}
+    n_workers = section.n_workers if given.workers is None else given.workers
+    options: dict[str, Any] = {"n_workers": n_workers, "compiled": store / "jax"}
     found: dict[Job, dict[str, Any]] = {}  # Table 1 and the data sizes share jobs
     # What a stopped study cannot do without comes first: Table 1, then sizes, each seed by seed. Only the draws of
     # Table 1 are kept, for its figures.

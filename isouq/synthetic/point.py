@@ -10,6 +10,7 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
+from isouq import checks
 from isouq.synthetic.problems import Model, Problem, float64
 
 
@@ -42,10 +43,8 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
     Raises ValueError for fewer than one start or one step.
     """
-    for name, count in (("n_starts", n_starts), ("max_steps", max_steps)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}; wanted at least 1")
-    model, rng = problem.model, np.random.default_rng(seed)
+    checks.count("n_starts", n_starts), checks.count("max_steps", max_steps)
+    model, rng = problem.model, np.random.default_rng(checks.seed("seed", seed))
     given = tuple(map(jnp.asarray, (model.scales(), problem.inputs, problem.targets)))
 
     def objective(z):
@@ -70,7 +69,7 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
 @float64
 def predicted_classes(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Return the class (point,) that the estimates are about: the predicted one; 0 unless multiclass."""
-    return np.asarray(problem.model.predict(theta, problem.grid).argmax(axis=1))
+    return np.asarray(problem.model.predict(problem.model.parameters(theta), problem.grid).argmax(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -85,12 +84,14 @@ def _gradients(model: Model, theta, inputs, classes):
 @float64
 def gradients(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """g = ∇θ p(y_c|x, θ) at every grid point: (point, param)."""
+    theta, classes = problem.model.parameters(theta), problem.classes(classes)
     return np.asarray(_gradients(problem.model.unscaled(), theta, problem.grid, classes))
 
 
 @float64
 def probabilities(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """p(y_c|x, θ) of the class given (or the mean) at every grid point: (point,)."""
+    theta, classes = problem.model.parameters(theta), problem.classes(classes)
     return np.asarray(problem.model.quantity(theta, jnp.asarray(problem.grid), classes))
 
 
@@ -102,7 +103,7 @@ def _hessian(model: Model, theta, inputs, targets):
 @float64
 def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Hessian of the energy (param, param): of the negative log likelihood plus the prior's precision."""
-    model = problem.model
+    model, theta = problem.model, problem.model.parameters(theta)
     likelihood = np.asarray(_hessian(model.unscaled(), theta, problem.inputs, problem.targets))
     return likelihood + np.diag(model.scales() ** -2.0)
 
@@ -113,7 +114,7 @@ def ggn(problem: Problem, theta: np.ndarray) -> np.ndarray:
 
     Λ is the Hessian of the negative log likelihood in the outputs: p(1−p), diag(p) − ppᵀ, or 1/noise².
     """
-    model = problem.model
+    model, theta = problem.model, problem.model.parameters(theta)
     J = np.asarray(jax.jacrev(model.network)(theta, jnp.asarray(problem.inputs)))
     if model.kind == "regression":
         curvature = np.broadcast_to(1 / model.noise**2, (len(J), 1, 1))
@@ -125,6 +126,8 @@ def ggn(problem: Problem, theta: np.ndarray) -> np.ndarray:
 
 def quadratic_form(g: np.ndarray, precision: np.ndarray) -> np.ndarray | None:
     """gᵀ P⁻¹ g (point,) for g (point, param), or None when P (param, param) is not positive definite."""
+    precision = checks.symmetric("precision", precision)
+    g = checks.numbers("g", g, 2, width=len(precision))
     try:
         factor = scipy.linalg.cho_factor(precision, lower=True)
     except np.linalg.LinAlgError:
@@ -165,7 +168,7 @@ def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:
     network = model.network
     activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[network.activation]
     modules: list[torch.nn.Module] = []
-    for weight, bias in network.layers(np.asarray(theta)):
+    for weight, bias in network.layers(model.parameters(theta)):
         linear = torch.nn.Linear(weight.shape[0], weight.shape[1], dtype=torch.float64)
         linear.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
         modules += [linear, activation()]
@@ -177,12 +180,10 @@ def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
 
     Raises ValueError unless the network has a hidden layer of ReLU units and `factor` is above 0.
     """
-    network = model.network
-    if network.activation != "relu" or network.depth < 1 or not factor > 0:
-        raise ValueError(
-            f"a {network.activation} network of depth {network.depth} and factor {factor}; wanted a hidden layer "
-            "of relu units and a factor above 0"
-        )
+    network, theta, factor = model.network, model.parameters(theta), checks.number("factor", factor, 0.0)
+    if network.activation != "relu" or network.depth < 1:
+        given = f"a {network.activation} network of depth {network.depth} given"
+        raise ValueError(f"model: {given}, a hidden layer of relu units wanted")
     (fan_in, width), (_, fan_out) = network.shapes[:2]
     first, second = (fan_in + 1) * width, width * fan_out
     scale = np.ones(len(theta))

@@ -16,7 +16,8 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer.hmc import hmc
 from scipy.stats import norm, rankdata
 
-from isouq.synthetic.problems import Model, Problem, float64, one_of
+from isouq import checks
+from isouq.synthetic.problems import Model, Problem, float64
 
 MAX_RHAT = 1.01  # Vehtari et al. (2021)
 MIN_ESS = 400
@@ -39,12 +40,13 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        one_of("sampler", self.sampler, ("nuts", "hmc"))
+        checks.one_of("sampler", self.sampler, ("nuts", "hmc"))
         for name, least in (("n_chains", 4), ("n_warmup", 1), ("n_draws", 4), ("max_tree_depth", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least {least}")
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"target_accept is {self.target_accept}; wanted a number between 0 and 1")
+            checks.count(name, getattr(self, name), least)
+        checks.number("target_accept", self.target_accept, 0.0, 1.0)
+        checks.number("trajectory_length", self.trajectory_length, 0.0)
+        checks.number("step_size", 1.0 if self.step_size is None else self.step_size, 0.0)
+        checks.number("memory_gb", self.memory_gb, 0.0, or_equal=True), checks.seed("seed", self.seed)
 
     def identity(self) -> dict[str, object]:
         """Return the settings that the draws depend on."""
@@ -56,10 +58,8 @@ class Settings:
         per_draw = model.network.n_parameters + 4 * len(problem.grid) * model.network.n_outputs
         need = 8 * self.n_chains * self.n_draws * per_draw / 1e9
         if need > self.memory_gb:
-            raise ValueError(
-                f"{self.n_chains} chains x {self.n_draws} draws need {need:.2g} GB, over memory_gb = "
-                f"{self.memory_gb:.2g}; wanted fewer draws, a smaller network or a coarser grid"
-            )
+            given = f"{self.n_chains} x {self.n_draws} draws need {need:.2g} GB, over memory_gb = {self.memory_gb:.2g}"
+            raise ValueError(f"{given}; wanted fewer draws, a smaller network or a coarser grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,8 @@ def _predict_all(model: Model, thetas, inputs):
 @float64
 def functions(problem: Problem, draws: np.ndarray) -> np.ndarray:
     """Return p(y|x, θ) (or the mean) of every draw at every grid point: (chain, draw, point, class)."""
+    # NaN may come in: a broken sampler makes it, and the gate is there to see it
+    draws = checks.numbers("draws", draws, 3, width=problem.model.network.n_parameters, finite=None)
     flat = _predict_all(problem.model.unscaled(), draws.reshape(-1, draws.shape[-1]), problem.grid)
     return np.asarray(flat).reshape(*draws.shape[:2], *flat.shape[1:])
 
@@ -212,6 +214,8 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
     """
     rhat, rhat_folded, ess = convergence(values)
+    if divergent.shape != values.shape[:2] or energy.shape != values.shape[:2]:
+        raise ValueError(f"divergent, energy: {divergent.shape}, {energy.shape} given, {values.shape[:2]} wanted")
     return Diagnostics(
         rhat=rhat,
         rhat_folded=rhat_folded,
@@ -227,7 +231,7 @@ def convergence(values: np.ndarray) -> tuple[float, float, float]:
 
     A NaN anywhere makes them NaN, which no gate passes.
     """
-    values = values.reshape(*values.shape[:2], -1)
+    values = checks.numbers("values", values, 4, finite=None).reshape(*values.shape[:2], -1)
     worst = []
     # in blocks, since the Fourier transforms of all points at once would fill the memory
     for block in np.array_split(values, max(1, values.shape[2] // 100), axis=2):
@@ -252,7 +256,7 @@ def reference(posterior: Posterior, classes: np.ndarray) -> Reference:
 
     `classes` (point,): the class whose probability is meant at each grid point (zeros unless multiclass).
     """
-    values = functions(posterior.problem, posterior.draws)
+    values, classes = functions(posterior.problem, posterior.draws), posterior.problem.classes(classes)
     values = np.take_along_axis(values, classes[None, None, :, None], axis=-1)[..., 0]
     within = values.var(axis=1).mean(axis=0)
     between = values.mean(axis=1).var(axis=0)
@@ -283,7 +287,10 @@ def isotropy(draws: np.ndarray, *, n_pairs: int = 2000) -> float:
     another's. These share no chain, so neither the number of draws nor their autocorrelation makes it read low, and P
     may be far larger than the number of draws. `draws`: (chain, draw, param), at least four chains.
     """
-    pairs = len(draws) // 2
+    draws = checks.numbers("draws", draws, 3, least=4)
+    if (draws == draws[0, 0]).all():
+        raise ValueError("draws: all the same, ones with a covariance wanted")
+    pairs, _ = len(draws) // 2, checks.count("n_pairs", n_pairs)
     step = max(1, pairs * draws.shape[1] // n_pairs)
     differences = (draws[:pairs] - draws[pairs : 2 * pairs])[:, ::step] / np.sqrt(2)
     traces = np.square(differences).sum(axis=2).mean(axis=1)

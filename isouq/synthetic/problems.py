@@ -4,7 +4,6 @@ The paper's sample sizes, widths and priors are not known to us. Those in ``SPEC
 made so that NUTS converges in function space; none of them is the paper's.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -14,6 +13,10 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
+
+from isouq import checks
+from isouq.checks import one_of
 
 KINDS = ("binary", "multiclass", "regression")
 ACTIVATIONS: dict[str, Callable] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -31,14 +34,6 @@ def float64(function: Callable) -> Callable:
     return wrapped
 
 
-def one_of(name: str, given: object, allowed) -> None:
-    """Raise ValueError unless `given` is among `allowed`; the message names the nearest allowed value."""
-    if given not in allowed:
-        near = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} is {given!r}; wanted one of {', '.join(allowed)}{hint}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """A fully connected network whose parameters are one flat vector; depth counts the hidden layers."""
@@ -51,8 +46,7 @@ class Network:
 
     def __post_init__(self):
         for name, least in (("n_inputs", 1), ("n_outputs", 1), ("width", 1), ("depth", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted an integer of at least {least}")
+            checks.count(name, getattr(self, name), least)
         one_of("activation", self.activation, ACTIVATIONS)
 
     @property
@@ -102,10 +96,14 @@ class Model:
     def __post_init__(self):
         one_of("kind", self.kind, KINDS)
         one_of("prior_scaling", self.prior_scaling, SCALINGS)
+        if (self.kind == "multiclass") != (self.network.n_outputs > 1):
+            raise ValueError(f"network: {self.network.n_outputs} outputs given; one wanted, several if multiclass")
         for name in ("prior_scale", "noise"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}; wanted a finite number above 0")
+            checks.number(name, getattr(self, name), 1e-100, 1e100)  # their squares divide
+
+    def parameters(self, theta: ArrayLike) -> np.ndarray:
+        """Return θ (param,) as float64. Raises ValueError for another length and for what is not finite."""
+        return checks.numbers("theta", theta, width=self.network.n_parameters)
 
     def scales(self) -> np.ndarray:
         """The prior's standard deviation of every parameter (param,)."""
@@ -150,7 +148,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """One problem with its data (numpy, float64; integer targets for classes) and its evaluation grid."""
+    """One problem with its data (numpy, float64; integer targets for classes) and its evaluation grid.
+
+    Raises ValueError for data that are not finite, fewer than 3 examples, targets other than the model's classes.
+    """
 
     name: str
     seed: int
@@ -159,6 +160,21 @@ class Problem:
     targets: np.ndarray
     grid: np.ndarray
     limits: tuple[float, float]
+
+    def __post_init__(self):
+        network, found = self.model.network, dict[str, np.ndarray]()
+        for name, least in (("inputs", 3), ("grid", 1)):
+            found[name] = checks.numbers(name, getattr(self, name), 2, least=least, width=network.n_inputs)
+        found["targets"] = checks.numbers("targets", self.targets)
+        checks.same_rows(inputs=self.inputs, targets=self.targets)
+        if self.model.kind != "regression":
+            found["targets"] = checks.integers("targets", self.targets, below=max(2, network.n_outputs))
+        checks.seed("seed", self.seed), _limits(self.limits)
+        vars(self).update(found)  # as float64 and int64, whatever was given
+
+    def classes(self, classes: ArrayLike) -> np.ndarray:
+        """Return a class (point,) per grid point. Raises ValueError for one that the model does not have."""
+        return checks.integers("classes", classes, below=self.model.network.n_outputs, length=len(self.grid))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -239,7 +255,7 @@ def _wave(noise):
     return generate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spec:
     """How a named problem is made: generator (rng, n) -> (inputs, targets), sample size, model, limits."""
 
@@ -250,61 +266,23 @@ class Spec:
     limits: tuple[float, float] = (-3.0, 3.0)
 
 
-def _net(n_inputs: int, n_outputs: int, width: int = 8, depth: int = 1) -> Network:
-    return Network(n_inputs=n_inputs, n_outputs=n_outputs, width=width, depth=depth)
+def _model(kind: str, n_inputs: int, n_outputs: int, depth: int = 1, **prior: float) -> Model:
+    network = Network(n_inputs=n_inputs, n_outputs=n_outputs, depth=depth)
+    return Model(kind=kind, network=network, **prior)  # type: ignore[arg-type]
 
 
+_BINARY, _MULTICLASS = _model("binary", 2, 1, prior_scale=1.5), _model("multiclass", 2, 3, prior_scale=1.5)
+_STRAIGHT = _model("regression", 1, 1, depth=0, noise=0.3)
+_CURVED = _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
 SPECS: dict[str, Spec] = {
-    "binary_linear": Spec(
-        title="binary: linear",
-        generate=_linear,
-        n_examples=80,
-        model=Model(kind="binary", network=_net(2, 1, depth=0)),
-    ),
-    "binary_xor": Spec(
-        title="binary: XOR",
-        generate=_xor,
-        n_examples=80,
-        model=Model(kind="binary", network=_net(2, 1), prior_scale=1.5),
-    ),
-    "binary_rings": Spec(
-        title="binary: rings",
-        generate=_rings((0.6, 1.7), 0.25),
-        n_examples=80,
-        model=Model(kind="binary", network=_net(2, 1), prior_scale=1.5),
-    ),
-    "multiclass_clusters": Spec(
-        title="multiclass: clusters",
-        generate=_clusters,
-        n_examples=90,
-        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.0),
-    ),
-    "multiclass_spirals": Spec(
-        title="multiclass: spirals",
-        generate=_spirals,
-        n_examples=120,
-        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.5),
-    ),
-    "multiclass_rings": Spec(
-        title="multiclass: rings",
-        generate=_rings((0.4, 1.2, 2.0), 0.2),
-        n_examples=120,
-        model=Model(kind="multiclass", network=_net(2, 3), prior_scale=1.5),
-    ),
-    "regression_linear": Spec(
-        title="regression: linear",
-        generate=_line(0.3),
-        n_examples=30,
-        model=Model(kind="regression", network=_net(1, 1, depth=0), noise=0.3),
-        limits=(-2.0, 2.0),
-    ),
-    "regression_nonlinear": Spec(
-        title="regression: nonlinear",
-        generate=_wave(0.25),
-        n_examples=40,
-        model=Model(kind="regression", network=_net(1, 1), prior_scale=1.5, noise=0.25),
-        limits=(-3.0, 3.0),
-    ),
+    "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
+    "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
+    "binary_rings": Spec("binary: rings", _rings((0.6, 1.7), 0.25), 80, _BINARY),
+    "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
+    "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
+    "multiclass_rings": Spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, _MULTICLASS),
+    "regression_linear": Spec("regression: linear", _line(0.3), 30, _STRAIGHT, (-2.0, 2.0)),
+    "regression_nonlinear": Spec("regression: nonlinear", _wave(0.25), 40, _CURVED),
 }
 
 
@@ -317,40 +295,43 @@ def make(
     resolution: int | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Problem:
-    """Make the problem `name` with the data of `seed`; what is None is as in ``SPECS``.
+    """Make the problem `name` with the data of `seed`; fields left None take those of ``SPECS``.
 
     The grid has `resolution` points a side (20 for two inputs, 100 for one) between `limits`.
     Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid.
     """
     one_of("name", name, SPECS)
     spec = SPECS[name]
-    model, limits = model or spec.model, limits or spec.limits
-    n = spec.n_examples if n_examples is None else n_examples
-    if n < 3:
-        raise ValueError(f"n_examples is {n}; wanted at least 3")
+    model, limits = model or spec.model, spec.limits if limits is None else limits
+    n = spec.n_examples if n_examples is None else checks.count("n_examples", n_examples, 3)
     expected = (spec.model.kind, spec.model.network.n_inputs, spec.model.network.n_outputs)
     given = (model.kind, model.network.n_inputs, model.network.n_outputs)
     if given != expected:
         raise ValueError(f"model has (kind, n_inputs, n_outputs) {given}; {name} wants {expected}")
     # a fixed number per problem, so that two problems of one seed do not share their random numbers
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    inputs, targets = spec.generate(np.random.default_rng([seed, stream]), n)
-    grid = _grid(inputs, limits, resolution or (20 if inputs.shape[1] == 2 else 100))
+    inputs, targets = spec.generate(np.random.default_rng([checks.seed("seed", seed), stream]), n)
+    default = 20 if inputs.shape[1] == 2 else 100
+    grid = _grid(inputs, limits, default if resolution is None else resolution)
     data = {"inputs": inputs, "targets": targets, "grid": grid, "limits": limits}
     return Problem(name=name, seed=seed, model=model, **data)
 
 
+def _limits(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = checks.numbers("limits", limits, width=2)
+    if not low < high:
+        raise ValueError(f"limits: {limits} given, low < high wanted")
+    return limits
+
+
 def _grid(inputs: np.ndarray, limits: tuple[float, float], resolution: int) -> np.ndarray:
-    low, high = limits
-    if resolution < 2 or not low < high:
-        raise ValueError(f"grid of {resolution} points in {limits}; wanted at least 2 points and low < high")
+    low, high = _limits(limits)
+    checks.count("resolution", resolution, 2)
     least, most = inputs.min(), inputs.max()
     span = most - least
     if high < least or low > most or low < least - 2 * span or high > most + 2 * span:
-        raise ValueError(
-            f"limits {limits} lie outside the data, which span {least:.2f} to {most:.2f}; "
-            "wanted a grid that meets the data and reaches no more than two spans beyond them"
-        )
+        wanted = "a grid that meets them and reaches no more than two spans beyond"
+        raise ValueError(f"limits: {limits} given, outside the data from {least:.2f} to {most:.2f}; {wanted} wanted")
     axis = np.linspace(low, high, resolution)
     if inputs.shape[1] == 1:
         return axis[:, None]

@@ -105,8 +105,8 @@ def test_a_saddle_gives_no_row():
     ("call", "message"),
     [
         (lambda p: networks.proxies(p, "trainig", 5), "did you mean 'training'"),
-        (lambda p: networks.proxies(p, "training", 31), "31 proxies given, 1 to 30"),
-        (lambda p: networks.proxies(p, "unseen", 0), "0 proxies given"),
+        (lambda p: networks.proxies(p, "training", 31), "n: 31 given, .* at most 30"),
+        (lambda p: networks.proxies(p, "unseen", 0), "n: 0 given"),
         (lambda p: networks._labels("true", None, np.zeros((3, 2)), np.random.default_rng(0)), "no true label"),
     ],
 )
@@ -130,6 +130,8 @@ def test_differences_from_isotropy_are_paired_by_case_and_proxies():
     reach = 12.7062 * 0.1  # t of one degree of freedom, times the standard error
     np.testing.assert_allclose(found["spread"], 0.2, atol=1e-9)
     np.testing.assert_allclose(found["spread_high"] - 0.2, reach, rtol=1e-4)
+    unpaired = networks.against_isotropic(pd.DataFrame(rows[1:]), ["spread"])
+    assert unpaired["n_cases"].tolist() == [1, 2], "a case without isotropy beside it does not count"
     one = networks.against_isotropic(pd.DataFrame(rows[:4]), ["spread"])
     assert one["spread"].tolist() == pytest.approx([0.1, 0.1])
     assert one["spread_low"].isna().all(), "one case has no interval"

@@ -154,3 +154,41 @@ def test_a_set_without_any_scored_answer_has_a_table_without_rows() -> None:
     table = made_up(30)
     table[[c for c in table if c.startswith("log_")]] = np.nan
     assert analysis.auroc_table(table, QUICK).dropna(subset=["value"]).empty
+
+
+def test_a_label_that_is_missing_is_not_counted_as_wrong() -> None:
+    table = made_up().astype({"wrong": float, "right": float})
+    table.loc[3, ["wrong", "right"]] = np.nan
+    for call in (
+        lambda: analysis.auroc_table(table, QUICK),
+        lambda: analysis.within_bins(table, QUICK),
+        lambda: analysis.added_signal(table),
+    ):
+        with pytest.raises(ValueError, match="wrong: NaN"):
+            call()
+    with pytest.raises(ValueError, match="right: NaN"):
+        analysis.accuracy(table)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_few_scored_answers_have_results_without_what_is_undefined(n: int) -> None:
+    table = made_up(30)
+    table.loc[table.index[n:], [c for c in table if c.startswith("log_")]] = np.nan
+    assert analysis.agreement(table, QUICK)["epistemic"] is None
+    results = named(table, "m.triviaqa")
+    assert results["qa.m.triviaqa.accuracy"].n == 30
+    assert ("qa.m.triviaqa.below_half.share" in results) == (n > 0)
+    assert not any(key.endswith(("auroc", "spearman_with_log_prob")) for key in results)
+
+
+def test_bins_that_tell_right_from_wrong_and_a_constant_gradient_leave_no_number() -> None:
+    table = made_up(80).assign(log_gradient=1.0)
+    table["wrong"] = table["log_prob"].rank() <= 40
+    table["right"] = ~table["wrong"]
+    table["log_epistemic_sequence"] = 2 * table["log_prob"] + 1
+    within = analysis.within_bins(table, QUICK)
+    assert within[within["within"] == "probability"]["value"].isna().all()
+    assert "sequence" not in set(analysis.added_signal(table)["aggregation"])
+    results = named(table, "m.triviaqa")
+    assert "qa.m.triviaqa.log_gradient.spearman_with_log_prob" not in results
+    assert not any("auroc_within_probability" in key for key in results)

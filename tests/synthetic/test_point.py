@@ -113,5 +113,5 @@ def test_rescaling_a_relu_layer_changes_the_norm_and_not_the_function():
 
 @pytest.mark.parametrize("name", ["n_starts", "max_steps"])
 def test_no_search_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0"):
+    with pytest.raises(ValueError, match=f"{name}: 0 given"):
         point.find_map(Job(problem="binary_linear").make(), **{name: 0})

@@ -34,23 +34,90 @@ def test_two_problems_of_one_seed_share_no_random_numbers():
     ("job", "message"),
     [
         (lambda: Job(problem="binary_ring"), "did you mean 'binary_rings'"),
-        (lambda: Job(problem="binary_xor", width=0), "width is 0; wanted an integer of at least 1"),
-        (lambda: Job(problem="binary_xor", depth=-1), "depth is -1"),
+        (lambda: Job(problem="binary_xor", width=0), "width: 0 given, an integer of at least 1 wanted"),
+        (lambda: Job(problem="binary_xor", depth=-1), "depth: -1 given"),
+        (lambda: Job(problem="binary_xor", n_starts=0), "n_starts: 0 given"),
         (lambda: Job(problem="binary_xor", activation="rely"), "did you mean 'relu'"),
-        (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale is 0.0"),
-        (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale is nan"),
+        (lambda: Job(problem="binary_xor", prior_scale=0.0), "prior_scale: 0.0 given"),
+        (lambda: Job(problem="binary_xor", prior_scale=float("nan")), "prior_scale: nan given"),
         (lambda: Job(problem="binary_xor", prior_scaling="fanin"), "did you mean 'fan_in'"),
-        (lambda: Job(problem="binary_xor", n_examples=2), "n_examples is 2"),
-        (lambda: Job(problem="binary_xor", resolution=1), "grid of 1 points"),
-        (lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)), "n_chains is 1; wanted at least 4"),
+        (lambda: Job(problem="binary_xor", n_examples=2), "n_examples: 2 given"),
+        (lambda: Job(problem="binary_xor", resolution=1), "resolution: 1 given"),
+        (
+            lambda: Job(problem="binary_xor", settings=Settings(n_chains=1)),
+            "n_chains: 1 given, an integer of at least 4 wanted",
+        ),
         (lambda: Job(problem="binary_xor", settings=Settings(n_draws=10**9)), "over memory_gb = 2"),
         (lambda: Job(problem="binary_xor", settings=Settings(sampler="nut")), "did you mean 'nuts'"),
-        (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept is 1.0"),
+        (lambda: Job(problem="binary_xor", settings=Settings(target_accept=1.0)), "target_accept: 1.0 given"),
     ],
 )
 def test_bad_input_is_refused_by_name(job, message):
     with pytest.raises(ValueError, match=message):
         job().make()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("binary_xor", lambda p: {"inputs": np.full_like(p.inputs, np.nan)}, "inputs: NaN or infinite at 24 of 24"),
+        ("binary_xor", lambda p: {"inputs": np.ma.masked_greater(p.inputs, 0)}, "inputs: masked"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:-1]}, "inputs and targets: 11, 12 rows"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:2], "targets": p.targets[:2]}, "inputs: shape"),
+        ("binary_xor", lambda p: {"inputs": p.inputs[:, :1]}, r"inputs: shape \(12, 1\) given, \(row, 2\)"),
+        ("binary_xor", lambda p: {"grid": p.grid[:, 0]}, "grid: shape"),
+        ("binary_xor", lambda p: {"grid": p.grid[:0]}, "grid: shape"),
+        ("binary_xor", lambda p: {"grid": np.where(p.grid > 2, np.inf, p.grid)}, "grid: NaN or infinite"),
+        ("binary_xor", lambda p: {"targets": p.targets + 7}, "targets: 7 to 8 given, classes 0 to 1"),
+        ("binary_xor", lambda p: {"targets": p.targets - 1}, "targets: -1 to 0 given"),
+        ("binary_xor", lambda p: {"targets": p.targets * 1.0}, "targets: .* float64 given, .* integers"),
+        ("binary_xor", lambda p: {"targets": p.targets == 1}, "targets: .* bool given, .* integers"),
+        ("binary_xor", lambda p: {"targets": p.targets[:, None]}, "targets: shape"),
+        ("multiclass_rings", lambda p: {"targets": p.targets + 1}, "targets: 1 to 3 given, classes 0 to 2"),
+        ("regression_linear", lambda p: {"targets": p.targets * np.nan}, "targets: NaN"),
+        ("regression_linear", lambda p: {"targets": p.targets.astype(str)}, "targets: .* real numbers"),
+        ("binary_xor", lambda p: {"limits": (3.0, -3.0)}, "limits: .* low < high"),
+        ("binary_xor", lambda p: {"limits": (np.nan, 3.0)}, "limits: NaN"),
+        ("binary_xor", lambda p: {"seed": -1}, "seed: -1"),
+        ("binary_xor", lambda p: {"model": problems.SPECS["regression_linear"].model}, "inputs: shape"),
+        ("multiclass_rings", lambda p: {"model": problems.SPECS["binary_xor"].model}, "targets: 0 to 2 given"),
+    ],
+)
+def test_a_problem_of_nonsense_is_refused_however_it_is_made(name, changed, message):
+    problem = problems.make(name, n_examples=12, resolution=4)
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(problem, **changed(problem))
+
+
+@pytest.mark.parametrize("targets", [np.uint8, np.int32])
+def test_small_integers_are_taken_for_what_they_are(targets):
+    """As uint8, 1 − 2·1 would be 255."""
+    problem = problems.make("binary_xor", n_examples=12, resolution=4)
+    assert replace(problem, targets=problem.targets.astype(targets)).targets.dtype == np.int64
+
+
+@pytest.mark.parametrize("given", [{"resolution": 0}, {"limits": ()}, {"n_examples": 0}])
+def test_nothing_is_not_taken_for_the_default(given):
+    with pytest.raises((ValueError, TypeError), match=next(iter(given))):
+        problems.make("binary_xor", **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"n_draws": 10.5}, "n_draws"),
+        ({"n_chains": True}, "n_chains"),
+        ({"step_size": 0.0}, "step_size"),
+        ({"step_size": np.nan}, "step_size"),
+        ({"trajectory_length": -1.0}, "trajectory_length"),
+        ({"target_accept": np.nan}, "target_accept"),
+        ({"memory_gb": np.nan}, "memory_gb"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_of_nonsense_are_refused_by_name(settings, name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        Settings(**settings)
 
 
 @pytest.mark.parametrize("limits", [(5.0, 9.0), (-30.0, 30.0), (2.0, -2.0)])
@@ -63,7 +130,9 @@ def test_a_model_of_another_kind_is_refused():
     model = problems.SPECS["multiclass_rings"].model
     with pytest.raises(ValueError, match="binary_rings wants"):
         problems.make("binary_rings", model=model)
-    with pytest.raises(ValueError, match="noise is 0"):
+    with pytest.raises(ValueError, match="network: 3 outputs given"):
+        replace(model, kind="binary")
+    with pytest.raises(ValueError, match=r"noise: 0\.0 given"):
         replace(model, noise=0.0)
 
 

@@ -1,7 +1,9 @@
-"""The directives {claims-table}, {provenance} and {interval-figure}: what a page shows of results.json."""
+"""The directives {claims-table}, {provenance}, {interval-figure} and {public-names}: what pages are made from."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,6 +127,25 @@ class IntervalFigure(SphinxDirective):
         self.set_source_info(shown)
         self.add_name(shown)
         return [shown]
+
+
+class PublicNames(SphinxDirective):
+    """{public-names} MODULE: every name in the module's `__all__`, functions first, with signature and docstring."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Let autodoc write the entries, so that a name added to the package is on the page."""
+        package, kinds = importlib.import_module(self.arguments[0]), ("function", "class", "module")
+        entries: dict[str, list[str]] = {kind: [] for kind in kinds}
+        for name in package.__all__:
+            value = getattr(package, name)
+            kind = kinds[inspect.isclass(value) + 2 * inspect.ismodule(value)]
+            entries[kind] += [f".. auto{kind}:: {self.arguments[0]}.{name}", "   :members:" * (kind != "function"), ""]
+        lines = ["```{eval-rst}", *(line for kind in kinds for line in entries[kind]), "```"]
+        content = nodes.Element()
+        self.state.nested_parse(StringList(lines, self.arguments[0]), 0, content)
+        return list(content.children)
 
 
 def _measurements(checks: tuple[Check, ...], entries: dict[str, Entry]) -> nodes.Node:
