@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from isouq import causal_lm, identity
-from isouq.qa import generation, study
+from isouq.qa import generation, stages, study
 from isouq.qa.data import DataSet, Question
-from isouq.qa.store import Store
 from isouq.qa.study import Settings
+from isouq.store import Store
 
 RUN = {"study": "test"}
 
@@ -49,7 +49,7 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
             continue
         one = causal_lm.score_aggregations(
             llama,
-            *study.pad([prompt], [answer]),
+            *stages.pad([prompt], [answer]),
             aggregations=("sequence", "geometric", "token_mean"),
             engine="autograd",
         )
@@ -106,7 +106,7 @@ def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path
         ]
         texts = [row.reference, "y", "zz", "a long one"]
         ids = [generation.encode_answer(tokenizer, text) for text in texts]
-        log_p, n_tokens = causal_lm.log_probs(llama, *study.pad([prompt] * 4, ids))
+        log_p, n_tokens = causal_lm.log_probs(llama, *stages.pad([prompt] * 4, ids))
         assert row.answer == texts[int(log_p.argmax())]
         assert row.right == (int(log_p.argmax()) < 2)
         assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
