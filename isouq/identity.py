@@ -81,11 +81,15 @@ def _imported(path: Path) -> set[Path]:
 
 
 def _parsed(path: Path) -> ast.Module:
-    source = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
+    return _tree(path.suffix, path.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache  # its imports are followed, then it is written
+def _tree(suffix: str, source: str) -> ast.Module:
+    if suffix != ".py":
         cells = [cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
         source = "\n".join("".join(cell["source"]) for cell in cells)
-    return ast.parse(source, filename=str(path))
+    return ast.parse(source)
 
 
 def _file_of(name: str) -> Path | None:
