@@ -329,6 +329,7 @@ def _from_pretrained(source: str | Path, name: str, **options: Any) -> tuple[Any
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise AssetError(f"transformers cannot load {name!r} as a causal language model: {error}") from error
+    model.config._commit_hash = options.get("revision")  # of a Hub id; transformers no longer keeps it
     return model.eval(), tokenizer
 
 

@@ -7,7 +7,6 @@ model is used as it is, over all its parameters; nothing is left on it.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from isouq import estimate
+from isouq import estimate, identity
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.forward import check_finite, padding, token_log_probs, tokens_that_fit
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches, checked
+from isouq.store import Store, store_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,8 +157,10 @@ def gram(
     """All of `inner_products` at once: rows with rows, rows with others, and the others' ‖∇S‖², in the given order.
 
     `rows` and `others` are (input_ids, answer_mask, attention_mask). Products among the others, as a rule the larger
-    set, are not taken. With `checkpoint`, a file, a run that was killed goes on where it was; the file belongs to this
-    model and these examples and is made anew for any other.
+    set, are not taken. With `checkpoint`, a file, a run that was killed goes on where it was. A digest of what the
+    products depend on (model, examples, code, versions) is added to the file's name: no run takes another's sums. The
+    code of a model class of your own is not seen; after a change of it, remove the file. Raises StoreError for a file
+    that is in use, damaged or cannot be written.
     """
     sets = [checked(model, *rows), [] if others is None else checked(model, *others)]
     work: list[list[tuple[Objective, int]]] = [[], []]
@@ -167,23 +169,26 @@ def gram(
         for batch in batches(sequences, "auto"):
             order[place] += batch.rows
             work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
-    kept = None if checkpoint is None else (checkpoint, _identity(model, sets))
-    found = gradient_products(model, *work, engine=engine, memory=memory, progress=progress, checkpoint=kept)
+    options: dict[str, Any] = {"engine": engine, "memory": memory, "progress": progress}
+    if checkpoint is None:
+        found = gradient_products(model, *work, **options)
+    else:
+        arranged = [[part[i] for i in places] for part, places in zip(sets, order, strict=True)]
+        with _checkpoint(checkpoint, model, arranged) as store:
+            found = gradient_products(model, *work, **options, checkpoint=store)
     row, other = (torch.tensor(places, dtype=torch.int64).argsort() for places in order)
     return Gram(found.rows[row][:, row], found.between[row][:, other], found.squares[other])
 
 
-def _identity(model: nn.Module, sets: list[list[tuple[Tensor, Tensor]]]) -> str:
-    """SHA-256 of the parameters and of every example: what inner products depend on."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for sequences in sets:
-        digest.update(b"set")
-        for ids, answer in sequences:
-            digest.update(repr((ids.tolist(), answer.tolist())).encode())
-    return digest.hexdigest()
+def _checkpoint(file: Path, model: nn.Module, examples: list[list[tuple[Tensor, Tensor]]]) -> Store:
+    """The store of one run's sums: of this model, of these examples in this order, of this code."""
+    depends = {
+        "weights": identity.weights(model),
+        "examples": identity.digest([[(ids.tolist(), answer.tolist()) for ids, answer in part] for part in examples]),
+        "code": identity.code(__name__),
+        "versions": identity.versions("torch", "transformers"),
+    }
+    return Store(store_path(file.parent, file.stem, depends), depends)
 
 
 def score_texts(

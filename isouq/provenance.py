@@ -5,7 +5,6 @@ A notebook ends with `save_results({KEY: Result(...)}, results_path)`. The pipel
 """
 
 import argparse
-import ast
 import datetime
 import hashlib
 import importlib.metadata
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from isouq.identity import module_files
 
 PACKAGE = Path(__file__).resolve().parent
 Number = int | float | np.number
@@ -85,24 +86,6 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> None:
     if str(path):
         content = {key: _plain(result) for key, result in sorted(results.items())}
         write_json({"results": content}, Path(path))
-
-
-def module_files(path: str | Path) -> list[Path]:
-    """Return the files of isouq that a notebook or module uses, directly or through others, and a module itself.
-
-    Found by reading the sources, imports inside functions included, so that a change of a module re-runs just
-    the notebooks that can reach it. The `__init__` of a package passed on the way is returned; what it imports
-    is followed only where a name of its own is used.
-    """
-    used: set[Path] = set()
-    waiting = {Path(path).resolve()} if Path(path).suffix == ".py" else _imported(Path(path))
-    while waiting:
-        file = waiting.pop()
-        if file not in used:
-            used.add(file)
-            waiting |= _imported(file)
-    folders = {folder for file in used for folder in file.parents if folder.is_relative_to(PACKAGE)}
-    return sorted(used | {folder / "__init__.py" for folder in folders})
 
 
 def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path) -> None:
@@ -180,9 +163,9 @@ def collect(
 
 def environment() -> dict[str, Any]:
     """Return what a run depends on besides its inputs: commit, versions, hardware; no host name, no path."""
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain") if _is_own_repository() else None
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": None if status is None else _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": {
@@ -234,37 +217,6 @@ def _plain(result: Result) -> dict[str, Any]:
     return {name: value.item() if hasattr(value, "item") else value for name, value in asdict(result).items()}
 
 
-def _imported(path: Path) -> set[Path]:
-    """Return the files of isouq that a notebook's or module's own import statements use."""
-    package = list(path.resolve().relative_to(PACKAGE.parent).parts[:-1]) if path.suffix == ".py" else []
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(_code(path), filename=str(path))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-            names.update(alias.name.split(".")[0] for alias in node.names if not alias.asname)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            submodules = {f"{module}.{alias.name}" for alias in node.names}
-            names.update(name if _file_of(name) else module for name in submodules)
-    return {file for file in map(_file_of, names) if file}
-
-
-def _code(path: Path) -> str:
-    if path.suffix == ".py":
-        return path.read_text(encoding="utf-8")
-    cells = [cell for cell in _read_json(path)["cells"] if cell["cell_type"] == "code"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
-
-
-def _file_of(name: str) -> Path | None:
-    """Return the file of a module or package of isouq, or None where the dotted name is neither."""
-    parts = name.split(".")
-    stem = PACKAGE.parent.joinpath(*parts)
-    files = [file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()]
-    return files[0] if files and parts[0] == PACKAGE.name else None
-
-
 def _failure(error: Exception, source: Path, kept: Path) -> str:
     """Return what a reader needs: which notebook, its own traceback without colours, the cause in the end."""
     trace = getattr(error, "traceback", None)  # a cell's own, of papermill's PapermillExecutionError
@@ -292,13 +244,21 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def _is_own_repository() -> bool:
+    """Whether git keeps isouq here as its own project, not as a part of a user's: installed, vendored or copied."""
+    own = ("isouq/provenance.py", "CITATION.cff", "profiles/published.yml")  # what a package or a copy of it lacks
+    return _git("ls-files", "--error-unmatch", *own) is not None and _git("rev-parse", "--show-prefix") == ""
+
+
 def _git(*arguments: str) -> str | None:
-    """Return what git says of the project, or None where there is no git or no repository."""
+    """Return what git says of the folder above the package, or None where there is no git or no repository."""
+    # Without what a hook or a user has set: GIT_DIR and its like name another repository.
+    plain = {name: v for name, v in os.environ.items() if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
+    options: dict[str, Any] = {"cwd": PACKAGE.parent, "env": plain, "capture_output": True, "text": True, "check": True}
     try:
-        run = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *arguments], **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

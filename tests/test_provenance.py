@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,35 +127,91 @@ def test_without_git_the_commit_is_unknown_rather_than_wrong(monkeypatch):
     assert (found["commit"], found["dirty"]) == (None, None)
 
 
-def test_module_files_follow_imports_and_nothing_else(tmp_path, monkeypatch):
-    package = tmp_path / "isouq"
-    for name, source in {
-        "__init__": "from isouq.deep import thing",
-        "a": "def f():\n    from isouq import b",
-        "b": "import numpy",
-        "deep": "thing = 1",
-        "unused": "",
-        "sub/__init__": "from isouq import unused",
-        "sub/c": "from . import d",
-        "sub/d": "from ..b import something",
-    }.items():
-        file = package / f"{name}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(source)
+GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "init.defaultBranch=main")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    run = subprocess.run([*GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def commit_all(folder: Path) -> str:
+    git(folder, "init", "-q")
+    git(folder, "add", "-f", ".")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "all")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def clone_of_isouq(folder: Path) -> Path:
+    """What tells isouq's own project from a copy of its package."""
+    for name in ("isouq/provenance.py", "CITATION.cff", "profiles/published.yml", "pyproject.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder / "isouq"
+
+
+def recorded(package: Path, monkeypatch) -> tuple[str | None, bool | None]:
     monkeypatch.setattr(provenance, "PACKAGE", package)
+    found = provenance.environment()
+    return found["commit"], found["dirty"]
 
-    def found(source: str) -> set[str]:
-        notebook = tmp_path / "n.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), notebook)
-        return {file.relative_to(package).with_suffix("").as_posix() for file in provenance.module_files(notebook)}
 
-    assert found("from isouq import a") == {"__init__", "a", "b"}, "also an import inside a function"
-    assert found("import isouq.sub.c as c") == {"__init__", "sub/__init__", "sub/c", "sub/d", "b"}
-    assert found("import isouq") == {"__init__", "deep"}, "a package's own names: what it imports counts"
-    assert found("from isouq import thing") == {"__init__", "deep"}
-    assert found("import isouq_other, numpy") == set()
-    itself = {file.name for file in provenance.module_files(package / "a.py")}
-    assert itself == {"__init__.py", "a.py", "b.py"}, "a job that runs a module depends on it"
+@pytest.mark.parametrize("place", [".venv/lib/isouq", "vendor/isouq", "isouq"])
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_users_project_around_a_copy_of_isouq_is_not_isouqs_commit(tmp_path, monkeypatch, place, committed):
+    if not committed:
+        commit_all(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mine"\n')
+    shutil.copytree(ROOT / "isouq", tmp_path / place)
+    if committed:
+        commit_all(tmp_path)
+    assert recorded(tmp_path / place, monkeypatch) == (None, None)
+
+
+def test_isouq_as_a_folder_of_another_project_has_no_commit(tmp_path, monkeypatch):
+    package = clone_of_isouq(tmp_path / "third_party" / "isouq")
+    commit_all(tmp_path)
+    assert recorded(package, monkeypatch) == (None, None)
+
+
+def test_a_clone_a_worktree_and_a_submodule_name_isouqs_commit(tmp_path, monkeypatch):
+    package = clone_of_isouq(tmp_path / "clone")
+    commit = commit_all(tmp_path / "clone")
+    git(tmp_path / "clone", "worktree", "add", "-q", str(tmp_path / "worktree"))
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    commit_all(outer)
+    git(outer, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(tmp_path / "clone"), "inner")
+    assert recorded(tmp_path / "worktree" / "isouq", monkeypatch) == (commit, False)
+    head = git(tmp_path / "clone", "rev-parse", "HEAD")
+    assert recorded(outer / "inner" / "isouq", monkeypatch) == (head, False)
+    package.joinpath("provenance.py").write_text("changed")
+    assert recorded(package, monkeypatch) == (head, True)
+
+
+def test_another_repository_in_the_environment_is_not_asked(tmp_path, monkeypatch):
+    package, other = clone_of_isouq(tmp_path / "clone"), tmp_path / "other"
+    other.mkdir()
+    commit_all(other)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert recorded(package, monkeypatch) == (None, None), "a tarball: no repository of its own"
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name)
+    commit = commit_all(tmp_path / "clone")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert recorded(package, monkeypatch) == (commit, False)
+
+
+def test_a_repository_that_git_does_not_trust_has_no_commit(tmp_path, monkeypatch):
+    package = clone_of_isouq(tmp_path)
+    commit_all(tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a folder away")
+    os.chown(tmp_path, 65_534, 65_534)
+    os.chown(tmp_path / ".git", 65_534, 65_534)
+    assert recorded(package, monkeypatch) == (None, None)
 
 
 def notebook_of(folder: Path, *cells: str) -> Path:

@@ -11,12 +11,11 @@ products. Products among the others are not taken.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from isouq.gradients.common import Objective, Tracked, check_differentiable, dif
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
 from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
+from isouq.store import Store
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
 Batches = Sequence[tuple[Objective, int]]
@@ -122,14 +122,13 @@ def inner_products(
     parameters: Sequence[str] | None = None,
     memory: float = 4e9,
     progress: bool = False,
-    checkpoint: tuple[Path, str] | None = None,
+    checkpoint: Store | None = None,
 ) -> Gram:
     """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
 
     `batches` and `others` are (objective, n_examples), each objective such that what it does around the model treats
     examples apart; `memory` bounds in bytes what is kept between forward passes.
-    `checkpoint` is a file and the identity of model and examples: a run that was killed goes on after its last whole
-    group of parameters, and a file of another identity is written over.
+    With a `checkpoint`, this run's store, a run that was killed goes on after its last whole group of parameters.
     Raises NotCovered as `ghost.squared_norms`; with engine "auto" the reference then does the work.
     """
     chosen = select_parameters(model, parameters)
@@ -160,7 +159,7 @@ def _by_factors(
     sums: Sums,
     memory: float,
     progress: bool,
-    checkpoint: tuple[Path, str] | None,
+    checkpoint: Store | None,
 ) -> Gram:
     sizes = _factor_bytes(model, batches, sums, chosen)
     groups = _groups({name: sizes.get(name, 0) for name in chosen}, memory)
@@ -180,26 +179,21 @@ def _by_factors(
     return sums.gram()
 
 
-def _resume(checkpoint: tuple[Path, str] | None, groups: list[list[str]], sums: Sums) -> int:
+def _resume(checkpoint: Store | None, groups: list[list[str]], sums: Sums) -> int:
     """How many groups an earlier run has done; their products are put into `sums`."""
-    if checkpoint is None or not checkpoint[0].is_file():
+    progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
+    if checkpoint is None or progress.get("groups") != groups:
         return 0
-    saved = torch.load(checkpoint[0], weights_only=True)
-    if saved["identity"] != checkpoint[1] or saved["groups"] != groups:
-        return 0
-    sums.block, sums.squares = saved["block"], saved["squares"]
-    return saved["done"]
+    for name in ("block", "squares"):
+        flat = np.frombuffer(checkpoint.get(name)["sums"])
+        setattr(sums, name, torch.tensor(flat).view_as(getattr(sums, name)))
+    return progress["done"]
 
 
-def _keep(checkpoint: tuple[Path, str] | None, groups: list[list[str]], done: int, sums: Sums) -> None:
-    if checkpoint is None:
-        return
-    file, identity = checkpoint
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    state = {"identity": identity, "groups": groups, "done": done, "block": sums.block, "squares": sums.squares}
-    torch.save(state, partial)
-    os.replace(partial, file)
+def _keep(checkpoint: Store | None, groups: list[list[str]], done: int, sums: Sums) -> None:
+    if checkpoint is not None:
+        arrays = {name: getattr(sums, name).numpy().tobytes() for name in ("block", "squares")}
+        checkpoint.put("sums", {"progress": {"groups": groups, "done": done}, **arrays}, replace=True)
 
 
 def _groups(sizes: dict[str, float], memory: float) -> list[list[str]]:

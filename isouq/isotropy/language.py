@@ -6,8 +6,6 @@ Proxies give the rows of F, queries are the answers that are scored. Only inner 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from isouq import assets, causal_lm, covariance
+from isouq import assets, causal_lm, covariance, identity
 from isouq.causal_lm import Gram
 from isouq.covariance import Products
 from isouq.distortion import distortion, nearness, overlap, shuffles, structure
@@ -72,7 +70,7 @@ class Texts:
 
 def vocabulary(tokenizer: Any) -> str:
     """12 hex digits of a tokenizer's vocabulary: ids mean nothing under another one."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:12]
+    return identity.digest(tokenizer.get_vocab())
 
 
 def load_questions(name: str) -> data.DataSet:
@@ -255,7 +253,7 @@ class Study:
 def measure(
     model: Any, proxies: Texts, queries: Texts, *, checkpoint: Path | None = None, memory: float = 2e9, progress=False
 ) -> Study:
-    """All inner products of the proxies' gradients with each other and with the queries'.
+    """All inner products of the proxies' gradients with each other and with the queries'; `checkpoint` as in `gram`.
 
     Raises ValueError when the two were encoded by different tokenizers.
     """

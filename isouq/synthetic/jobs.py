@@ -6,8 +6,8 @@ hundreds of jobs goes on where it stopped, on any machine. `run_all` runs what i
 """
 
 import concurrent.futures
-import hashlib
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from isouq import checks
 from isouq.evaluation import Interval, UndefinedStatisticError, pearson, spearman
+from isouq.identity import digest, versions
 from isouq.synthetic import cache, point, posterior, problems
 from isouq.synthetic.posterior import Posterior, Reference, Settings
 from isouq.synthetic.problems import Problem
@@ -68,8 +69,7 @@ class Job:
         """Return the name of the job's record: readable, and unique to the data, the model and the settings."""
         problem = self.make()
         network = problem.model.network
-        identity = json.dumps([problem.fingerprint(), self.settings.identity(), self.n_starts], sort_keys=True)
-        key = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        key = digest([problem.fingerprint(), self.settings.identity(), self.n_starts])[:8]
         size = f"w{network.width}-d{network.depth}-{network.activation}-{problem.model.prior_scaling}"
         return f"{self.problem}-{size}-n{len(problem.inputs)}-s{self.seed}-{key}.json"
 
@@ -159,8 +159,8 @@ def record(case: Case) -> dict[str, Any]:
         "between_share": float((reference.between / reference.variance).max()),
         "relative_mcse": float(np.median(reference.mcse / reference.variance)),
         "isotropy": posterior.isotropy(case.posterior.draws),
-        "code": code_digest(),
-        "versions": cache.versions(),
+        "version": posterior.VERSION,
+        "versions": versions(*cache.PACKAGES),
     }
 
 
@@ -177,29 +177,31 @@ def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] |
     return {"sigma2": float(np.exp(np.log(ratio).mean())), "spread": float(high / low)}
 
 
-def code_digest() -> str:
-    """Return 12 hex digits of the source that decides a record."""
-    return cache.code_digest("sample", "analyse", "record")
-
-
 def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
     """Return the job's record from the first of `folders` that has it, or None.
 
-    A record made by another state of the code that decides it is not taken. Raises ValueError for a file that
-    cannot be read.
+    A record of another `posterior.VERSION` is not taken. Raises ValueError for a file that cannot be read, that is not
+    as it was written, or that holds another job.
     """
     name = job.file()
     for file in (Path(folder) / name for folder in folders):
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            code = found["code"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file.name} is not a record of a job ({error}); delete it") from error
-        if code == code_digest():
+        if file.exists() and (found := _read(file, job)).get("version") == posterior.VERSION:
             return found
     return None
+
+
+def _read(file: Path, job: Job) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("content") != digest({name: value for name, value in found.items() if name != "content"}):
+            raise ValueError("what it holds is not what was written")
+        own = Job(**{**found["job"], "settings": Settings(**found["job"]["settings"])})
+        if own != job and own.file() != job.file():
+            raise ValueError(f"it belongs to {own.file()}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
+        raise ValueError(f"{file} is not a record of a job, or not of this one ({error}); {advice}") from error
+    return found
 
 
 def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[str, Any]:
@@ -210,6 +212,7 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[s
     begun = time.process_time()
     made = record(analyse(job, draws))
     made = _rounded({**made, "cpu_seconds": time.process_time() - begun})
+    made["content"] = digest(made)
     file = Path(folder) / job.file()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
@@ -219,12 +222,15 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[s
 
 
 def _rounded(value: Any) -> Any:
-    # Six digits: hundreds of records are committed, and no statistic of theirs is known better.
+    # Six digits: hundreds of records are committed, and no statistic of theirs is known better. JSON has no NaN: what a
+    # posterior that failed the gate does not have is None.
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def run_all(

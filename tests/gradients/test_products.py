@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sqlite3
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from closeness import RELATIVE
 from reference import pad, token_log_probs
 from torch import nn
 
-from isouq import causal_lm
+from isouq import causal_lm, identity
 from isouq.gradients import products
 from isouq.gradients.graph import NotCovered
+from isouq.store import StoreError
 
 ROWS = examples((9, 5, 7, 8), (3, 1, 2, 5), seed=1)
 OTHERS = examples((6, 9, 4), (2, 4, 1), seed=2)
@@ -98,7 +100,7 @@ def forward_passes(model: nn.Module) -> list[int]:
 
 
 def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
-    model, file = build("llama", tied=True), tmp_path / "deep" / "products.pt"
+    model, file = build("llama", tied=True), tmp_path / "deep" / "products.sqlite"
     seen = forward_passes(model)
     call = (model, pad(ROWS, "left"), pad(OTHERS, "left"))
     options = {"memory": 4e3, "checkpoint": file}
@@ -125,24 +127,41 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
         again = causal_lm.gram(*call, **options)
     assert n_resumed == n_whole - 3 * 2  # a pass for the rows and one for the others in each of three groups
     assert len(seen) < n_resumed
-    assert [path.name for path in file.parent.iterdir()] == ["products.pt"]
+    [kept] = file.parent.iterdir()
+    assert kept.name.startswith("products-")
     for found in (resumed, again):
         for name in ("rows", "between", "squares"):
             torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("change", ["examples", "model"])
-def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, change):
-    model, file = build("llama", tied=True), tmp_path / "products.pt"
+@pytest.mark.parametrize("change", ["nothing", "examples", "model", "code"])
+def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, monkeypatch, change):
+    model, file = build("llama", tied=True), tmp_path / "products.sqlite"
     with upcasts_to(torch.float64):
         causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
         if change == "model":
             with torch.no_grad():
                 model.model.norm.weight[0] += 1
+        if change == "code":
+            monkeypatch.setattr(identity, "code", lambda *modules: "another")
         sequences = OTHERS if change == "examples" else ROWS
+        seen = []
+        monkeypatch.setattr(products, "_gather", lambda *work, plain=products._gather: seen.append(1) or plain(*work))
         found = causal_lm.gram(model, pad(sequences, "left"), checkpoint=file)
         X = gradients(model, sequences)
+    assert bool(seen) == (change != "nothing")
     torch.testing.assert_close(found.rows, X @ X.T, rtol=1e-8, atol=1e-8)
+
+
+def test_a_checkpoint_in_use_is_refused_by_its_name(tmp_path):
+    model, file = build("llama", tied=True), tmp_path / "products.sqlite"
+    causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
+    [kept] = tmp_path.iterdir()
+    connection = sqlite3.connect(kept, isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StoreError, match=f"{kept.name} is in use by another process; wait for it to end"):
+        causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
+    connection.close()
 
 
 def test_a_model_is_left_as_it_was(tmp_path):

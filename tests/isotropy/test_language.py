@@ -121,7 +121,7 @@ def test_on_the_real_model(tmp_path):
     assert not any(tokenizer.decode(prompt).strip() in questions for prompt in made.prompts)
     longest = max(len(p) + len(a) for some in (made, asked) for p, a in zip(some.prompts, some.answers, strict=True))
     assert longest <= 64
-    study = language.measure(model, made, asked, checkpoint=tmp_path / "gram.pt")
+    study = language.measure(model, made, asked, checkpoint=tmp_path / "gram.sqlite")
     scores = causal_lm.score_tokens(model, *asked.padded())
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)

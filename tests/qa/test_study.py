@@ -1,6 +1,8 @@
 """A whole study on a tiny random model: what is stored, what is scored, and what survives kill -9."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import causal_lm, identity
-from isouq.qa import generation, study
+from isouq import assets, causal_lm, identity
+from isouq.qa import data, generation, stages, study
 from isouq.qa.data import DataSet, Question
-from isouq.qa.store import Store
 from isouq.qa.study import Settings
+from isouq.store import Store
 
 RUN = {"study": "test"}
 
@@ -49,7 +51,7 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
             continue
         one = causal_lm.score_aggregations(
             llama,
-            *study.pad([prompt], [answer]),
+            *stages.pad([prompt], [answer]),
             aggregations=("sequence", "geometric", "token_mean"),
             engine="autograd",
         )
@@ -106,7 +108,7 @@ def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path
         ]
         texts = [row.reference, "y", "zz", "a long one"]
         ids = [generation.encode_answer(tokenizer, text) for text in texts]
-        log_p, n_tokens = causal_lm.log_probs(llama, *study.pad([prompt] * 4, ids))
+        log_p, n_tokens = causal_lm.log_probs(llama, *stages.pad([prompt] * 4, ids))
         assert row.answer == texts[int(log_p.argmax())]
         assert row.right == (int(log_p.argmax()) < 2)
         assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
@@ -158,6 +160,43 @@ def test_kill_9_at_any_point_loses_nothing_and_repeats_nothing(tmp_path: Path, l
 def test_an_unknown_data_set_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match="triviaqa, wikidata, truthfulqa_choose, got 'truthfulqa'"):
         study.run("no such model", "truthfulqa", Settings())
+
+
+@pytest.mark.parametrize("change", ["nothing", "words", "code", "weights", "commit", "data", "settings", "size"])
+def test_a_study_is_scored_again_exactly_where_something_that_decides_it_changed(
+    tmp_path: Path, llama, tokenizer, monkeypatch, change: str
+) -> None:
+    source = tmp_path / "data.json"
+    source.write_text("one")
+    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, identity.weights(llama, tokenizer)))
+    monkeypatch.setattr(assets, "path", lambda asset, file: source)
+    monkeypatch.setattr(data, "load", lambda name, path: small_set(40))
+    options = {"n_shots": 2, "n_token_mean": 0, "max_new_tokens": 3, "store_dir": str(tmp_path / "store")}
+    study.run("tiny", "triviaqa", Settings(n_questions=4, **options), progress=False)
+    scored: list[int] = []
+    plain = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *a, **o: scored.append(len(a[2])) or plain(*a, **o))
+    asked = Settings(n_questions=5 if change == "size" else 4, seed=int(change == "settings"), **options)
+    with contextlib.ExitStack() as stack:
+        if change in ("code", "words"):
+            package = tmp_path / "isouq"
+            shutil.copytree(identity.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+            edit = "CHANGED = 1" if change == "code" else "# other words"
+            with (package / "forward.py").open("a") as file:
+                file.write(f"\n\n{edit}\n")
+            monkeypatch.setattr(identity, "PACKAGE", package)
+            monkeypatch.setattr(identity, "code", identity.code.__wrapped__)
+        if change == "weights":
+            weight = llama.model.norm.weight.data
+            stack.callback(weight.copy_, weight.clone())
+            weight[0] += 1e-3
+        if change == "commit":
+            stack.callback(setattr, llama.config, "_commit_hash", None)
+            llama.config._commit_hash = "1" * 40
+        if change == "data":
+            source.write_text("two")
+        study.run("tiny", "triviaqa", asked, progress=False)
+    assert sum(scored) == {"nothing": 0, "words": 0, "size": 1}.get(change, 4)
 
 
 def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from isouq.synthetic import jobs
+from isouq.identity import digest
+from isouq.synthetic import jobs, posterior
 from isouq.synthetic.jobs import Job
 from isouq.synthetic.posterior import Settings
 
@@ -43,10 +44,10 @@ def test_what_is_there_is_not_run_again(made, monkeypatch):
     assert again == [json.loads(json.dumps(record))] * 2
 
 
-def test_a_record_of_other_code_does_not_count(made, monkeypatch):
+def test_a_record_of_another_version_does_not_count(made, monkeypatch):
     folder, _ = made
     assert jobs.find(SMALL, [folder]) is not None
-    monkeypatch.setattr(jobs, "code_digest", lambda: "other")
+    monkeypatch.setattr(posterior, "VERSION", 0)
     assert jobs.find(SMALL, [folder]) is None
 
 
@@ -63,10 +64,78 @@ def test_jobs_that_differ_have_files_that_differ():
     assert replace(SMALL, settings=roomy).file() == SMALL.file(), "the memory allowed does not decide a draw"
 
 
-def test_a_damaged_record_is_refused(tmp_path):
-    (tmp_path / SMALL.file()).write_text("{")
+def without(name):
+    return lambda record: {key: value for key, value in record.items() if key != name}
+
+
+def with_value(value, *path):
+    def change(record):
+        record = inner = json.loads(json.dumps(record))
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value
+        return record
+
+    return change
+
+
+DAMAGE = {f"without {name}": without(name) for name in ("between_share", "job", "version", "content", "scale")}
+DAMAGE |= {
+    "NaN": with_value(float("nan"), "isotropy"),
+    "infinity": with_value(float("inf"), "scale", "sigma2"),
+    "a number as text": with_value("0.5", "isotropy"),
+    "another number": with_value(0.123456, "correlation", "gn", "spearman"),
+    "one key more": with_value(1, "extra"),
+    "passed with failures": with_value(["split R-hat 1.2 > 1.01"], "failures"),
+    "another job": with_value(1, "job", "seed"),
+    "a list": lambda record: [record],
+    "a number": lambda record: 1,
+    "null": lambda record: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_record_that_is_not_as_it_was_written_is_refused(made, tmp_path, damage):
+    (tmp_path / SMALL.file()).write_text(json.dumps(damage(made[1])))
+    with pytest.raises(
+        ValueError, match=rf"{SMALL.file()} is not a record of a job.*; delete it, and the job runs again"
+    ):
+        jobs.find(SMALL, [tmp_path])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{", b'{"job": {}'], ids=["empty", "cut", "no UTF-8", "cut"])
+def test_a_damaged_file_is_refused(tmp_path, content):
+    (tmp_path / SMALL.file()).write_bytes(content)
     with pytest.raises(ValueError, match="is not a record of a job"):
         jobs.find(SMALL, [tmp_path])
+
+
+def test_a_folder_in_the_place_of_a_record_is_refused(tmp_path):
+    (tmp_path / SMALL.file()).mkdir()
+    with pytest.raises(ValueError, match="is not a record of a job"):
+        jobs.find(SMALL, [tmp_path])
+
+
+def test_the_record_of_another_job_is_refused_by_both_names(made, tmp_path):
+    other = replace(SMALL, seed=1)
+    (tmp_path / other.file()).write_text((made[0] / SMALL.file()).read_text())
+    with pytest.raises(ValueError, match=f"{other.file()} is not .* or not of this one .it belongs to {SMALL.file()}"):
+        jobs.find(other, [tmp_path])
+
+
+def test_a_job_that_says_the_same_in_other_words_has_the_same_record(made):
+    folder, record = made
+    roomy = replace(SMALL, n_examples=30, settings=replace(SMALL.settings, memory_gb=9.0))
+    assert jobs.find(roomy, [folder]) == json.loads(json.dumps(record))
+
+
+def test_a_number_that_a_failed_posterior_lacks_is_null(tmp_path, monkeypatch):
+    plain = jobs.record
+    monkeypatch.setattr(jobs, "record", lambda case: plain(case) | {"relative_mcse": float("nan")})
+    made = jobs.run(SMALL, tmp_path)
+    assert made["relative_mcse"] is None
+    assert made["content"] == digest({name: value for name, value in made.items() if name != "content"})
+    assert jobs.find(SMALL, [tmp_path]) == json.loads(json.dumps(made))
 
 
 def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):

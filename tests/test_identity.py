@@ -1,0 +1,263 @@
+"""What a stored number depends on: each module that computes it, the same under every Python, and the whole model."""
+
+import ast
+import copy
+import hashlib
+import shutil
+
+import nbformat
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from isouq import identity
+
+PACKAGE = identity.PACKAGE
+JOBS = ("isouq.qa.stages", "isouq.causal_lm")  # what computes: scored questions, inner products
+
+
+def files_of(job: str) -> set[str]:
+    start = identity.PACKAGE.parent.joinpath(*job.split(".")).with_suffix(".py")
+    return {file.relative_to(identity.PACKAGE).as_posix() for file in identity.module_files(start)}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the package, whose code is what `identity.code` reads; the digest is taken anew at each call."""
+    package = tmp_path_factory.mktemp("tree") / "isouq"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identity, "PACKAGE", package)
+        yield package
+
+
+def code(*jobs: str) -> str:
+    return identity.code.__wrapped__(*jobs)
+
+
+def test_what_computes_is_reached_and_what_starts_fetches_or_draws_is_not():
+    inner = {
+        f"gradients/{name}.py" for name in ("autograd", "common", "factors", "ghost", "graph", "products", "rules")
+    }
+    inner |= {"causal_lm.py", "estimate.py", "forward.py", "sequences.py"}
+    questions = {f"qa/{name}.py" for name in ("data", "generation", "judge", "stages")}
+    for job, expected in (("isouq.causal_lm", inner), ("isouq.qa.stages", inner | questions)):
+        assert expected <= files_of(job)
+        assert not files_of(job) & {
+            "assets.py",
+            "profiles.py",
+            "plotting.py",
+            "qa/study.py",
+            "qa/analysis.py",
+            "cli.py",
+        }
+
+
+def test_a_job_whose_name_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"modules: 'isouq\.qa\.stage' given"):
+        identity.code("isouq.qa.stage")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_change_of_any_module_that_a_job_reaches_makes_it_run_again(tree, job):
+    before = code(job)
+    for name in sorted(files_of(job)):
+        file, source = tree / name, (tree / name).read_text()
+        file.write_text(source + "\nCHANGED = 1\n")
+        assert code(job) != before, name
+        file.write_text('"""Other words."""\n' + source.partition('"""\n')[2] + "\n\n# a comment\n")
+        assert code(job) == before, name
+        file.write_text(source)
+
+
+SOURCE = r'''
+"""Module."""
+import os
+from . import x as y
+
+@dec(1)
+class A(B, metaclass=M):
+    """Words."""
+    n: int = 3
+    async def f(self, a, /, b: int = 1, *c, d, e=None, **k) -> "str":
+        async with (open(a) as g, h):  # a comment
+            return [*a, {**b, 'k': lambda: (yield)}]
+
+a = f"x {n!r:>{w}} {n=} y" "z" f"{n:}" rf"\d{n}" 'it\'s' u"u" "\N{BULLET} é \ud800" f"{'q' + f'{1}'}" f""
+b = f"""
+# not a comment {a}
+
+  text {b:{c}.{d}f} {{}} """
+c = (1_000, 0x10, 1e999, -0.0, 1j, ..., None, True, b"\x00\xff", a[1:2, ..., *b], 1.5)
+match c:
+    case {"a": [1, *r], **q} if r: ...
+    case A(x=1) | None: pass
+try: pass
+except* ValueError as e: pass
+'''
+
+
+def canonical(source: str) -> str:
+    return hashlib.sha256(identity._canonical(ast.parse(source)).encode()).hexdigest()[:12]
+
+
+def test_the_digest_of_a_source_is_the_same_under_every_python():
+    assert canonical(SOURCE) == "e6ecb947c4ec"  # computed with Python 3.11.7, 3.12.1 and 3.13.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# not a comment", "# not the comment"),  # inside a string
+        ("\n\n  text", "\n  text"),
+        ("n!r", "n!s"),
+        ("n: int = 3", "n: int = 4"),
+        ("1.5", "1.6"),
+        ("True", "1"),
+        ("-0.0", "0.0"),
+        ("1_000", "1_000.0"),
+        ('b"\\x00\\xff"', "'b\"\\x00\\xff\"'"),
+        ("@dec(1)\n", ""),
+        ("d, e=None", "e=None, d"),
+        ("import x as y", "import x"),
+        ("a, /, b", "a, b"),
+        ("async with", "with"),
+        ("except*", "except"),
+        ("{w}", "{v}"),
+        ("n: int = 3", "n = 3"),
+    ],
+)
+def test_a_change_of_code_is_seen(old, new):
+    assert SOURCE.count(old) == 1
+    assert canonical(SOURCE.replace(old, new)) != canonical(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# a comment", "# another"),
+        ('"""Words."""', '"""Words,\n\n    more of them."""'),
+        ('"""Module."""', ""),
+        ("n: int = 3", "n: int = (\n        3\n    )\n"),
+        ("import os", "import os  # why\n\n\n"),
+        ("1_000", "1000"),
+        ('u"u"', '"u"'),
+        ("0x10", "16"),
+    ],
+)
+def test_a_change_of_words_or_layout_is_not(old, new):
+    assert old in SOURCE
+    assert canonical(SOURCE.replace(old, new)) == canonical(SOURCE)
+
+
+def test_module_files_follow_imports_and_nothing_else(tmp_path, monkeypatch):
+    package = tmp_path / "isouq"
+    for name, source in {
+        "__init__": "from isouq.deep import thing",
+        "a": "def f():\n    from isouq import b",
+        "b": "import numpy",
+        "deep": "thing = 1",
+        "unused": "",
+        "sub/__init__": "from isouq import unused",
+        "sub/c": "from . import d",
+        "sub/d": "from ..b import something",
+    }.items():
+        file = package / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    monkeypatch.setattr(identity, "PACKAGE", package)
+
+    def found(source: str) -> set[str]:
+        notebook = tmp_path / "n.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), notebook)
+        return {file.relative_to(package).with_suffix("").as_posix() for file in identity.module_files(notebook)}
+
+    assert found("from isouq import a") == {"__init__", "a", "b"}, "also an import inside a function"
+    assert found("import isouq.sub.c as c") == {"__init__", "sub/__init__", "sub/c", "sub/d", "b"}
+    assert found("import isouq") == {"__init__", "deep"}, "a package's own names: what it imports counts"
+    assert found("from isouq import thing") == {"__init__", "deep"}
+    assert found("import isouq_other, numpy") == set()
+    itself = {file.name for file in identity.module_files(package / "a.py")}
+    assert itself == {"__init__.py", "a.py", "b.py"}, "a job that runs a module depends on it"
+
+
+def language_model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    return model, PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="b")
+
+
+def one_weight(model, tokenizer):
+    model.model.layers[0].mlp.up_proj.weight.data[3, 4] += 1e-6
+
+
+def a_buffer(model, tokenizer):
+    model.model.rotary_emb.inv_freq[0] *= 1.01
+
+
+def another_type(model, tokenizer):
+    model.bfloat16()
+
+
+def the_configuration(model, tokenizer):
+    model.config.rms_norm_eps *= 2
+
+
+def the_attention(model, tokenizer):
+    model.config._attn_implementation = "eager" if model.config._attn_implementation != "eager" else "sdpa"
+
+
+def the_end_of_generation(model, tokenizer):
+    model.generation_config.eos_token_id = [2, 3]
+
+
+def the_normaliser(model, tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def a_special_token(model, tokenizer):
+    tokenizer.eos_token = "a"
+
+
+def a_word(model, tokenizer):
+    tokenizer.add_tokens(["c"])
+
+
+CHANGES = (one_weight, a_buffer, another_type, the_configuration, the_attention)
+CHANGES += (the_end_of_generation, the_normaliser, a_special_token, a_word)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_what_a_model_computes_with_is_seen(change):
+    model, tokenizer = language_model()
+    before = identity.weights(model, tokenizer)
+    change(model, tokenizer)
+    assert identity.weights(model, tokenizer) != before
+
+
+def test_where_a_model_lies_and_how_it_was_used_is_not_seen():
+    model, tokenizer = language_model()
+    before = identity.weights(model, tokenizer)
+    model.config._name_or_path, model.config.transformers_version = "/elsewhere", "0.0"
+    tokenizer.pad_token = tokenizer.eos_token
+    padded = identity.weights(model, tokenizer)
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=3)
+    assert identity.weights(model, tokenizer) == padded
+    tokenizer.pad_token = None
+    assert identity.weights(copy.deepcopy(model), tokenizer) == before
+
+
+def test_a_plain_module_has_an_identity_too():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    before = identity.weights(model)
+    model[1].running_mean += 1
+    assert identity.weights(model) != before
+
+
+def test_a_number_that_is_none_has_no_digest():
+    assert identity.digest({"a": [1, 2.5], "b": None}) == identity.digest({"b": None, "a": [1, 2.5]})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        identity.digest({"a": float("nan")})
