@@ -23,7 +23,7 @@ from isouq.forward import check_finite, padding, token_log_probs, tokens_that_fi
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.sequences import Batch, batches, checked
+from isouq.sequences import Batch, batches, checked, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,9 +198,9 @@ def score_texts(
 ) -> pd.DataFrame:
     """Score each answer as the continuation of its prompt: a table with a row per pair, in order.
 
-    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give the
-    answer its leading space where the text has one. Where a token of that text has characters of both (a prompt that
-    ends with a space does it), prompt and answer are tokenised apart, and column `straddles` is True.
+    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
+    the answer its leading space where the text has one. Where a token of that text has characters of both (a prompt
+    that ends with a space does it), prompt and answer are tokenised apart, and column `straddles` is True.
 
     Returns columns prompt, answer, n_tokens, log_prob (nats), probability, aleatoric, epistemic, log_epistemic,
     straddles. Raises ValueError for lists of different length, an empty answer, or a text longer than the model's
@@ -211,25 +211,16 @@ def score_texts(
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
     pairs = [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
-    scores = score_ids(model, [pair[:2] for pair in pairs], aggregation=aggregation, engine=engine, batch_size=batch_size)
+    scores = score_ids(model, pairs, aggregation=aggregation, engine=engine, batch_size=batch_size)
     columns = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
     table = {name: getattr(scores, name).numpy() for name in columns}
     straddles = [pair.straddles for pair in pairs]
     return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
 
 
-def score_ids(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any) -> Estimate:
-    """`score_tokens` for pairs of prompt ids and answer ids of any length; `options` are its keyword arguments."""
-    width = max((len(p) + len(a) for p, a in pairs), default=0)
-    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
-    present = torch.zeros(len(pairs), width, dtype=torch.int64)
-    for i, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor([*prompt, *answer])
-        mask[i, len(prompt) : end] = True
-        present[i, :end] = 1
-    return score_tokens(model, ids, mask, present, **options)
+def score_ids(model: nn.Module, pairs: Sequence[Sequence[Any]], **options: Any) -> Estimate:
+    """`score_tokens` for prompt ids and answer ids, the first two of each pair; `options` are its keyword arguments."""
+    return score_tokens(model, *pad([pair[0] for pair in pairs], [pair[1] for pair in pairs]), **options)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:

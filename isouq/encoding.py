@@ -9,7 +9,7 @@ a space before "Paris"), the pair is encoded in two parts and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any, NamedTuple
 
 ANCHORS = (":", "\n", ".", "a", "0")  # texts that an answer may follow
@@ -26,8 +26,8 @@ class Pair(NamedTuple):
 def pair(tokenizer: Any, prompt: str, answer: str, place: int | None = None) -> Pair:
     """The ids of a prompt, after the opening special tokens, and of the answer that continues it.
 
-    Together they are the ids of `prompt + answer`, unless a token `straddles` the border: then they are the prompt's own
-    ids, as a model that generates reads them, and the answer's own. `place` is the pair's number in a list, for errors.
+    Together they are the ids of `prompt + answer`, unless a token `straddles` the border: then they are the prompt's
+    own ids, as a model that generates reads them, and the answer's own. `place` is the pair's number, for errors.
 
     Raises TypeError for what is no text, ValueError where the prompt or the answer has no token.
     """
@@ -87,14 +87,10 @@ def _split(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
 
 def _opening(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts before every text, found on a text whose own ids come once among all."""
-    for probe in _probes(tokenizer):
+    words = (tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer)))
+    for probe in itertools.chain("a0", words):
         content, whole = _ids(tokenizer, probe), list(tokenizer(probe)["input_ids"])
         places = [k for k in range(len(whole)) if content and whole[k : k + len(content)] == content]
         if len(places) == 1:
             return whole[: places[0]]
-    raise ValueError("tokenizer: no text gives the same ids with and without special tokens; pass ids to score_tokens")
-
-
-def _probes(tokenizer: Any) -> Iterator[str]:
-    yield from ("a", "0")
-    yield from tokenizer.get_vocab()
+    raise ValueError("tokenizer: no text has the same ids with and without special tokens; pass ids to score_tokens")

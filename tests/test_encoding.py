@@ -92,7 +92,23 @@ def ids_of(tokenizer, text: str) -> list[int]:
 def texts(make: str, n: int) -> list[tuple[str, str]]:
     """Random pairs cut out of one text at any place."""
     chance = random.Random(make)
-    parts = [" ", "  ", "\n", "the", " the", "is", "Paris", " Paris", "ville", "http://", ".", "0", "é", "</s>", "a \n\n"]
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        "the",
+        " the",
+        "is",
+        "Paris",
+        " Paris",
+        "ville",
+        "http://",
+        ".",
+        "0",
+        "é",
+        "</s>",
+        "a \n\n",
+    ]
     found = []
     while len(found) < n:
         text = "".join(chance.choice(parts) for _ in range(chance.randint(2, 7)))
@@ -132,7 +148,11 @@ def surfaces(make: str, tokenizer, text: str) -> set[int]:
     letters = {letter: byte for byte, letter in bytes_to_letters().items()}
     ends, place = set(), 0
     for token in tokenizer.convert_ids_to_tokens(ids_of(tokenizer, text)):
-        place += len(bytes(letters[c] for c in token)) if make.startswith("byte level") else len(token.encode().replace("▁".encode(), b" "))
+        place += (
+            len(bytes(letters[c] for c in token))
+            if make.startswith("byte level")
+            else len(token.encode().replace("▁".encode(), b" "))
+        )
         ends.add(place)
     invented = place - len(text.encode())
     assert invented in (0, 1)

@@ -46,7 +46,7 @@ def stop_token_ids(tokenizer: Any, model: Any = None) -> tuple[frozenset[int], f
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Return each prompt's ids, with the special tokens that the tokenizer puts in front (Gemma: <bos>), none behind."""
+    """Return each prompt's ids with the special tokens that the tokenizer puts in front (Gemma: <bos>), not behind."""
     return [encoding.prompt_ids(tokenizer, prompt) for prompt in prompts]
 
 
