@@ -71,7 +71,7 @@ def _split(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
     Offsets alone do not tell: some tokenizers leave spaces out of them. So either no character at the border is left
     out, or the prompt's part is what the prompt alone gives.
     """
-    fast = tokenizer.is_fast
+    fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=fast)
     ids, alone, border = list(encoded["input_ids"]), _ids(tokenizer, prompt), len(prompt)
     same = ids[: len(alone)] == alone

@@ -134,7 +134,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     table = arrow.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
     # pandas' own notes (its index, Int64, categories) go back into the file; answer may get another type
     notes = json.loads((arrow.schema.metadata or {}).get(b"pandas", "{}"))
-    table.attrs = notes and notes | {"columns": [note for note in notes["columns"] if note["name"] != "answer"]}
+    table.attrs = notes and notes | {"columns": [note for note in notes.get("columns", ()) if note["name"] != "answer"]}
     return table
 
 

@@ -22,12 +22,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from isouq import assets, causal_lm, encoding, files, identity
-from isouq.estimate import AGGREGATIONS, Aggregation
+from isouq.estimate import Aggregation
 from isouq.gradients import Engine
 from isouq.qa import generation
 
 SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
-COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "object"}
+COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
 # What a library may raise about a row: the row says so, and the others are scored.
 ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 Record = dict[str, Any]
@@ -91,7 +91,7 @@ def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) 
     """The table with its answers, given or generated, and the results."""
     answers = [row.get("answer") or question.answer or None for row, question in zip(done, questions, strict=True)]
     results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in COLUMNS.items()}
-    return table.assign(answer=pd.Series(answers, dtype=object), **results)
+    return table.assign(answer=pd.Series(answers, dtype="string"), **results)
 
 
 # ---- what an interrupted run left ------------------------------------------------------------------------------------
@@ -125,15 +125,12 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
     return [done[row] for row in range(len(questions))]
 
 
-def _identity(questions: list[Question], options: Options, *, generates: bool) -> dict[str, Any]:
+def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
     """What decides the numbers, except what the model holds, which is known when it is loaded."""
-    return {
-        "input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12],
-        "aggregation": options.aggregation,
-        "engine": options.engine,
-        "max_new_tokens": options.max_new_tokens if generates else None,
-        **{name: metadata.version(name) for name in ("isouq", "torch", "transformers")},
-    }
+    run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
+    run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
+    names = ("aggregation", "engine", *["max_new_tokens"] * generates)
+    return run | {name: getattr(options, name) for name in names}
 
 
 def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
@@ -143,7 +140,7 @@ def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
     try:
         header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
         there, done = header["isouq score"], {row["row"]: row for row in rows}
-        other = [f"{name} {there[name]!r} there, {run[name]!r} here" for name in run if there[name] != run[name]]
+        other = [f"{k} {there[k]!r} there, {v!r} here" for k, v in run.items() if there[k] != v]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
     if other and done:
@@ -159,10 +156,9 @@ class _Subject:
     """A model that answers and scores."""
 
     def __init__(self, options: Options) -> None:
-        if options.aggregation not in AGGREGATIONS:
-            raise ValueError(f"--aggregation: {options.aggregation!r} given, one of {', '.join(AGGREGATIONS)} wanted")
         self.options = options
         self.model, self.tokenizer = assets.load_causal_lm(options.model)
+        self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
 
     def content(self) -> str:
         """12 hex digits of the weights, the model's configuration and the tokenizer, whatever their names."""
@@ -191,13 +187,9 @@ class _Subject:
 
         return [encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else waiting(q.prompt) for q in questions]
 
-    @functools.cached_property
-    def _stops(self) -> Any:
-        return generation.stop_token_ids(self.tokenizer, self.model)
-
     def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
         n = self.options.max_new_tokens
-        return generation.generate(self.model, self.tokenizer, prompts, stops=self._stops, max_new_tokens=n)
+        return generation.generate(self.model, self.tokenizer, prompts, stops=self.stops(), max_new_tokens=n)
 
     def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
         if not all(pair.answer for pair in pairs):
@@ -218,5 +210,5 @@ def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors:
         if len(items) > 1:
             return {k: v for row, item in items.items() for k, v in _each(work, {row: item}, errors).items()}
         kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
-        errors[next(iter(items))] = kind + " ".join(str(error).replace("example 0 ", "the row ").split())
+        errors[next(iter(items))] = kind + " ".join(str(error).replace("example 0", "the row").split())
         return {}

@@ -270,6 +270,8 @@ def test_a_tokenizer_without_offsets_keeps_the_same_rules(space):
     assert encoding.pair(tokenizer, "the", " Paris") == ([*start, *tokens("the")], tokens("▁Paris"), False)
     assert encoding.pair(tokenizer, "the", "ville") == ([*start, *tokens("the")], tokens("ville"), False)
     assert encoding.pair(tokenizer, "a/", "/b") == ([*start, *tokens("a/")], tokens("/b"), True)
+    # Some such tokenizers make one unknown token of several letters, and nothing tells whose they are.
+    assert encoding.pair(tokenizer, "the☃", "ville") == ([*start, *tokens("the"), 0], tokens("ville"), True)
     assert encoding.prompt_ids(tokenizer, "the") == [*start, *tokens("the")]
     assert encoding.answer_ids(tokenizer, " Paris") == tokens("▁Paris")
 

@@ -326,6 +326,7 @@ def test_numbers_of_parquet_are_scored_as_digits_and_the_rest_says_why_not(model
         assert score(model_folder, source, target, "--max-new-tokens", "3") == int(kind != "int")
         got = pq.read_table(target)
         assert got.schema.field("n").type == pa.int64()
+        assert str(got.schema.field("error").type).endswith("string")
         assert got["error"].null_count == (2 if kind == "int" else 0)
         assert got["answer"][0].as_py() == {"int": "42", "float": "0.5", "bool": "true", "bytes": "\"b'no'\""}[kind]
     assert "answers generated for 1 rows" in capsys.readouterr().out
