@@ -370,7 +370,8 @@ def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):
     folder = tmp_path / "joins"
     shutil.copytree(model_folder, folder)
     letters = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    tokenizer = Tokenizer(models.BPE(letters | {" n": 9}, [(" ", "n")], unk_token="<unk>"))
+    letters[" n"] = letters.pop("Z")
+    tokenizer = Tokenizer(models.BPE(letters, [(" ", "n")], unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     source, target = tmp_path / "in.csv", tmp_path / "out.jsonl"
     source.write_text('prompt,answer\nIs it? ,no\nIs it?," no"\n')
