@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from isouq import estimate, identity
+from isouq import encoding, estimate, identity
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.forward import check_finite, padding, token_log_probs, tokens_that_fit
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.sequences import Batch, batches, checked
+from isouq.sequences import Batch, batches, checked, pad
 from isouq.store import Store, store_path
 
 if TYPE_CHECKING:
@@ -203,49 +203,34 @@ def score_texts(
 ) -> pd.DataFrame:
     """Score each answer as the continuation of its prompt: a table with a row per pair, in order.
 
-    Prompt and answer are tokenised apart and joined, so that the answer's tokens do not depend on the prompt; special
-    tokens go before the prompt only. Give the answer its leading space where the text has one.
+    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
+    the answer its leading space where the text has one. Where a token of that text has characters of both (a prompt
+    that ends with a space does it), prompt and answer are tokenised apart, and column `straddles` is True.
 
-    Returns columns prompt, answer, n_tokens, log_prob (nats), probability, aleatoric, epistemic, log_epistemic.
-    Raises ValueError for lists of different length, an empty answer, or a text longer than the model's context.
+    Returns columns prompt, answer, n_tokens, log_prob (nats), probability, aleatoric, epistemic, log_epistemic,
+    straddles. Raises ValueError for lists of different length, an empty answer, or a text longer than the model's
+    context; TypeError for what is no text.
     """
     if isinstance(prompts, str) or isinstance(answers, str):
         raise TypeError("prompts and answers: a string given, lists of strings wanted")
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    pairs = [encode(tokenizer, i, *pair) for i, pair in enumerate(zip(prompts, answers, strict=True))]
+    pairs = [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
     scores = score_ids(model, pairs, aggregation=aggregation, engine=engine, batch_size=batch_size)
     columns = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
     table = {name: getattr(scores, name).numpy() for name in columns}
-    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table})
+    straddles = [pair.straddles for pair in pairs]
+    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
 
 
-def score_ids(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any) -> Estimate:
-    """`score_tokens` for pairs of prompt ids and answer ids of any length; `options` are its keyword arguments."""
-    width = max((len(p) + len(a) for p, a in pairs), default=0)
-    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
-    present = torch.zeros(len(pairs), width, dtype=torch.int64)
-    for i, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor([*prompt, *answer])
-        mask[i, len(prompt) : end] = True
-        present[i, :end] = 1
-    return score_tokens(model, ids, mask, present, **options)
+def score_ids(model: nn.Module, pairs: Sequence[Sequence[Any]], **options: Any) -> Estimate:
+    """`score_tokens` for prompt ids and answer ids, the first two of each pair; `options` are its keyword arguments."""
+    return score_tokens(model, *pad([pair[0] for pair in pairs], [pair[1] for pair in pairs]), **options)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, with its special tokens, and of its answer, tokenised apart. Raises ValueError if empty."""
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not answer_ids:
-        raise ValueError(f"answers: number {place} is empty, a text of at least one token wanted")
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if prompt_ids and prompt_ids[-1] == eos and not prompt.endswith(tokenizer.eos_token or "\0"):
-        prompt_ids = prompt_ids[:-1]  # some tokenisers close every text; the answer has yet to come
-    if not prompt_ids:
-        raise ValueError(f"prompts: number {place} is empty and the tokeniser has no start token; write a prompt")
-    return prompt_ids, answer_ids
+    """The ids of a prompt and of its answer, as `isouq.encoding.pair` finds them; `place` names the pair in errors."""
+    return encoding.pair(tokenizer, prompt, answer, place)[:2]
 
 
 def _differentiate(

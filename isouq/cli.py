@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, TypeError) as error:
-        print(f"isouq: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"isouq: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("isouq: interrupted", file=sys.stderr)
@@ -93,6 +93,7 @@ ENGINES = ("auto", "ghost", "autograd")
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _score.__doc__
     parser.add_argument("--model", required=True, help="an asset, a Hub id (id@revision), or a folder")
     parser.add_argument(
         "--input", required=True, type=Path, help=".csv, .jsonl or .parquet with columns prompt and, optionally, answer"
@@ -111,15 +112,25 @@ def _positive(text: str) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    """Score a file; a row that fails is named by its number, counted from 1, and makes the exit code 1."""
+    """Columns appended: n_tokens; log_prob (nats); probability, aleatoric, epistemic, log_epistemic of the answer under
+    --aggregation; straddles, true where a token has characters of both prompt and answer, which are then tokenised
+    apart; error, why a row has no scores. Column answer holds the text that was scored: the cell as it is written, with
+    its spaces, or, where it is empty or missing, what the model generates. A run that was stopped resumes from
+    OUTPUT.partial by the same command; only --batch-size may differ. Exit code 1 if a row has no scores.
+    """
     from isouq.scoring import Options, score_file
 
     names = ("model", "aggregation", "engine", "batch_size", "max_new_tokens")
-    failed = score_file(args.input, args.output, Options(**{name: getattr(args, name) for name in names}))
-    for row, error in failed.items():
-        print(f"isouq: row {row + 1}: {error}", file=sys.stderr)
-    print(f"{args.output}: written" + (f", {len(failed)} rows without scores" if failed else ""))
-    return int(bool(failed))
+    done = score_file(args.input, args.output, Options(**{name: getattr(args, name) for name in names}))
+    for record in done:
+        if record["error"]:
+            print(f"isouq: row {record['row'] + 1}: {record['error']}", file=sys.stderr)
+    count = {
+        name: sum(record[name] not in (None, False) for record in done) for name in ("answer", "straddles", "error")
+    }
+    print(f"{args.output}: {len(done)} rows written, {count['error']} without scores; ", end="")
+    print(f"answers generated for {count['answer']} rows; {count['straddles']} rows straddle")
+    return int(count["error"] > 0)
 
 
 COMMANDS = {

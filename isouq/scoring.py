@@ -1,7 +1,7 @@
-"""A file of questions → a file of scores: what `isouq score` does, resumable and row by row honest.
+"""A file of questions → a file of scores: what `isouq score` does.
 
-Finished rows are appended to `OUTPUT.partial`, a JSON line each, so that a killed run goes on where it stopped; the
-output itself appears whole or not at all.
+Finished rows are appended to `OUTPUT.partial`, a JSON line each, so that a killed run resumes where it stopped; the
+output itself appears whole or not at all. A run resumes only with the same texts, options and weights.
 """
 
 from __future__ import annotations
@@ -9,45 +9,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from decimal import Decimal
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from isouq import assets, causal_lm
-from isouq.estimate import AGGREGATIONS, Aggregation
+from isouq import assets, causal_lm, encoding, files, identity
+from isouq.estimate import Aggregation
 from isouq.gradients import Engine
 from isouq.qa import generation
 
 SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
+COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
+# What a library may raise about a row: the row says so, and the others are scored.
+ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 Record = dict[str, Any]
-Pair = tuple[list[int], list[int], str]  # ids of prompt and answer, the answer's text
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}
-WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
-    ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".jsonl": lambda table, path: _write_lines(table, path),
-    ".parquet": lambda table, path: table.to_parquet(path, index=False),
-}
-
-
-def _write_lines(table: pd.DataFrame, path: Path) -> None:
-    """A JSON object a line; pandas' own writer would round small probabilities away."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    path.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to score; an interrupted run is gone on with only under the same options."""
+    """How to score."""
 
     model: str
     aggregation: Aggregation = "sequence"
@@ -56,124 +44,171 @@ class Options:
     max_new_tokens: int = 32
 
 
-def read_questions(path: Path) -> pd.DataFrame:
-    """The table of columns prompt and, optionally, answer. Raises ValueError for another format or a missing column."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"--input: {path.name} given, a file ending in {', '.join(READERS)} wanted")
-    if not path.is_file():
-        raise ValueError(f"--input: there is no file {path}")
-    table = reader(path)
-    if "prompt" not in table:
-        raise ValueError(f"--input: columns {', '.join(map(str, table.columns))} given, one named prompt wanted")
-    return table
+class Question(NamedTuple):
+    """A row's texts, and why it cannot be scored; without an answer, one is generated."""
+
+    prompt: str
+    answer: str
+    error: str | None
 
 
-def score_file(source: Path, target: Path, options: Options) -> dict[int, str]:
-    """Score every row of `source` into `target`; return the rows that failed, with the reason (also column `error`)."""
-    if target.suffix.lower() not in WRITERS:
-        raise ValueError(f"--output: {target.name} given, a file ending in {', '.join(WRITERS)} wanted")
-    if options.aggregation not in AGGREGATIONS:
-        raise ValueError(f"--aggregation: {options.aggregation!r} given, one of {', '.join(AGGREGATIONS)} wanted")
-    table = read_questions(source)
-    partial = target.with_name(target.name + ".partial")
-    done = _resume(partial, _fingerprint(table, options))
-    todo = [i for i in range(len(table)) if i not in done]
-    if todo:
-        with partial.open("a", encoding="utf-8") as out:
-            for row in tqdm(_score_rows(table, todo, options), total=len(todo), unit="row", desc="scoring"):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                out.flush()
-                done[row["row"]] = row
-    _write(table, done, target)
-    partial.unlink(missing_ok=True)
-    return {i: row["error"] for i, row in sorted(done.items()) if row["error"]}
+def score_file(source: Path, target: Path, options: Options) -> list[Record]:
+    """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
+
+    A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
+    written as they are: before the model is loaded, where it can be known by then.
+    """
+    table = files.read(source)
+    if taken := [name for name in COLUMNS if name in table]:
+        raise ValueError(f"{source}: column {taken[0]!r} is there, and a result is written under this name; rename it")
+    path = files.target(target, source)
+    answers = table["answer"].tolist() if "answer" in table else [None] * len(table)
+    questions = [_question(*cells) for cells in zip(table["prompt"].tolist(), answers, strict=True)]
+    with files.locked(path):
+        with open(os.devnull, "wb") as nowhere:
+            files.write(_scored(table, questions, [{}] * len(questions)), path, nowhere)
+        partial = path.with_name(path.name + ".partial")
+        done = _finish(partial, questions, options)
+        with files.replacing(path) as out:
+            files.write(_scored(table, questions, done), path, out)
+        partial.unlink(missing_ok=True)
+    return done
 
 
-def _fingerprint(table: pd.DataFrame, options: Options) -> str:
-    content = table.to_json(orient="split") + json.dumps(asdict(options), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+def _question(prompt: Any, answer: Any) -> Question:
+    """The texts of two cells; a whole number is its digits, and nothing else passes for a text."""
+    texts, errors = [], []
+    for name, cell in (("prompt", prompt), ("answer", answer)):
+        cell = "" if cell is None or cell is pd.NA else cell
+        texts.append(str(cell) if isinstance(cell, str | Decimal) else json.dumps(cell, default=str))
+        if isinstance(cell, bool) or not isinstance(cell, str | int | Decimal):
+            errors.append(f"{name}: {texts[-1]:.40} given, a text wanted; write it as the text to be scored")
+    errors += [] if texts[0] else ["prompt: empty, a text wanted"]
+    return Question(texts[0], texts[1], errors[0] if errors else None)
 
 
-def _resume(partial: Path, fingerprint: str) -> dict[int, Record]:
-    """The rows that an interrupted run left, if it had this input and these options; a torn last line is dropped."""
-    lines = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.exists() else []
-    if lines and json.loads(lines[0]) != {"fingerprint": fingerprint}:
-        raise ValueError(f"{partial} is from another input or other options; delete it to start afresh")
-    temporary = partial.with_name(partial.name + ".new")
-    lines = lines or [json.dumps({"fingerprint": fingerprint})]
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, partial)
-    rows = [json.loads(line) for line in lines[1:]]
-    return {row["row"]: row for row in rows}
+def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) -> pd.DataFrame:
+    """The table with its answers, given or generated, and the results."""
+    answers = [row.get("answer") or question.answer or None for row, question in zip(done, questions, strict=True)]
+    results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in COLUMNS.items()}
+    return table.assign(answer=pd.Series(answers, dtype="string"), **results)
 
 
-def _write(table: pd.DataFrame, done: dict[int, Record], target: Path) -> None:
-    scores = pd.DataFrame([done[i] for i in range(len(table))], columns=["row", "answer", *SCORES, "error"])
-    scores["n_tokens"] = scores["n_tokens"].astype("Int64")
-    kept = table.drop(columns=[c for c in scores.columns if c in table]).reset_index(drop=True)
-    result = pd.concat([kept, scores.drop(columns="row")], axis=1)
-    temporary = target.with_name(f".{target.stem}.new{target.suffix}")
-    WRITERS[target.suffix.lower()](result, temporary)
-    os.replace(temporary, target)
+# ---- what an interrupted run left ------------------------------------------------------------------------------------
 
 
-def _score_rows(table: pd.DataFrame, todo: list[int], options: Options) -> Iterator[Record]:
-    """Every row of `todo` as a record; a row that cannot be scored has an `error` in place of scores."""
-    model, tokenizer = assets.load_causal_lm(options.model)
-    stops = functools.cache(lambda: generation.stop_token_ids(tokenizer, model))
-    for start in range(0, len(todo), options.batch_size):
-        pairs: dict[int, Pair] = {}
-        missing: dict[int, list[int]] = {}
-        for row in todo[start : start + options.batch_size]:
-            prompt, answer = (_text(table, name, row) for name in ("prompt", "answer"))
-            try:
-                if not prompt:
-                    raise ValueError("prompt: empty, a text wanted")
-                if answer:
-                    pairs[row] = *causal_lm.encode(tokenizer, row, prompt, answer), answer
-                else:
-                    missing[row] = generation.encode_prompts(tokenizer, [prompt])[0]
-            except (ValueError, TypeError) as error:
-                yield _record(row, error=str(error))
-        if missing:
-            ids = list(missing.values())
-            made = generation.generate(model, tokenizer, ids, stops=stops(), max_new_tokens=options.max_new_tokens)
-            pairs |= {
-                row: (missing[row], list(new.token_ids), new.text) for row, new in zip(missing, made, strict=True)
-            }
-        yield from _score_pairs(model, pairs, options)
-
-
-def _text(table: pd.DataFrame, column: str, row: int) -> str:
-    value = table[column].iloc[row] if column in table else ""
-    return value if isinstance(value, str) else ""
-
-
-def _score_pairs(model: Any, pairs: dict[int, Pair], options: Options) -> Iterator[Record]:
-    """Score rows together; where the batch is refused, one by one, so that only the bad row is lost."""
-    if not pairs:
-        return
+def _finish(partial: Path, questions: list[Question], options: Options) -> list[Record]:
+    """Every row's record: those that an interrupted run left, and the others, scored now."""
+    missing = sum(not (question.answer or question.error) for question in questions)
+    run = _identity(questions, options, generates=missing > 0)
+    _kept(partial, run)  # what can be refused by now is refused before the model is loaded
+    if not questions:
+        return []
+    subject = _Subject(options)
+    run["model"] = subject.content()
+    done = _kept(partial, run)
+    todo = [row for row in range(len(questions)) if row not in done]
+    records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
     try:
-        scores = causal_lm.score_ids(
-            model,
-            [(prompt, answer) for prompt, answer, _ in pairs.values()],
-            aggregation=options.aggregation,
-            engine=options.engine,
-            batch_size=options.batch_size,
-        )
-    except ValueError as error:
-        if len(pairs) == 1:
-            yield _record(next(iter(pairs)), answer=next(iter(pairs.values()))[2], error=str(error))
-            return
-        for row, pair in pairs.items():
-            yield from _score_pairs(model, {row: pair}, options)
-        return
-    for place, (row, (_, _, text)) in enumerate(pairs.items()):
-        values = {name: getattr(scores, name)[place].item() for name in SCORES}
-        yield _record(row, answer=text, **values)
+        with files.replacing(partial) as out:
+            out.writelines(json.dumps(line).encode() + b"\n" for line in [{"isouq score": run}, *done.values()])
+        with partial.open("ab") as out:
+            for record in records:
+                out.write(json.dumps(record).encode() + b"\n")
+                out.flush()
+                done[record["row"]] = record
+    except OSError as error:
+        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command goes on") from error
+    finally:
+        if not done:
+            partial.unlink(missing_ok=True)
+    return [done[row] for row in range(len(questions))]
 
 
-def _record(row: int, *, answer: str | None = None, error: str | None = None, **values: float | int) -> Record:
-    finite = {name: value if torch.isfinite(torch.tensor(value)) else None for name, value in values.items()}
-    return {"row": row, "answer": answer, **dict.fromkeys(SCORES), **finite, "error": error}
+def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
+    """What decides the numbers, except what the model holds, which is known when it is loaded."""
+    run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
+    run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
+    names = ("aggregation", "engine", *["max_new_tokens"] * generates)
+    return run | {name: getattr(options, name) for name in names}
+
+
+def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
+    """The rows that an interrupted run left, if it was this one; a torn last line is dropped."""
+    if not partial.exists():
+        return {}
+    try:
+        header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
+        there, done = header["isouq score"], {row["row"]: row for row in rows}
+        other = [f"{k} {there[k]!r} there, {v!r} here" for k, v in run.items() if there[k] != v]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
+    if other and done:
+        ways = "finish that one by its own command, delete this file to start afresh, or name another --output"
+        raise ValueError(f"{partial}: {len(done)} rows of another run ({', '.join(other)}); {ways}")
+    return {} if other else done
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+class _Subject:
+    """A model that answers and scores."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.model, self.tokenizer = assets.load_causal_lm(options.model)
+        self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
+
+    def content(self) -> str:
+        """12 hex digits of the weights, the model's configuration and the tokenizer, whatever their names."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = [identity.weights(self.model, self.tokenizer), self.model.config.to_json_string()]
+        return hashlib.sha256("".join([*parts, backend.to_str() if backend else ""]).encode()).hexdigest()[:12]
+
+    def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
+        """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
+        for start in range(0, len(todo), self.options.batch_size):
+            batch = {row: questions[row] for row in todo[start : start + self.options.batch_size]}
+            errors = {row: question.error for row, question in batch.items() if question.error}
+            asked = {row: question for row, question in batch.items() if not question.error}
+            pairs = _each(self._encode, asked, errors)
+            prompts = {row: pair.prompt for row, pair in pairs.items() if not asked[row].answer}
+            made = _each(self._generate, prompts, errors)
+            pairs |= {row: pairs[row]._replace(answer=list(new.token_ids)) for row, new in made.items()}
+            scores = _each(self._score, {row: pair for row, pair in pairs.items() if row not in errors}, errors)
+            for row in batch:
+                record = {"row": row, "answer": made[row].text if row in made else None, **dict.fromkeys(COLUMNS)}
+                yield record | scores.get(row, {}) | {"error": errors.get(row)}
+
+    def _encode(self, questions: list[Question]) -> list[encoding.Pair]:
+        def waiting(prompt: str) -> encoding.Pair:
+            return encoding.Pair(encoding.prompt_ids(self.tokenizer, prompt), [], False)
+
+        return [encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else waiting(q.prompt) for q in questions]
+
+    def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
+        n = self.options.max_new_tokens
+        return generation.generate(self.model, self.tokenizer, prompts, stops=self.stops(), max_new_tokens=n)
+
+    def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
+        if not all(pair.answer for pair in pairs):
+            raise ValueError("answer: the model wrote none, its first token ends the text; give one")
+        options = {name: getattr(self.options, name) for name in ("aggregation", "engine", "batch_size")}
+        found = causal_lm.score_ids(self.model, pairs, **options)
+        rows = zip(*(getattr(found, name).tolist() for name in SCORES), [pair.straddles for pair in pairs], strict=True)
+        return [{k: v if math.isfinite(v) else None for k, v in zip(COLUMNS, row, strict=False)} for row in rows]
+
+
+def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
+    """`work` of all items, together or, where that is refused, one by one: only the bad rows end in `errors`."""
+    if not items:
+        return {}
+    try:
+        return dict(zip(items, work(list(items.values())), strict=True))
+    except ROW_ERRORS as error:
+        if len(items) > 1:
+            return {k: v for row, item in items.items() for k, v in _each(work, {row: item}, errors).items()}
+        kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
+        errors[next(iter(items))] = kind + " ".join(str(error).replace("example 0", "the row").split())
+        return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,20 @@ class Batch:
         """The same with more tokens after the last."""
         ids, answer = (nn.functional.pad(x, (0, n_tokens)) for x in (self.ids, self.answer))
         return Batch(ids, answer, self.rows)
+
+
+def pad(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input_ids, answer_mask and attention_mask, each (example, token), padded on the right."""
+    n_tokens = max((len(p) + len(a) for p, a in zip(prompts, answers, strict=True)), default=0)
+    input_ids = torch.zeros(len(prompts), n_tokens, dtype=torch.long)
+    answer_mask = torch.zeros(len(prompts), n_tokens, dtype=torch.bool)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        input_ids[row, :end] = torch.tensor([*prompt, *answer])
+        answer_mask[row, len(prompt) : end] = True
+        attention_mask[row, :end] = 1
+    return input_ids, answer_mask, attention_mask
 
 
 def checked(

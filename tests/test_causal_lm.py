@@ -316,7 +316,8 @@ def test_9_texts_score_as_their_ids(llama, aggregation):
     found = isouq.score_tokens(llama, *pad(case, "left"), aggregation=aggregation)
     assert isinstance(table, pd.DataFrame)
     columns = ["n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic"]
-    assert table.columns.tolist() == ["prompt", "answer", *columns]
+    assert table.columns.tolist() == ["prompt", "answer", *columns, "straddles"]
+    assert table["straddles"].tolist() == [True, False, False]  # "a" and "b" are one token in "xab"
     assert table["prompt"].tolist() == prompts
     assert table["answer"].tolist() == answers
     for name in columns:
@@ -335,6 +336,7 @@ def test_9_texts_score_as_their_ids(llama, aggregation):
         ("x", ["b"], TypeError, "prompts and answers: a string given, lists of strings wanted"),
         (["x"], "b", TypeError, "prompts and answers: a string given, lists of strings wanted"),
         ([], [], ValueError, "no example"),
+        (["x", "x"], ["b", None], TypeError, "answers: number 1 is None, a text wanted"),
         (["x" * 64], ["bb"], ValueError, "example 0 has 66 tokens, at most the model's context of 64"),
     ],
 )

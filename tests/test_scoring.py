@@ -1,7 +1,10 @@
 """`isouq score`: file to file, bad rows named, a killed run gone on with, nothing scored twice."""
 
+import csv
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +12,21 @@ import time
 from typing import get_args
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import isouq
-from isouq import cli, estimate, gradients
+from isouq import causal_lm, cli, estimate, files, gradients, scoring
+from isouq.qa import generation
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A small random Llama with a tokenizer of single characters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("model")
     letters = ["<eos>", "<unk>", "\n", *" ?:.abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
@@ -71,7 +76,8 @@ def test_a_bad_row_is_named_and_the_rest_is_scored(model_folder, tmp_path, capsy
     assert score(model_folder, source, target) == 1
     err = capsys.readouterr().err
     assert "row 2: prompt: empty" in err
-    assert "row 3: input_ids: example 0 has 93 tokens, at most the model's context of 64 wanted" in err
+    assert "row 3: input_ids: the row has 93 tokens, at most the model's context of 64 wanted" in err
+    assert "example" not in err
     got = pd.read_csv(target)
     assert got.error.notna().tolist()[:3] == [False, True, True]
     assert got.log_epistemic.notna().tolist()[:3] == [True, False, False]
@@ -122,8 +128,6 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     before = {json.loads(line)["row"] for line in partial.read_text().split("\n")[1:-1]}
     assert 5 <= len(before) < n
     scored = []
-    from isouq import causal_lm
-
     original = causal_lm.score_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -135,12 +139,282 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     assert not partial.exists()
 
 
-def test_a_partial_result_of_other_options_is_refused(model_folder, tmp_path, capsys):
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def stop_after(n, error):
+    """causal_lm.score_ids that raises `error` once it has scored n times."""
+    calls, original = [], causal_lm.score_ids
+
+    def score_ids(*args, **options):
+        calls.append(1)
+        if len(calls) > n:
+            raise error
+        return original(*args, **options)
+
+    return score_ids
+
+
+@pytest.fixture
+def interrupted(model_folder, tmp_path, monkeypatch):
+    """A run of 3 rows stopped after the first; its source and target."""
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     QUESTIONS.to_csv(source, index=False)
-    (tmp_path / "out.csv.partial").write_text('{"fingerprint": "other"}\n')
-    assert score(model_folder, source, target) == 1
-    assert "is from another input or other options; delete it to start afresh" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_lm, "score_ids", stop_after(1, KeyboardInterrupt()))
+        assert score(model_folder, source, target, "--batch-size", "1") == 130
+    partial = tmp_path / "out.csv.partial"
+    assert len(read_lines(partial)) == 2
+    return source, target, partial
+
+
+def test_a_run_resumes_with_another_batch_size_byte_for_byte(model_folder, tmp_path, interrupted, monkeypatch):
+    source, target, partial = interrupted
+    assert score(model_folder, source, tmp_path / "whole.csv") == 0
+    seen = []
+    original = causal_lm.score_ids
+    monkeypatch.setattr(causal_lm, "score_ids", lambda m, pairs, **o: (seen.extend(pairs), original(m, pairs, **o))[1])
+    assert score(model_folder, source, target, "--batch-size", "2", "--max-new-tokens", "7") == 0
+    assert len(seen) == 2
+    assert not partial.exists()
+    assert pd.read_csv(target).iloc[:, :3].equals(pd.read_csv(tmp_path / "whole.csv").iloc[:, :3])
+    assert pd.read_csv(target).log_prob.to_numpy() == pytest.approx(
+        pd.read_csv(tmp_path / "whole.csv").log_prob, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("change", ["aggregation", "input", "weights", "tokenizer", "configuration"])
+def test_a_run_does_not_resume_as_another(model_folder, tmp_path, interrupted, capsys, change):
+    source, target, partial = interrupted
+    before, options, folder = partial.read_bytes(), [], model_folder
+    if change == "aggregation":
+        options = ["--aggregation", "geometric"]
+    elif change == "input":
+        source.write_text(source.read_text().replace("Is it b?", "Is it d?"))
+    else:
+        folder = tmp_path / "other"
+        shutil.copytree(model_folder, folder)
+        if change == "weights":
+            model = LlamaForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                model.model.norm.weight[0] += 1e-4
+            model.save_pretrained(folder)
+        else:
+            name, old, new = ("tokenizer.json", '"x":', '"\\u00e9":')
+            if change == "configuration":
+                name, old, new = ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03')
+            assert old in (folder / name).read_text()
+            (folder / name).write_text((folder / name).read_text().replace(old, new))
+    assert score(folder, source, target, *options) == 1
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert f"{partial}: 1 rows of another run" in said
+    assert {"aggregation": "aggregation 'sequence' there, 'geometric' here", "input": "input '"}.get(
+        change, "model '"
+    ) in said
+    assert "delete this file to start afresh, or name another --output" in said
+    assert partial.read_bytes() == before
+
+
+def test_the_same_weights_under_another_name_resume(model_folder, tmp_path, interrupted):
+    source, target, _ = interrupted
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert score(tmp_path / "copy", source, target) == 0
+
+
+@pytest.mark.parametrize("content", ["hello", "hello\n", '{"fingerprint": "other"}\n', "[1]\n", "", "\xff\n"])
+def test_a_file_that_is_no_partial_result_is_named_and_stays(model_folder, tmp_path, capsys, content):
+    source, target, partial = tmp_path / "in.csv", tmp_path / "out.csv", tmp_path / "out.csv.partial"
+    QUESTIONS.to_csv(source, index=False)
+    partial.write_text(content, encoding="latin-1")
+    assert score("no-model", source, target) == 1
+    assert (
+        capsys.readouterr().err
+        == f"isouq: {partial}: no rest of an interrupted run; move it away or name another --output\n"
+    )
+    assert partial.read_text(encoding="latin-1") == content
+
+
+def test_a_second_run_is_refused_and_takes_nothing(model_folder, tmp_path, capsys):
+    """It is told of the other run, also with another input, and never to delete what that one needs."""
+    source, other, target = tmp_path / "in.csv", tmp_path / "other.csv", tmp_path / "out.csv"
+    QUESTIONS.to_csv(source, index=False)
+    QUESTIONS.iloc[::-1].to_csv(other, index=False)
+    refused = []
+    original = causal_lm.score_ids
+
+    def meanwhile(*args, **options):
+        refused.extend(score(model_folder, name, target) for name in (source, other))
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_lm, "score_ids", meanwhile)
+        assert score(model_folder, source, target) == 0
+    assert refused == [1, 1]
+    said = capsys.readouterr().err
+    assert said.count(f"isouq: {target}: another isouq score is writing it; wait for its end or name another file") == 2
+    assert "delete" not in said
+    assert len(pd.read_csv(target)) == 3
+    assert sorted(os.listdir(tmp_path)) == ["in.csv", "other.csv", "out.csv"]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(model_folder, tmp_path, capsys, monkeypatch):
+    source, target, partial = tmp_path / "in.csv", tmp_path / "out.csv", tmp_path / "out.csv.partial"
+    QUESTIONS.to_csv(source, index=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_lm, "score_ids", stop_after(2, OSError(errno.ENOSPC, "No space left on device")))
+        assert score(model_folder, source, target, "--batch-size", "1") == 1
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command goes on")
+    assert len(read_lines(partial)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        assert score(model_folder, source, target) == 1
+    assert score(model_folder, source, target) == 0
+    assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]
+
+
+def test_a_failure_before_the_first_row_leaves_nothing_that_blocks(model_folder, tmp_path, capsys, monkeypatch):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    QUESTIONS.to_csv(source, index=False)
+    assert score(tmp_path / "no-model", source, target) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_lm, "score_ids", stop_after(0, KeyboardInterrupt()))
+        assert score(model_folder, source, target) == 130
+    assert os.listdir(tmp_path) == ["in.csv"]
+
+
+def test_a_run_killed_before_its_first_row_blocks_no_other(model_folder, tmp_path, interrupted):
+    source, target, partial = interrupted
+    partial.write_text(partial.read_text().split("\n")[0] + "\n")
+    assert score(model_folder, source, target, "--aggregation", "geometric") == 0
+
+
+def test_an_input_that_may_not_be_read_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    QUESTIONS.to_csv(tmp_path / "in.csv", index=False)
+    monkeypatch.setattr(files.Path, "read_bytes", refuse)
+    assert score("no-model", tmp_path / "in.csv", tmp_path / "out.csv") == 1
+    assert capsys.readouterr().err == f"isouq: [Errno 13] Permission denied: '{tmp_path / 'in.csv'}'\n"
+
+
+def test_a_cell_is_scored_as_written_or_says_why_not(model_folder, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    cells = ["42", "1.50", "1e3", "true", "[1]", '{"a": 1}', "null", '""', '" no "', "false"]
+    source.write_text("".join(f'{{"id": {i}, "prompt": "Is it?", "answer": {c}}}\n' for i, c in enumerate(cells)))
+    assert score(model_folder, source, target, "--max-new-tokens", "3") == 1
+    rows = read_lines(target)
+    assert [row["id"] for row in rows] == list(range(10))
+    assert [row["answer"] for row in rows[:6]] == ["42", "1.50", "1e3", "true", '["1"]', '{"a": "1"}']
+    model, tokenizer = isouq.assets.load_causal_lm(str(model_folder))
+    wanted = isouq.score_texts(model, tokenizer, ["Is it?"] * 4, ["42", "1.50", "1e3", " no "])
+    got = [rows[i]["log_prob"] for i in (0, 1, 2, 8)]
+    assert got == pytest.approx(wanted.log_prob.to_numpy(), rel=1e-6)
+    assert [i for i, row in enumerate(rows) if row["error"]] == [3, 4, 5, 9]
+    shown = capsys.readouterr()
+    assert "isouq: row 4: answer: true given, a text wanted; write it as the text to be scored\n" in shown.err
+    assert "10 rows written, 4 without scores; answers generated for 2 rows; 0 rows straddle" in shown.out
+
+
+def test_numbers_of_parquet_are_scored_as_digits_and_the_rest_says_why_not(model_folder, tmp_path, capsys):
+    kinds = {"int": [42, None], "float": [0.5, 1.0], "bool": [True, False], "bytes": [b"no", b"no"]}
+    for kind, cells in kinds.items():
+        source, target = tmp_path / f"{kind}.parquet", tmp_path / f"{kind}.out.parquet"
+        pq.write_table(pa.table({"prompt": ["Is it?"] * 2, "answer": cells, "n": pa.array([1, None])}), source)
+        assert score(model_folder, source, target, "--max-new-tokens", "3") == int(kind != "int")
+        got = pq.read_table(target)
+        assert got.schema.field("n").type == pa.int64()
+        assert str(got.schema.field("error").type).endswith("string")
+        assert got["error"].null_count == (2 if kind == "int" else 0)
+        assert got["answer"][0].as_py() == {"int": "42", "float": "0.5", "bool": "true", "bytes": "\"b'no'\""}[kind]
+    assert "answers generated for 1 rows" in capsys.readouterr().out
+
+
+def test_columns_of_any_name_are_kept_or_refused_before_the_model(model_folder, tmp_path, capsys):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("row,answer,index,prompt,\nid-7,yes,007,Is it?,NA\n")
+    assert score(model_folder, source, target) == 0
+    with target.open() as file:
+        row = next(csv.DictReader(file))
+    assert list(row)[:5] == ["row", "answer", "index", "prompt", ""]
+    assert list(row.values())[:5] == ["id-7", "yes", "007", "Is it?", "NA"]
+    for name in scoring.COLUMNS:
+        source.write_text(f"prompt,answer,{name}\na,b,mine\n")
+        assert score("no-model", source, target) == 1
+        assert (
+            f"column {name!r} is there, and a result is written under this name; rename it" in capsys.readouterr().err
+        )
+
+
+def test_what_the_output_cannot_hold_is_said_before_the_model(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a", "answer": "x", "id": 1}\n{"prompt": "b", "answer": "y", "id": "two"}\n')
+    assert score("no-model", source, tmp_path / "o.parquet") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("isouq: --output: .parquet cannot hold the table: ")
+    assert "column id" in said
+    assert said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_a_header_alone_gives_a_header_alone(tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("prompt,answer,id\n")
+    assert score("no-model", tmp_path / "in.csv", tmp_path / "o.csv") == 0
+    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(scoring.COLUMNS) + "\n"
+
+
+def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):
+    """No token of this model has two characters; the tokenizer of the second joins a space to a letter."""
+    folder = tmp_path / "joins"
+    shutil.copytree(model_folder, folder)
+    letters = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    letters[" n"] = letters.pop("Z")
+    tokenizer = Tokenizer(models.BPE(letters, [(" ", "n")], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    source, target = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text('prompt,answer\nIs it? ,no\nIs it?," no"\n')
+    assert score(folder, source, target) == 0
+    assert [row["straddles"] for row in read_lines(target)] == [True, False]
+    assert "1 rows straddle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [IndexError, RuntimeError, TypeError, ValueError, KeyError, MemoryError])
+def test_what_a_library_raises_about_a_row_is_said_by_the_row(model_folder, tmp_path, capsys, monkeypatch, kind):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Is it {c}?"}) + "\n" for c in "abc"))
+    original = generation.generate
+
+    def generate(model, tokenizer, prompts, **options):
+        if any(tokenizer.decode(prompt) == "Is it b?" for prompt in prompts):
+            raise kind("index out of range\nin self")
+        return original(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    assert score(model_folder, source, target, "--max-new-tokens", "3") == 1
+    rows = read_lines(target)
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert "index out of range" in rows[1]["error"]
+    assert "\n" not in rows[1]["error"]
+    assert "isouq: row 2: " in capsys.readouterr().err
+
+
+def test_a_generated_answer_follows_the_prompt_not_the_token_that_closes_it(model_folder, tmp_path):
+    """The tokenizer of the copy closes every text; the answers and scores are those of the one that does not."""
+    folder = tmp_path / "closes"
+    shutil.copytree(model_folder, folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert PreTrainedTokenizerFast.from_pretrained(folder)("a")["input_ids"][-1] == 0
+    source = tmp_path / "in.csv"
+    source.write_text("prompt,answer\nIs it a?,\nIs it b?, no\n")
+    for name in (model_folder, folder):
+        assert score(name, source, tmp_path / f"{name.name}.csv", "--max-new-tokens", "4") == 0
+    assert (tmp_path / f"{model_folder.name}.csv").read_text() == (tmp_path / "closes.csv").read_text()
 
 
 def test_the_choices_of_the_command_are_those_of_the_library():

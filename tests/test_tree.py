@@ -24,7 +24,8 @@ MODULES = [ROOT / path for path in tracked() if path.parts[0] == "isouq" and pat
 STEPS = (
     ("identity", "checks"),
     ("store",),
-    ("estimate", "gradients", "sequences", "evaluation", "plotting", "provenance", "_manifest"),
+    ("estimate", "gradients", "sequences", "encoding", "files", "evaluation", "plotting"),
+    ("provenance", "_manifest"),
     ("covariance", "forward", "_pip"),
     ("distortion", "causal_lm", "classifier"),
     ("assets",),

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from isouq import encoding
+
 CANDIDATE_ROWS = 8  # candidates per forward pass: bounds the logits, rows × tokens × vocabulary
 
 
@@ -44,8 +46,8 @@ def stop_token_ids(tokenizer: Any, model: Any = None) -> tuple[frozenset[int], f
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Return each prompt's ids, with the special tokens that the tokenizer puts in front (Gemma: <bos>)."""
-    return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    """Return each prompt's ids with the special tokens that the tokenizer puts in front (Gemma: <bos>), not behind."""
+    return [encoding.prompt_ids(tokenizer, prompt) for prompt in prompts]
 
 
 def encode_answer(tokenizer: Any, answer: str) -> list[int]:
@@ -53,7 +55,7 @@ def encode_answer(tokenizer: Any, answer: str) -> list[int]:
 
     It is encoded apart from its prompt, so that prompt and answer never merge into one token.
     """
-    return list(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+    return encoding.answer_ids(tokenizer, f" {answer}")
 
 
 @torch.inference_mode()

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from isouq import causal_lm
@@ -20,6 +19,7 @@ from isouq.estimate import Aggregation, Estimate
 from isouq.gradients import Engine
 from isouq.qa import data, generation, judge
 from isouq.qa.data import DataSet, Question
+from isouq.sequences import pad
 from isouq.store import Store
 
 
@@ -138,22 +138,6 @@ class _Batches:
                     record[stage]["seconds"] = seconds
                     self.store.put(item_ids[row], record)
                 bar.update(len(batch))
-
-
-def pad(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input_ids, answer_mask and attention_mask, each (example, token), padded on the right."""
-    n_tokens = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    input_ids = torch.zeros(len(prompts), n_tokens, dtype=torch.long)
-    answer_mask = torch.zeros(len(prompts), n_tokens, dtype=torch.bool)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor([*prompt, *answer])
-        answer_mask[row, len(prompt) : end] = True
-        attention_mask[row, :end] = 1
-    return input_ids, answer_mask, attention_mask
 
 
 def _generated(question: Question, answer: generation.Generation) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,10 @@
 """Batched, cached generation and choice against the plainest loop that recomputes everything."""
 
+import copy
+
 import pytest
 import torch
+from tokenizers import processors
 
 from isouq.qa import generation
 
@@ -82,3 +85,14 @@ def test_candidates_score_as_one_plain_forward_each(model) -> None:
 def test_an_empty_candidate_is_refused(llama) -> None:
     with pytest.raises(ValueError, match="none of them empty"):
         generation.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
+
+
+def test_a_prompt_is_open_for_its_answer(tokenizer) -> None:
+    """A tokenizer that closes every text gives the ids of one that does not."""
+    closing, start = copy.deepcopy(tokenizer), tokenizer.get_vocab()["Q"]
+    wrap = processors.TemplateProcessing("Q $A <eos>", special_tokens=[("Q", start), ("<eos>", 0)])
+    closing.backend_tokenizer.post_processor = wrap
+    assert closing("who")["input_ids"] == [start, *tokenizer("who")["input_ids"], 0]
+    [ids] = generation.encode_prompts(closing, ["who"])
+    assert ids == [start, *tokenizer("who")["input_ids"]]
+    assert generation.encode_answer(closing, "me") == tokenizer(" me")["input_ids"]

@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 
 from isouq import assets, causal_lm, identity
-from isouq.qa import data, generation, stages, study
+from isouq.qa import data, generation, study
 from isouq.qa.data import DataSet, Question
 from isouq.qa.study import Settings
+from isouq.sequences import pad
 from isouq.store import Store
 
 RUN = {"study": "test"}
@@ -51,7 +52,7 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
             continue
         one = causal_lm.score_aggregations(
             llama,
-            *stages.pad([prompt], [answer]),
+            *pad([prompt], [answer]),
             aggregations=("sequence", "geometric", "token_mean"),
             engine="autograd",
         )
@@ -108,7 +109,7 @@ def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path
         ]
         texts = [row.reference, "y", "zz", "a long one"]
         ids = [generation.encode_answer(tokenizer, text) for text in texts]
-        log_p, n_tokens = causal_lm.log_probs(llama, *stages.pad([prompt] * 4, ids))
+        log_p, n_tokens = causal_lm.log_probs(llama, *pad([prompt] * 4, ids))
         assert row.answer == texts[int(log_p.argmax())]
         assert row.right == (int(log_p.argmax()) < 2)
         assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
