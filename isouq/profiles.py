@@ -17,17 +17,20 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
 from isouq import assets
+from isouq.provenance import key_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "profiles"
 SET_BY_PIPELINE = {"profile", "results_path"}
+_TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
 Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
@@ -42,10 +45,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _known_models(models: list[str]) -> list[str]:
     known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
+    keys: dict[str, str] = {}
     for model in models:
-        if model not in known and "/" not in model and not Path(model).is_dir():
+        hub_id = "/" in model and assets.HUB_ID.fullmatch(model)
+        if model not in known and not hub_id and not Path(model).expanduser().is_dir():
             advice = _nearest(model, known) or f"; models: {', '.join(known)}"
             raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
+        key = key_of(model.removesuffix("@main"))
+        if key in _TAKEN:
+            raise ValueError(f"{model!r} would name its results {key!r}, as others are; rename the folder")
+        if key in keys:
+            raise ValueError(f"{keys[key]!r} and {model!r} would both name their results {key!r}; keep or rename one")
+        keys[key] = model
     return models
 
 
@@ -57,7 +68,23 @@ class ProfileError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _means_something(cls, value: Any, field: Any) -> Any:
+        """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
+        for item in value if isinstance(value, list) else [value]:
+            odd = isinstance(item, str) and (item != item.strip() or not item.isprintable())
+            if odd and field.field_name != "description":
+                raise ValueError(f"{item!r} given; wanted text in one line, without spaces around it")
+            if item == "" and field.field_name != "results_path":
+                raise ValueError("'' given; wanted text that is not empty")
+            if isinstance(item, int) and item >= 2**63:
+                raise ValueError(f"{item} given; wanted less than 2**63")
+            if isinstance(value, list) and value.count(item) > 1:
+                raise ValueError(f"{value!r} given, {item!r} twice; wanted each once")
+        return value
 
 
 class Parameters(_Strict):
@@ -205,7 +232,7 @@ class Profile(_Strict):
     """The size of a run: what each notebook gets, and what the whole costs on 2 cores, as measured."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    description: Annotated[str, Field(min_length=1)]
+    description: Annotated[str, Field(pattern=r"\S")]  # may have several lines
     minutes: Annotated[float, Field(gt=0)]
     memory_gb: Annotated[float, Field(gt=0)]
     seed: Seed = 0
@@ -242,12 +269,18 @@ def load(path_or_name: str | Path) -> Profile:
     """
     path = _find(path_or_name)
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open("rb") as stream:  # bytes: YAML tells UTF-8 from UTF-16 itself
             content = yaml.load(stream, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
         raise ProfileError(str(error)) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ProfileError(f"{path.name} cannot be read: {cause}; wanted YAML, as UTF-8") from None
     if not isinstance(content, dict):
-        raise ProfileError(f"{path.name}: {content!r} given; wanted a mapping with name, notebooks, ...")
+        raise ProfileError(f"{path.name}: {content!r:.80} given; wanted a mapping with name, notebooks, ...")
+    name = content.get("name", "")
+    if not isinstance(name, str):
+        raise ProfileError(f"{path.name}: name: YAML reads {name!r}, which is no text; write name: '{path.stem}'")
     profile = _checked(Profile, content, where=path.name)
     if profile.name != path.stem:
         raise ProfileError(f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}")
@@ -283,7 +316,7 @@ def _find(path_or_name: str | Path) -> Path:
         path = FOLDER / f"{path_or_name}.yml"
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.yml"))
-        advice = _nearest(path.stem, names) or f"; profiles: {', '.join(names)}"
+        advice = _nearest(path.stem, names) or f"; profiles: {', '.join(names) or 'none here, they live in the clone'}"
         raise ProfileError(f"no profile {str(path_or_name)!r}{advice}")
     return path
 
@@ -346,7 +379,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, each key once."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             problem = f"given twice: {', '.join(twice)}"

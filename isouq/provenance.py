@@ -26,6 +26,7 @@ import numpy as np
 PACKAGE = Path(__file__).resolve().parent
 Number = int | float | np.number
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
+WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.+?)((?:\.[a-z][a-z0-9_-]*)+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -72,18 +73,33 @@ class Result:
             raise ResultError(f"claim: {self.claim!r} given; wanted C1 to C10, or None")
 
 
+def key_of(model: str) -> str:
+    """Return a model's name as a part of a result's key: `owner/Name_1.5@v2` is `owner-name-1-5-v2`.
+
+    Of a folder outside this one (`/data/My model`, `~/m`, `../m`) only the last part counts: no result names a place.
+    """
+    name = Path(model).name if model[:1] in tuple("/~.") else model
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
+
+
 def save_results(results: Mapping[str, Result], path: str | Path) -> None:
     """Write a notebook's named results as JSON; an empty path writes nothing.
 
-    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`.
+    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`. A model that
+    stands in one as its owner wrote it is saved by its `key_of`.
 
     Raises:
-        ResultError: a key of another form.
+        ResultError: a key of another form, or two that are saved as one.
     """
-    for key in results:
+    content: dict[str, Any] = {}
+    for given, result in sorted(results.items()):
+        raw = None if KEY.fullmatch(given) else WITH_MODEL.fullmatch(given)
+        key = f"{raw[1]}{key_of(raw[2])}{raw[3]}" if raw else given
         _check_key(key)
+        if key in content:
+            raise ResultError(f"{given!r} would be saved as {key}, which is there already")
+        content[key] = _plain(result)
     if str(path):
-        content = {key: _plain(result) for key, result in sorted(results.items())}
         write_json({"results": content}, Path(path))
 
 
