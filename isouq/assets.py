@@ -339,7 +339,7 @@ def _load_from_hub(name: str) -> tuple[Any, Any]:
     try:
         return _from_pretrained(name.partition("@")[0], name, revision=commit, local_files_only=offline is not None)
     except AssetError as error:
-        raise _no_copy(name, offline) if offline else error
+        raise (_no_copy(name, offline) if offline else error) from error.__cause__
 
 
 def _no_copy(name: str, cause: Exception) -> AssetError:

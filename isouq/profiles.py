@@ -5,21 +5,14 @@ the names of the notebook's `parameters` cell, with that cell's values as defaul
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from isouq import assets
@@ -35,11 +28,9 @@ Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
-SyntheticProblem = (
-    MulticlassProblem
-    | Literal["binary_linear", "binary_xor", "binary_rings"]
-    | Literal["regression_linear", "regression_nonlinear"]
-)
+SyntheticProblem = Literal[
+    MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
+]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -70,16 +61,14 @@ class ProfileError(ValueError):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    @field_validator("*")
+    @pydantic.field_validator("*")
     @classmethod
     def _means_something(cls, value: Any, field: Any) -> Any:
         """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
         for item in value if isinstance(value, list) else [value]:
-            odd = isinstance(item, str) and (item != item.strip() or not item.isprintable())
-            if odd and field.field_name != "description":
-                raise ValueError(f"{item!r} given; wanted text in one line, without spaces around it")
-            if item == "" and field.field_name != "results_path":
-                raise ValueError("'' given; wanted text that is not empty")
+            allowed = {"description": item, "results_path": ""}.get(field.field_name)
+            if isinstance(item, str) and item != allowed and not (item.isprintable() and item == item.strip() != ""):
+                raise ValueError(f"{item!r} given; wanted text in one line, not empty, without spaces around it")
             if isinstance(item, int) and item >= 2**63:
                 raise ValueError(f"{item} given; wanted less than 2**63")
             if isinstance(value, list) and value.count(item) > 1:
@@ -93,10 +82,12 @@ class Parameters(_Strict):
     profile: str = "embedded"
     seed: Seed = 0
     results_path: str = ""
+    data: ClassVar[tuple[str, ...]] = ()
 
     def assets(self) -> list[str]:
         """Return the names of the models and data sets of the manifest that the notebook needs."""
-        return []
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*getattr(self, "models", []), *self.data})
 
 
 class Derivation(Parameters):
@@ -114,6 +105,7 @@ class Derivation(Parameters):
 class Isotropy(Parameters):
     """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
 
+    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str = "build/store"
     problem_names: list[IsotropyProblem] = Field(
         default=["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"], min_length=1
@@ -130,11 +122,6 @@ class Isotropy(Parameters):
     n_checked: Count = 2  # proxies and queries whose inner products autograd computes again
     memory_gb: Annotated[float, Field(gt=0)] = 2.0
     n_resamples: Count = 300
-
-    def assets(self) -> list[str]:
-        """Return the manifest's names among the models, the texts and the sentence embeddings."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, "triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2"})
 
 
 class Mcmc(Parameters):
@@ -156,7 +143,7 @@ class Mcmc(Parameters):
     @staticmethod
     def problems() -> list[str]:
         """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
-        return [name for part in get_args(SyntheticProblem) for name in get_args(part)]
+        return list(get_args(SyntheticProblem))
 
 
 class LlmQa(Parameters):
@@ -176,8 +163,7 @@ class LlmQa(Parameters):
 
     def assets(self) -> list[str]:
         """Return the manifest's names among the models, and the data sets'."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, *(name.removesuffix("_choose") for name in self.data_sets)})
+        return sorted({*super().assets(), *(name.removesuffix("_choose") for name in self.data_sets)})
 
     def scoring(self) -> dict[str, Any]:
         """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
@@ -187,6 +173,7 @@ class LlmQa(Parameters):
 class Cost(Parameters):
     """05_cost: time, memory and exactness of every method, measured on the machine."""
 
+    data = ("triviaqa", "all-minilm-l6-v2")
     models: Models = ["smollm2-135m-instruct", "gemma-3-270m"]
     n_examples: Count = 8
     n_tokens: Annotated[int, Field(ge=2)] = 64
@@ -201,17 +188,12 @@ class Cost(Parameters):
     sweep_examples: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
     sweep_widths: list[Annotated[int, Field(ge=64, multiple_of=64)]] = Field(default=[128, 256, 512], min_length=2)
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _answer_in_text(self) -> "Cost":
         longest = max(self.n_answer, *self.sweep_answers)
         if longest >= self.n_tokens or self.n_answer >= min(self.sweep_tokens):
             raise ValueError(f"an answer of {longest} tokens does not leave the question one; make n_tokens larger")
         return self
-
-    def assets(self) -> list[str]:
-        """Return the manifest's names among the models, the texts and the sentence embeddings."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, "triviaqa", "all-minilm-l6-v2"})
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
@@ -238,7 +220,7 @@ class Profile(_Strict):
     seed: Seed = 0
     notebooks: Notebooks  # type: ignore[valid-type]
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _pipeline_sets_the_rest(self) -> "Profile":
         for chapter in self.chapters():
             taken = SET_BY_PIPELINE & getattr(self.notebooks, chapter).model_fields_set
@@ -350,7 +332,7 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
     if kind == "too_short":
         return f"{where}: {given!r} given; wanted at least {context['min_length']} of them"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    if isinstance(given, str) and kind == "float_type" and _is_number(given):
+    if kind == "float_type" and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", str(given)):
         wanted += "; YAML reads this as text: write a point, as in 1.0e-3"
     return f"{where}: {given!r} given; wanted {wanted}"
 
@@ -364,14 +346,6 @@ def _fields_at(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -121,13 +121,16 @@ def module_files(path: str | Path) -> list[Path]:
     return sorted(used | {folder / "__init__.py" for folder in folders})
 
 
-def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path) -> None:
-    """Execute a notebook with papermill, keep the executed copy, and record what ran.
+def run_notebook(
+    source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path, models: Any = None
+) -> None:
+    """Execute a notebook with papermill in this interpreter's own kernel, keep the copy, and record what ran.
 
-    A copy that fails never becomes `output`: it goes to the folder `failed`, its traceback beside it as text.
+    `models`, name to content or commit, goes to the record. A copy that fails never becomes `output`: it goes to the
+    folder `failed`, its traceback beside it as text.
 
     Raises:
-        NotebookError: a cell raised, the kernel died, or the notebook did not write `results_path`.
+        NotebookError: a cell raised, the kernel died or is another Python, or no `results_path` was written.
     """
     import papermill  # of the pipeline's extra, which who only saves results does not need
 
@@ -137,13 +140,15 @@ def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], r
     for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
         stale.unlink(missing_ok=True)
     inputs = [source, *module_files(source), PACKAGE / "assets.toml", PACKAGE.parent / "requirements.lock"]
-    run = {"notebook": source.stem, "started": _now(), "parameters": dict(parameters), **environment()}
-    hashes = {"inputs": _hashes(inputs)}
+    run = {"notebook": source.stem, "started": _now(), "parameters": _without_places(parameters), **environment()}
+    hashes = {"inputs": _hashes(inputs), "models": {key_of(name): content for name, content in (models or {}).items()}}
     partial = output.with_suffix(".running.ipynb")
     # The kernel's own warnings are about its transport, not about the notebook.
-    kernel = {"kernel_name": "python3", "language": "python", "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": _own_kernel()}
+    kernel["extra_arguments"] = ["--IPKernelApp.log_level=40"]
     try:
-        papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
+        executed = papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
+        run["kernel"] = _kernel_of(executed)
         if not results.is_file():
             raise NotebookError("it ran to its end without save_results(..., results_path)")
     except Exception as error:  # whatever it was: keep the copy, pass on the cause
@@ -154,6 +159,27 @@ def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], r
         raise NotebookError(message) from None
     os.replace(partial, output)
     write_json({**run, **hashes, "outputs": _hashes([output, results])}, record)
+
+
+def _own_kernel() -> type:
+    """Return a manager of kernels that starts this interpreter's own, whatever `python3` is on JUPYTER_PATH."""
+    from jupyter_client import kernelspec, manager
+
+    specs = kernelspec.KernelSpecManager(kernel_dirs=[])
+    return type("OwnKernel", (manager.AsyncKernelManager,), {"_kernel_spec_manager_default": lambda self: specs})
+
+
+def _kernel_of(executed: Any) -> dict[str, str]:
+    """Return which Python ran a notebook, as the kernel itself said. Raises NotebookError for another than this one."""
+    ran, own = executed.metadata["language_info"]["version"], platform.python_version()
+    if ran != own:
+        raise NotebookError(f"it ran in Python {ran}, not in the Python {own} that runs this")
+    return {"python": f"{platform.python_implementation()} {ran}", "ipykernel": importlib.metadata.version("ipykernel")}
+
+
+def _without_places(parameters: Mapping[str, Any]) -> Any:
+    """Return parameters for the record: of a path outside the project only its name."""
+    return json.loads(re.sub(r'"[/~][^"]*?([^"/]*)/*"', r'".../\1"', json.dumps(parameters)))
 
 
 def collect(
@@ -341,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("source", type=Path)
     run.add_argument("output", type=Path)
     run.add_argument("--parameters", type=json.loads, required=True, help="a JSON object")
+    run.add_argument("--models", type=json.loads, help="a JSON object: each model's content or commit")
     run.add_argument("--record", type=Path, required=True)
     run.add_argument("--failed", type=Path, required=True, help="the folder for a copy that fails")
     run.set_defaults(command=run_notebook)
