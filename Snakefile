@@ -15,7 +15,6 @@
 # can reach, its own section of the profile, its assets and models, the lock, or the rule itself.
 
 import ast
-import difflib
 import fcntl
 import json
 import math
@@ -32,8 +31,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from isouq import assets, profiles, provenance
 
 for word in config.keys() - {"profile"}:
-    nearest = difflib.get_close_matches(word, ["profile"]) or ["only profile"]
-    raise WorkflowError(f"--config {word}: no such name; did you mean {nearest[0]}=...?")
+    raise WorkflowError(f"--config {word}: not a known name; wanted profile, as in --config profile=smoke")
 PROFILE_ARGUMENT = config.get("profile", "embedded")
 if not isinstance(PROFILE_ARGUMENT, str):  # Snakemake makes a number of what looks like one
     raise WorkflowError(
