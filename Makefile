@@ -10,8 +10,7 @@ TORCH_INDEX ?=
 PY := .venv/bin/python
 READY := .venv/isouq-installed
 SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress --nolock --rerun-incomplete
-# As YAML's quoted text, since Snakemake would make a number of a name like 007.
-CONFIG = --config "profile='$$(printf %s "$$PROFILE" | sed "s/'/''/g")'"
+CONFIG := --config profile="$$PROFILE"
 export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

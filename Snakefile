@@ -35,8 +35,7 @@ for word in config.keys() - {"profile"}:
 PROFILE_ARGUMENT = config.get("profile", "embedded")
 if not isinstance(PROFILE_ARGUMENT, str):  # Snakemake makes a number of what looks like one
     raise WorkflowError(
-        f"profile: {PROFILE_ARGUMENT!r} given; wanted a name, or a file such as profiles/2024_10.yml where the name "
-        "looks like a number"
+        f"profile: Snakemake reads {PROFILE_ARGUMENT!r}, which is no name; name the file, as in profile=profiles/2024_10.yml"
     )
 try:
     PROFILE = profiles.load(PROFILE_ARGUMENT)
