@@ -3,13 +3,13 @@
 #   make book PROFILE=smoke      what most people type
 #   make plan PROFILE=smoke      what would run, and why
 #
-# The same graph on a cluster, from .venv, with `pip install snakemake-executor-plugin-slurm` in it:
+# The same graph on a cluster (`.venv/bin/python -m pip install snakemake-executor-plugin-slurm` brings its executor):
 #
-#   .venv/bin/python -m snakemake --config profile=smoke --executor slurm --jobs 20 --cores 4
+#   .venv/bin/python -m snakemake --nolock --config profile=smoke --executor slurm --jobs 20
 #
-# --cores is for what runs on the machine that you start it on: fetching, joining, the book. A cluster without an
-# accounting database needs three options more: --slurm-no-account --slurm-status-command squeue, and where jobs are
-# short --slurm-init-seconds-before-status-checks 5. Every job names its threads, memory and wall time.
+# A cluster that keeps no accounts needs `--slurm-no-account --slurm-status-command squeue` too. Fetching, joining and
+# the book run where the command does; every other job asks for its threads, memory and wall time, which
+# `--set-threads notebook=8` and `--set-resources notebook:mem_mb=16000 notebook:runtime=600` change.
 #
 # A job runs again when what it depends on has changed in content: its notebook, the modules that the notebook
 # can reach, its own section of the profile, its assets and models, the lock, or the rule itself.
@@ -58,19 +58,19 @@ MEMORY, SMALL, MINUTES = math.ceil(1000 * PROFILE.memory_gb), 3000, math.ceil(2 
 
 CHATTER = re.compile(
     "\\s*(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \\d+ jobs|Touching output|Reasons:|Complete log"
-    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one|RuleException:.*-m isouq)",
+    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one|RuleException:.*(-m isouq|book/build))",
     re.DOTALL,
 )
 
 
 def readable(record):
-    """Cut what Snakemake says to a line a job, with the reason; a notebook's failure has told its own cause."""
+    """Cut what Snakemake says to a line a job, with the reason; what fails has told its own cause."""
     event, fields = getattr(record, "event", None), record.__dict__
     if event == LogEvent.JOB_INFO and fields["rule_msg"]:
         reason = re.sub("Missing output files: .*", "not made yet", fields["reason"] or "")
         reason = re.sub(".*before: (.*) now: (.*) ", changed, reason)
         record.event, record.msg = None, f"{fields['rule_msg']} ({textwrap.shorten(reason, 240, placeholder=' ...')})"
-    if event == LogEvent.JOB_ERROR and fields["rule_name"] == "notebook":
+    if event == LogEvent.JOB_ERROR and fields["rule_name"] in ("book", "fetch", "notebook"):
         return False
     return not CHATTER.match(str(record.msg))
 

@@ -11,13 +11,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import nbformat
+import pipeline
 import pytest
 import yaml
+from pipeline import jobs
 
 from isouq import profiles
 
@@ -55,18 +56,11 @@ def write_profile(folder: Path, **qa) -> None:
 
 def command(*arguments: str) -> list[str]:
     """What the Makefile runs, up to the joined results, which need no models, data or pages."""
-    line = re.search(r"^SNAKEMAKE := \$\(PY\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    words = line[1].replace("$(CORES)", "2").split()
-    return [sys.executable, *words, *arguments, "build/tiny/results.json", "--config", "profile=tiny"]
+    return pipeline.command(*arguments, "build/tiny/results.json", profile="tiny")
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def jobs(output: str) -> dict[str, str]:
-    """Each announced job with its reason."""
-    return dict(re.findall(r"^((?:Running|Scoring|Joining|Fetching|Building)[^(\n]*) \((.*)\)$", output, re.MULTILINE))
+def run(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return pipeline.run(folder, *arguments, "build/tiny/results.json", profile="tiny", **options)
 
 
 @pytest.fixture(scope="module")
@@ -243,17 +237,9 @@ def test_without_a_new_enough_python_make_says_what_to_install(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.fixture(scope="module")
-def smoke() -> Path:
-    """The real book at smoke size, built if it is not yet."""
-    built = make("book", "PROFILE=smoke")
-    assert built.returncode == 0, built.stdout[-6000:]
-    return ROOT / "build" / "smoke"
-
-
-def test_a_second_make_book_executes_nothing(smoke):
+def test_a_second_run_of_the_real_book_executes_nothing(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
-    again = make("book", "PROFILE=smoke")
+    again = pipeline.run(ROOT, profile="smoke")
     assert "Nothing to be done" in again.stdout
     assert jobs(again.stdout) == {}
     assert before == {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
