@@ -36,18 +36,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _known_models(models: list[str]) -> list[str]:
     known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
-    keys: dict[str, str] = {}
+    keys = dict.fromkeys(_TAKEN, "a chapter")
     for model in models:
-        hub_id = "/" in model and assets.HUB_ID.fullmatch(model)
-        if model not in known and not hub_id and not Path(model).expanduser().is_dir():
+        on_hub = "/" in model and assets.HUB_ID.fullmatch(model)
+        if not (model in known or on_hub or Path(model).expanduser().is_dir()):
             advice = _nearest(model, known) or f"; models: {', '.join(known)}"
             raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
         key = key_of(model.removesuffix("@main"))
-        if key in _TAKEN:
-            raise ValueError(f"{model!r} would name its results {key!r}, as others are; rename the folder")
         if key in keys:
-            raise ValueError(f"{keys[key]!r} and {model!r} would both name their results {key!r}; keep or rename one")
-        keys[key] = model
+            raise ValueError(f"{model!r} would name its results {key!r}, as {keys[key]} does; keep or rename one")
+        keys[key] = repr(model)
     return models
 
 
@@ -298,7 +296,10 @@ def _find(path_or_name: str | Path) -> Path:
         path = FOLDER / f"{path_or_name}.yml"
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.yml"))
-        advice = _nearest(path.stem, names) or f"; profiles: {', '.join(names) or 'none here, they live in the clone'}"
+        listed = (
+            f"profiles: {', '.join(names)}" if names else "the named ones are in a clone of isouq only; give a file"
+        )
+        advice = _nearest(path.stem, names) or f"; {listed}"
         raise ProfileError(f"no profile {str(path_or_name)!r}{advice}")
     return path
 

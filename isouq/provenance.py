@@ -26,7 +26,7 @@ import numpy as np
 PACKAGE = Path(__file__).resolve().parent
 Number = int | float | np.number
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
-WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.+?)((?:\.[a-z][a-z0-9_-]*)+)")
+WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.*?[^a-z0-9_.-].*?)((?:\.[a-z][a-z0-9_-]*)+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -85,8 +85,8 @@ def key_of(model: str) -> str:
 def save_results(results: Mapping[str, Result], path: str | Path) -> None:
     """Write a notebook's named results as JSON; an empty path writes nothing.
 
-    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`. A model that
-    stands in one as its owner wrote it is saved by its `key_of`.
+    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`. A model's name
+    stands in one as its `key_of`; where it is left as its owner wrote it, it is made so, up to a dot before a letter.
 
     Raises:
         ResultError: a key of another form, or two that are saved as one.
@@ -130,7 +130,7 @@ def run_notebook(
     folder `failed`, its traceback beside it as text.
 
     Raises:
-        NotebookError: a cell raised, the kernel died or is another Python, or no `results_path` was written.
+        NotebookError: a cell raised, the kernel died, or the notebook did not write `results_path`.
     """
     import papermill  # of the pipeline's extra, which who only saves results does not need
 
@@ -148,7 +148,8 @@ def run_notebook(
     kernel["extra_arguments"] = ["--IPKernelApp.log_level=40"]
     try:
         executed = papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
-        run["kernel"] = _kernel_of(executed)
+        python = f"{platform.python_implementation()} {executed.metadata['language_info']['version']}"
+        run["kernel"] = {"python": python, "ipykernel": importlib.metadata.version("ipykernel")}
         if not results.is_file():
             raise NotebookError("it ran to its end without save_results(..., results_path)")
     except Exception as error:  # whatever it was: keep the copy, pass on the cause
@@ -167,14 +168,6 @@ def _own_kernel() -> type:
 
     specs = kernelspec.KernelSpecManager(kernel_dirs=[])
     return type("OwnKernel", (manager.AsyncKernelManager,), {"_kernel_spec_manager_default": lambda self: specs})
-
-
-def _kernel_of(executed: Any) -> dict[str, str]:
-    """Return which Python ran a notebook, as the kernel itself said. Raises NotebookError for another than this one."""
-    ran, own = executed.metadata["language_info"]["version"], platform.python_version()
-    if ran != own:
-        raise NotebookError(f"it ran in Python {ran}, not in the Python {own} that runs this")
-    return {"python": f"{platform.python_implementation()} {ran}", "ipykernel": importlib.metadata.version("ipykernel")}
 
 
 def _without_places(parameters: Mapping[str, Any]) -> Any:

@@ -41,7 +41,7 @@ def executable() -> str:
     if found is None:
         raise FileNotFoundError(
             f"the book is tested in a real browser and none was found as {named or ' or '.join(NAMES)}: install one "
-            "(Debian and Ubuntu: `apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
+            "(Debian: `apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
         )
     return found
 
