@@ -254,8 +254,9 @@ def load(path_or_name: str | Path) -> Profile:
     except yaml.MarkedYAMLError as error:
         raise ProfileError(str(error)) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        cause = " ".join(str(error).split())
-        raise ProfileError(f"{path.name} cannot be read: {cause}; wanted YAML, as UTF-8") from None
+        raise ProfileError(
+            f"{path.name} cannot be read: {' '.join(str(error).split())}; wanted YAML, as UTF-8"
+        ) from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name}: {content!r:.80} given; wanted a mapping with name, notebooks, ...")
     name = content.get("name", "")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parent
-Number = int | float | np.number
+Number = int | float | np.integer | np.floating
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
 WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.*?[^a-z0-9_.-].*?)((?:\.[a-z][a-z0-9_-]*)+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -61,7 +61,7 @@ class Result:
             number = getattr(self, name)
             if number is None and name != "value":
                 continue
-            if isinstance(number, bool) or not _is_finite(number):
+            if isinstance(number, bool) or not isinstance(number, Number) or not math.isfinite(number):
                 raise ResultError(f"{name}: {number!r} given; wanted a finite number")
         if (self.low is None) != (self.high is None):
             raise ResultError(f"low={self.low}, high={self.high} given; wanted both or neither")
@@ -255,13 +255,6 @@ def _check_key(key: str) -> None:
     if not KEY.fullmatch(key):
         wanted = "dotted lower-case parts, as qa.gemma-3-270m.triviaqa.accuracy"
         raise ResultError(f"key {key!r} given; wanted {wanted}")
-
-
-def _is_finite(number: Any) -> bool:
-    try:
-        return math.isfinite(number)
-    except TypeError:
-        return False
 
 
 def _plain(result: Result) -> dict[str, Any]:
