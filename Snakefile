@@ -78,8 +78,9 @@ def readable(record):
 def changed(match):
     """The parameters that differ between two lists of JSON objects, as `n_questions: 60 -> 20`."""
     try:
-        old, new = ({k: v for part in ast.literal_eval(f"[{text}]") for k, v in json.loads(part).items()} for text in match.groups())
-    except (ValueError, SyntaxError):
+        old, new = ([json.loads(part) for part in ast.literal_eval(f"[{text}]")] for text in match.groups())
+        old, new = ({name: value for part in parts for name, value in part.items()} for parts in (old, new))
+    except (ValueError, SyntaxError, TypeError, AttributeError):
         return "changed parameters"
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return "changed " + ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted(names))
@@ -193,7 +194,7 @@ if SHARDS:
         message:
             "Scoring {params.data_set} with {params.model}"
         shell:
-            "{PYTHON:q} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model {params.model:q}"
+            "{PYTHON:q} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model={params.model:q}"
             " --data-set {params.data_set:q} --done {output:q}"
 
 
