@@ -10,7 +10,8 @@ TORCH_INDEX ?=
 PY := .venv/bin/python
 READY := .venv/isouq-installed
 SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress --nolock --rerun-incomplete
-CONFIG := --config profile='$(PROFILE)'
+CONFIG := --config profile="$$PROFILE"
+export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -25,7 +26,7 @@ help: ## this list
 
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
-	@echo "The book: build/$(basename $(notdir $(PROFILE)))/html/index.html"
+	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
 
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run $(CONFIG)
@@ -33,9 +34,10 @@ plan: $(READY) ## what `make book` would run, and why
 assets: $(READY) ## fetch the models and data that the profile needs, and nothing else
 	@$(SNAKEMAKE) fetch $(CONFIG)
 
-test: $(READY) ## all tests; fetches the models and data they need first
-	@$(SNAKEMAKE) fetch --config profile=smoke
+test: $(READY) ## all tests; fetches models and data and builds the book at smoke size first
+	@$(PY) tests/chromium.py
 	@$(PY) -m isouq.cli assets fetch gemma-3-270m
+	@$(SNAKEMAKE) --config profile=smoke
 	@$(PY) -m pytest
 
 test-quick: $(READY) ## the tests that need no download and run no notebook
@@ -73,7 +75,7 @@ endef
 
 # Torch comes first, with whatever its own build needs; then the lock as it is, and nothing that it does not name.
 # A clone that was moved gets its paths renewed: the stamp holds the folder it was made in.
-$(READY): requirements.lock pyproject.toml $(if $(filter $(CURDIR),$(shell cat $(READY) 2>/dev/null)),,FORCE)
+$(READY): requirements.lock pyproject.toml $(shell [ "$$(cat $(READY) 2>/dev/null)" = "$$(pwd -P)" ] || echo FORCE)
 	@set -e; \
 	if ! $(PY) -c '' 2>/dev/null; then \
 	  $(FIND_PYTHON); \
@@ -89,6 +91,6 @@ $(READY): requirements.lock pyproject.toml $(if $(filter $(CURDIR),$(shell cat $
 	echo "Installing the other $$(grep -c '^[a-z0-9]' requirements.lock) pinned packages (some minutes)"; \
 	$(PY) -m pip install --quiet --no-deps -r requirements.lock; \
 	$(PY) -m pip install --quiet --no-deps -e .; \
-	printf '%s' "$(CURDIR)" > $(READY)
+	printf '%s' "$$(pwd -P)" > $(READY)
 
 FORCE:

@@ -2,32 +2,47 @@
 #
 #   make book PROFILE=smoke      what most people type
 #   make plan PROFILE=smoke      what would run, and why
-#   snakemake --config profile=smoke --executor slurm --jobs 20     the same graph on a cluster (with its plugin)
+#
+# The same graph on a cluster (`.venv/bin/python -m pip install snakemake-executor-plugin-slurm` brings its executor):
+#
+#   .venv/bin/python -m snakemake --nolock --config profile=smoke --executor slurm --jobs 20
+#
+# A cluster that keeps no accounts needs `--slurm-no-account --slurm-status-command squeue` too. Fetching, joining and
+# the book run where the command does; every other job asks for its threads, memory and wall time, which
+# `--set-threads notebook=8` and `--set-resources notebook:mem_mb=16000 notebook:runtime=600` change.
 #
 # A job runs again when what it depends on has changed in content: its notebook, the modules that the notebook
-# can reach, its own section of the profile, the checksums of its assets, the lock, or the rule itself.
+# can reach, its own section of the profile, its assets and models, the lock, or the rule itself.
 
+import ast
 import fcntl
 import json
+import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from isouq import assets, profiles, provenance
 
-PROFILE_ARGUMENT = str(config.get("profile", "embedded"))
+for word in config.keys() - {"profile"}:
+    raise WorkflowError(f"--config {word}: not a known name; wanted profile, as in --config profile=smoke")
+PROFILE_ARGUMENT = config.get("profile", "embedded")
+if not isinstance(PROFILE_ARGUMENT, str):  # Snakemake makes a number of what looks like one
+    raise WorkflowError(
+        f"profile: Snakemake reads {PROFILE_ARGUMENT!r}, which is no name; name the file, as in profile=profiles/2024_10.yml"
+    )
 try:
     PROFILE = profiles.load(PROFILE_ARGUMENT)
-except profiles.ProfileError as error:
+    SECTIONS = {name: PROFILE.parameters(name) for name in PROFILE.chapters()}
+    MODELS = {name: getattr(section, "models", []) for name, section in SECTIONS.items()}
+    CONTENT = {model: assets.content(model) for model in sorted({*sum(MODELS.values(), [])})}
+except (profiles.ProfileError, assets.AssetError) as error:
     raise WorkflowError(str(error)) from None
 
 BUILD = f"build/{PROFILE.name}"
@@ -36,33 +51,49 @@ if not CHAPTERS:
     raise WorkflowError(f"profile {PROFILE.name!r} names no notebook of notebooks/")
 SECTIONS = {name: PROFILE.parameters(name, results_path=f"{BUILD}/results/{name}.json") for name in CHAPTERS}
 SHA256 = {asset.name: [member.sha256 for member in asset.members] for asset in assets.list_assets()}
-ALONE = workflow.cores or 2  # one heavy job at a time on one machine, so that memory is what the profile says
 PYTHON = sys.executable
+# What one job may take on a cluster: as much as the profile states for a whole run, and twice the time, since machines
+# differ. Posteriors are small networks: draws of at most 2 GB, and jax.
+MEMORY, SMALL, MINUTES = math.ceil(1000 * PROFILE.memory_gb), 3000, math.ceil(2 * PROFILE.minutes)
 
 CHATTER = re.compile(
     "\\s*(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \\d+ jobs|Touching output|Reasons:|Complete log"
-    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one|RuleException:.*isouq.provenance run)",
+    "|Elapsed time|Shutting down|Exiting because|WorkflowError:\\s*At least one|RuleException:.*(-m isouq|book/build))",
     re.DOTALL,
 )
 
 
 def readable(record):
-    """Cut what Snakemake says to a line a job, with the reason; a notebook's failure has told its own cause."""
+    """Cut what Snakemake says to a line a job, with the reason; what fails has told its own cause."""
     event, fields = getattr(record, "event", None), record.__dict__
     if event == LogEvent.JOB_INFO and fields["rule_msg"]:
         reason = re.sub("Missing output files: .*", "not made yet", fields["reason"] or "")
-        reason = re.sub(".*before: '(.*)' now: '(.*)' ", changed, reason)
+        reason = re.sub(".*before: (.*) now: (.*) ", changed, reason)
         record.event, record.msg = None, f"{fields['rule_msg']} ({textwrap.shorten(reason, 240, placeholder=' ...')})"
-    if event == LogEvent.JOB_ERROR and fields["rule_name"] == "notebook":
+    if event == LogEvent.JOB_ERROR and fields["rule_name"] in ("book", "fetch", "notebook"):
         return False
     return not CHATTER.match(str(record.msg))
 
 
 def changed(match):
-    """The parameters that differ between two JSON objects, as `n_questions: 60 -> 20`."""
-    old, new = map(json.loads, match.groups())
+    """The parameters that differ between two lists of JSON objects, as `n_questions: 60 -> 20`."""
+    try:
+        old, new = ([json.loads(part) for part in ast.literal_eval(f"[{text}]")] for text in match.groups())
+        old, new = ({name: value for part in parts for name, value in part.items()} for parts in (old, new))
+    except (ValueError, SyntaxError, TypeError, AttributeError):
+        return "changed parameters"
     names = [name for name in old | new if old.get(name) != new.get(name)]
-    return "changed " + ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+    return "changed " + ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted(names))
+
+
+def heavy(wildcards):
+    """Threads of a job that fills a machine: all there are, so that there is one at a time; on a cluster 2, as measured."""
+    return workflow.resource_settings.cores or 2 if workflow.local_exec else 2
+
+
+def contents(models):
+    """What each model stands for now, as JSON: another commit or other bytes are another parameter."""
+    return json.dumps({model: CONTENT[model] for model in models})
 
 
 logger.addFilter(readable)
@@ -86,7 +117,7 @@ def shards():
     """Job name -> (model, data set): what 04_llm_qa has scored before it starts."""
     section = SECTIONS.get("04_llm_qa")
     pairs = [(model, data_set) for model in section.models for data_set in section.data_sets] if section else []
-    return {re.sub(r"[^A-Za-z0-9.-]+", "_", f"qa-{model}-{data_set}"): (model, data_set) for model, data_set in pairs}
+    return {f"qa-{provenance.key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
 
 
 SHARDS = shards()
@@ -97,11 +128,18 @@ BEFORE = {  # what has to be done before a notebook starts
     "03_mcmc": [f"{BUILD}/mcmc/{shard}.done" for shard in POSTERIORS],
     "04_llm_qa": [f"{BUILD}/qa/{shard}.done" for shard in SHARDS],
 }
+NEEDED = sorted({name for section in SECTIONS.values() for name in section.assets()})
 TIMED = CHAPTERS + list(SHARDS) + list(POSTERIORS)
 
 
 wildcard_constraints:
     chapter="|".join(CHAPTERS),
+
+
+localrules:
+    book,
+    fetch,
+    collect,
 
 
 rule book:
@@ -116,19 +154,19 @@ rule book:
         directory(f"{BUILD}/html"),
     message:
         "Building the book"
-    run:
-        build_book(input.notebooks, input.results, Path(output[0]))
+    shell:
+        "{PYTHON:q} book/build.py {output} --results {input.results} --notebooks {input.notebooks}"
 
 
 rule fetch:
     output:
         touch(f"{BUILD}/assets.fetched"),
     params:
-        sha256={name: SHA256[name] for section in SECTIONS.values() for name in section.assets()},
+        sha256=json.dumps({name: SHA256[name] for name in NEEDED}),
     message:
         "Fetching models and data"
-    run:
-        assets.fetch(sorted(params.sha256))
+    shell:
+        f"{{PYTHON:q}} -m isouq.cli assets fetch {' '.join(NEEDED)}" if NEEDED else "true"
 
 
 if SHARDS:
@@ -146,13 +184,17 @@ if SHARDS:
             model=lambda wildcards: SHARDS[wildcards.shard][0],
             data_set=lambda wildcards: SHARDS[wildcards.shard][1],
             settings=json.dumps(SECTIONS["04_llm_qa"].scoring()),
-        threads: ALONE
+            content=lambda wildcards: contents([SHARDS[wildcards.shard][0]]),
+        threads: heavy
+        resources:
+            mem_mb=MEMORY,
+            runtime=MINUTES,
         benchmark:
             f"{BUILD}/timings/{{shard}}.tsv"
         message:
             "Scoring {params.data_set} with {params.model}"
         shell:
-            "{PYTHON} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model {params.model:q}"
+            "{PYTHON:q} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model={params.model:q}"
             " --data-set {params.data_set:q} --done {output:q}"
 
 
@@ -170,12 +212,15 @@ if POSTERIORS:
             problem=lambda wildcards: POSTERIORS[wildcards.shard],
             settings=json.dumps(SECTIONS["03_mcmc"].model_dump()),
         threads: 1
+        resources:
+            mem_mb=SMALL,
+            runtime=MINUTES,
         benchmark:
             f"{BUILD}/timings/{{shard}}.tsv"
         message:
             "Sampling posteriors of {params.problem}"
         shell:
-            "{PYTHON} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
+            "{PYTHON:q} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
             " --workers 1 --done {output:q}"
 
 
@@ -192,15 +237,19 @@ rule notebook:
         record=f"{BUILD}/records/{{chapter}}.json",
     params:
         parameters=lambda wildcards: json.dumps(SECTIONS[wildcards.chapter].model_dump()),
-        sha256=lambda wildcards: {name: SHA256[name] for name in SECTIONS[wildcards.chapter].assets()},
-    threads: ALONE
+        sha256=lambda wildcards: json.dumps({name: SHA256[name] for name in SECTIONS[wildcards.chapter].assets()}),
+        models=lambda wildcards: contents(MODELS[wildcards.chapter]),
+    threads: heavy
+    resources:
+        mem_mb=MEMORY,
+        runtime=MINUTES,
     benchmark:
         f"{BUILD}/timings/{{chapter}}.tsv"
     message:
         "Running notebooks/{wildcards.chapter}.ipynb"
     shell:
-        "{PYTHON} -m isouq.provenance run {input.source} {output.notebook} --parameters {params.parameters:q}"
-        " --record {output.record} --failed {BUILD}/failed"
+        "{PYTHON:q} -m isouq.provenance run {input.source} {output.notebook} --parameters {params.parameters:q}"
+        " --models {params.models:q} --record {output.record} --failed {BUILD}/failed"
 
 
 rule collect:
@@ -213,40 +262,5 @@ rule collect:
     message:
         "Joining results"
     shell:
-        "{PYTHON} -m isouq.provenance collect {input.results} --out {output} --profile {PROFILE.name}"
+        "{PYTHON:q} -m isouq.provenance collect {input.results} --out {output} --profile {PROFILE.name}"
         " --records {input.records} --timings {input.timings}"
-
-
-def build_book(notebooks, results, html):
-    """Lay the pages and the executed notebooks into one folder, and have Jupyter Book read it, without a warning."""
-    source, log = Path(f"{BUILD}/book"), Path(f"{BUILD}/book.log")
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree("book", source, ignore=shutil.ignore_patterns("__pycache__"))
-    (source / "notebooks").mkdir(exist_ok=True)
-    for notebook in notebooks:
-        shutil.copy(notebook, source / "notebooks")
-    toc = source / "_toc.yml"
-    toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text())), sort_keys=False))
-    command = [PYTHON, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source), "--config", "_config.yml"]
-    command += ["--toc", str(toc.resolve()), "--path-output", str(source), "-n", "-W", "--keep-going"]
-    with log.open("w") as stream:
-        environment = os.environ | {"ISOUQ_RESULTS": str(Path(results).resolve()), "NO_COLOR": "1"}
-        run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-    if run.returncode:
-        lines = provenance.ANSI.sub("", log.read_text()).splitlines()
-        wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
-        raise WorkflowError("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
-    shutil.rmtree(html, ignore_errors=True)
-    shutil.move(source / "_build" / "html", html)
-
-
-def without_absent(entry):
-    """The table of contents without the chapters that this profile does not run."""
-    if isinstance(entry, list):
-        return [kept for kept in map(without_absent, entry) if kept is not None]
-    if isinstance(entry, dict):
-        chapter = re.match("notebooks/(.*)", str(entry.get("file", "")))
-        if chapter and chapter[1] not in CHAPTERS:
-            return None
-        return {key: without_absent(value) for key, value in entry.items()}
-    return entry

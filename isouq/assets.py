@@ -34,6 +34,7 @@ from isouq._manifest import Asset, AssetError
 
 _Digest = Callable[[Path], str]
 _CONVERSION = "conversion.json"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 # What a tokenizer may get wrong on its way through a file: leading and double spaces, digits, scripts, bytes.
 _PROBE = " Q: Who wrote  'Don Quixote' in 1605?\nA:\tMiguel de Cervantes\n\n naïve café – 数学 🙂 \u200b"
 
@@ -279,10 +280,9 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
 
     Raises AssetError when there is no such model, and when there is no network to fetch it with.
     """
-    models = ", ".join(asset.name for asset in list_assets() if asset.kind == "causal-lm")
     if name in _manifest.assets():
         if (kind := _manifest.asset(name).kind) != "causal-lm":
-            raise AssetError(f"{name} is no causal language model but {kind!r}; those are {models}")
+            raise AssetError(f"{name} is no causal language model but {kind!r}; those are {_models()}")
         return _from_pretrained(path(name), name, local_files_only=True)
     if name and (folder := Path(name).expanduser()).is_dir():
         return _from_pretrained(folder, name, local_files_only=True)
@@ -290,34 +290,65 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
     nearest = [] if "/" in name else difflib.get_close_matches(name.lower(), _manifest.assets(), n=1)
     if nearest:
         raise AssetError(f"unknown model {name!r}; did you mean the asset {nearest[0]!r}?")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", name):
-        raise AssetError(f"{name!r} is no folder, no asset ({models}) and no Hub id (owner/name@revision)")
-    return _load_from_hub(name, f"an asset ({models}) or a local folder works without one")
+    if not HUB_ID.fullmatch(name):
+        raise AssetError(f"{name!r} is no folder, no asset ({_models()}) and no Hub id (owner/name@revision)")
+    return _load_from_hub(name)
 
 
-def _load_from_hub(name: str, way_out: str) -> tuple[Any, Any]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def content(name: str) -> str:
+    """Return what a model's name stands for now: a Hub id's commit, or 12 hex digits over a folder's or asset's bytes.
+
+    Raises AssetError for an id that the Hub does not have, or that neither it nor the local cache can resolve.
+    """
+    if name in _manifest.assets():
+        parts = [member.sha256 for member in _manifest.asset(name).members]
+    elif name and (folder := Path(name).expanduser()).is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        parts = [f"{file.name} {_sha256(file)}" for file in files]
+    else:
+        return _commit(name)[0]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _commit(name: str) -> tuple[str, Exception | None]:
+    """Return the commit of a Hub id, and why the Hub could not be asked where its local cache had to tell."""
+    from huggingface_hub import HfApi, constants, errors
 
     repository, _, revision = name.partition("@")
-    revision = revision or "main"
-    try:
-        # One short request, since transformers tries for long before it gives up. It also pins the commit:
-        # model and tokenizer are of the same one.
-        revision = HfApi().model_info(repository, revision=revision, timeout=10).sha or revision
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise AssetError(
-            f"the Hub has no {name!r} for you: {' '.join(str(error).split())}; check the id and the revision; "
-            "a gated model needs its terms accepted on the Hub, then `hf auth login`"
-        ) from error
+    ref = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "refs", revision or "main")
+    try:  # one short request, since transformers tries for long before it gives up
+        commit = HfApi().model_info(repository, revision=revision or "main", timeout=10).sha or revision
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        advice = "check the id and the revision; a gated model needs its terms accepted there, then `hf auth login`"
+        raise AssetError(f"the Hub has no {name!r} for you: {' '.join(str(error).split())}; {advice}") from error
     except Exception as error:  # errors of the HTTP client, by whatever name its version gives them
-        try:
-            return _from_pretrained(repository, name, revision=revision, local_files_only=True)
-        except AssetError:
-            raise AssetError(
-                f"no network: cannot reach the Hub for {name!r} ({error}) and its local cache has no copy; {way_out}"
-            ) from error
-    return _from_pretrained(repository, name, revision=revision)
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            return revision, error
+        if ref.is_file():
+            return ref.read_text().strip(), error
+        raise _no_copy(name, error) from error
+    if commit != revision:
+        with contextlib.suppress(OSError):  # where it cannot be noted, it cannot be found without a network
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
+    return commit, None
+
+
+def _load_from_hub(name: str) -> tuple[Any, Any]:
+    commit, offline = _commit(name)  # model and tokenizer are of the same one
+    try:
+        return _from_pretrained(name.partition("@")[0], name, revision=commit, local_files_only=offline is not None)
+    except AssetError as error:
+        raise (_no_copy(name, offline) if offline else error) from error.__cause__
+
+
+def _no_copy(name: str, cause: Exception) -> AssetError:
+    what = f"cannot reach the Hub for {name!r} ({cause}) and its local cache has no copy"
+    return AssetError(f"no network: {what}; an asset ({_models()}) or a local folder works without one")
+
+
+def _models() -> str:
+    return ", ".join(asset.name for asset in list_assets() if asset.kind == "causal-lm")
 
 
 def _from_pretrained(source: str | Path, name: str, **options: Any) -> tuple[Any, Any]:

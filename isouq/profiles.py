@@ -5,47 +5,47 @@ the names of the notebook's `parameters` cell, with that cell's values as defaul
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from isouq import assets
+from isouq.provenance import key_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "profiles"
 SET_BY_PIPELINE = {"profile", "results_path"}
+_TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
 Engine = Literal["auto", "ghost", "autograd"]
 DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
-SyntheticProblem = (
-    MulticlassProblem
-    | Literal["binary_linear", "binary_xor", "binary_rings"]
-    | Literal["regression_linear", "regression_nonlinear"]
-)
+SyntheticProblem = Literal[
+    MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
+]
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def _known_models(models: list[str]) -> list[str]:
     known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
+    keys = dict.fromkeys(_TAKEN, "a chapter")
     for model in models:
-        if model not in known and "/" not in model and not Path(model).is_dir():
+        on_hub = "/" in model and assets.HUB_ID.fullmatch(model)
+        if not (model in known or on_hub or Path(model).expanduser().is_dir()):
             advice = _nearest(model, known) or f"; models: {', '.join(known)}"
             raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
+        key = key_of(model.removesuffix("@main"))
+        if key in keys:
+            raise ValueError(f"{model!r} would name its results {key!r}, as {keys[key]} does; keep or rename one")
+        keys[key] = repr(model)
     return models
 
 
@@ -57,7 +57,21 @@ class ProfileError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _means_something(cls, value: Any, field: Any) -> Any:
+        """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
+        for item in value if isinstance(value, list) else [value]:
+            allowed = {"description": item, "results_path": ""}.get(field.field_name)
+            if isinstance(item, str) and item != allowed and not (item.isprintable() and item == item.strip() != ""):
+                raise ValueError(f"{item!r} given; wanted text in one line, not empty, without spaces around it")
+            if isinstance(item, int) and item >= 2**63:
+                raise ValueError(f"{item} given; wanted less than 2**63")
+            if isinstance(value, list) and value.count(item) > 1:
+                raise ValueError(f"{value!r} given, {item!r} twice; wanted each once")
+        return value
 
 
 class Parameters(_Strict):
@@ -66,10 +80,12 @@ class Parameters(_Strict):
     profile: str = "embedded"
     seed: Seed = 0
     results_path: str = ""
+    data: ClassVar[tuple[str, ...]] = ()
 
     def assets(self) -> list[str]:
         """Return the names of the models and data sets of the manifest that the notebook needs."""
-        return []
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*getattr(self, "models", []), *self.data})
 
 
 class Derivation(Parameters):
@@ -87,6 +103,7 @@ class Derivation(Parameters):
 class Isotropy(Parameters):
     """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
 
+    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str = "build/store"
     problem_names: list[IsotropyProblem] = Field(
         default=["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"], min_length=1
@@ -103,11 +120,6 @@ class Isotropy(Parameters):
     n_checked: Count = 2  # proxies and queries whose inner products autograd computes again
     memory_gb: Annotated[float, Field(gt=0)] = 2.0
     n_resamples: Annotated[int, Field(ge=40)] = 300  # fewer leave an end of a 95 % interval empty
-
-    def assets(self) -> list[str]:
-        """Return the manifest's names among the models, the texts and the sentence embeddings."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, "triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2"})
 
 
 class Mcmc(Parameters):
@@ -129,7 +141,7 @@ class Mcmc(Parameters):
     @staticmethod
     def problems() -> list[str]:
         """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
-        return [name for part in get_args(SyntheticProblem) for name in get_args(part)]
+        return list(get_args(SyntheticProblem))
 
 
 class LlmQa(Parameters):
@@ -149,8 +161,7 @@ class LlmQa(Parameters):
 
     def assets(self) -> list[str]:
         """Return the manifest's names among the models, and the data sets'."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, *(name.removesuffix("_choose") for name in self.data_sets)})
+        return sorted({*super().assets(), *(name.removesuffix("_choose") for name in self.data_sets)})
 
     def scoring(self) -> dict[str, Any]:
         """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
@@ -160,6 +171,7 @@ class LlmQa(Parameters):
 class Cost(Parameters):
     """05_cost: time, memory and exactness of every method, measured on the machine."""
 
+    data = ("triviaqa", "all-minilm-l6-v2")
     models: Models = ["smollm2-135m-instruct", "gemma-3-270m"]
     n_examples: Count = 8
     n_tokens: Annotated[int, Field(ge=2)] = 64
@@ -174,17 +186,12 @@ class Cost(Parameters):
     sweep_examples: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
     sweep_widths: list[Annotated[int, Field(ge=64, multiple_of=64)]] = Field(default=[128, 256, 512], min_length=2)
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _answer_in_text(self) -> "Cost":
         longest = max(self.n_answer, *self.sweep_answers)
         if longest >= self.n_tokens or self.n_answer >= min(self.sweep_tokens):
             raise ValueError(f"an answer of {longest} tokens does not leave the question one; make n_tokens larger")
         return self
-
-    def assets(self) -> list[str]:
-        """Return the manifest's names among the models, the texts and the sentence embeddings."""
-        known = {asset.name for asset in assets.list_assets()}
-        return sorted(known & {*self.models, "triviaqa", "all-minilm-l6-v2"})
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
@@ -205,13 +212,13 @@ class Profile(_Strict):
     """The size of a run: what each notebook gets, and what the whole costs on 2 cores, as measured."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    description: Annotated[str, Field(min_length=1)]
+    description: Annotated[str, Field(pattern=r"\S")]  # may have several lines
     minutes: Annotated[float, Field(gt=0)]
     memory_gb: Annotated[float, Field(gt=0)]
     seed: Seed = 0
     notebooks: Notebooks  # type: ignore[valid-type]
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _pipeline_sets_the_rest(self) -> "Profile":
         for chapter in self.chapters():
             taken = SET_BY_PIPELINE & getattr(self.notebooks, chapter).model_fields_set
@@ -242,12 +249,19 @@ def load(path_or_name: str | Path) -> Profile:
     """
     path = _find(path_or_name)
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open("rb") as stream:  # bytes: YAML tells UTF-8 from UTF-16 itself
             content = yaml.load(stream, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
         raise ProfileError(str(error)) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ProfileError(
+            f"{path.name} cannot be read: {' '.join(str(error).split())}; wanted YAML, as UTF-8"
+        ) from None
     if not isinstance(content, dict):
-        raise ProfileError(f"{path.name}: {content!r} given; wanted a mapping with name, notebooks, ...")
+        raise ProfileError(f"{path.name}: {content!r:.80} given; wanted a mapping with name, notebooks, ...")
+    name = content.get("name", "")
+    if not isinstance(name, str):
+        raise ProfileError(f"{path.name}: name: YAML reads {name!r}, which is no text; write name: '{path.stem}'")
     profile = _checked(Profile, content, where=path.name)
     if profile.name != path.stem:
         raise ProfileError(f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}")
@@ -283,7 +297,10 @@ def _find(path_or_name: str | Path) -> Path:
         path = FOLDER / f"{path_or_name}.yml"
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.yml"))
-        advice = _nearest(path.stem, names) or f"; profiles: {', '.join(names)}"
+        listed = (
+            f"profiles: {', '.join(names)}" if names else "the named ones are in a clone of isouq only; give a file"
+        )
+        advice = _nearest(path.stem, names) or f"; {listed}"
         raise ProfileError(f"no profile {str(path_or_name)!r}{advice}")
     return path
 
@@ -317,7 +334,7 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
     if kind == "too_short":
         return f"{where}: {given!r} given; wanted at least {context['min_length']} of them"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    if isinstance(given, str) and kind == "float_type" and _is_number(given):
+    if kind == "float_type" and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", str(given)):
         wanted += "; YAML reads this as text: write a point, as in 1.0e-3"
     return f"{where}: {given!r} given; wanted {wanted}"
 
@@ -333,20 +350,12 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 class _UniqueKeys(yaml.SafeLoader):
     """A loader that refuses a key given twice, of which YAML itself would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, each key once."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             problem = f"given twice: {', '.join(twice)}"

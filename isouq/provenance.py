@@ -25,8 +25,9 @@ import numpy as np
 from isouq.identity import module_files
 
 PACKAGE = Path(__file__).resolve().parent
-Number = int | float | np.number
+Number = int | float | np.integer | np.floating
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
+WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.*?[^a-z0-9_.-].*?)((?:\.[a-z][a-z0-9_-]*)+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -61,7 +62,7 @@ class Result:
             number = getattr(self, name)
             if number is None and name != "value":
                 continue
-            if isinstance(number, bool) or not _is_finite(number):
+            if isinstance(number, bool) or not isinstance(number, Number) or not math.isfinite(number):
                 raise ResultError(f"{name}: {number!r} given; wanted a finite number")
         if (self.low is None) != (self.high is None):
             raise ResultError(f"low={self.low}, high={self.high} given; wanted both or neither")
@@ -73,25 +74,43 @@ class Result:
             raise ResultError(f"claim: {self.claim!r} given; wanted C1 to C10, or None")
 
 
+def key_of(model: str) -> str:
+    """Return a model's name as a part of a result's key: `owner/Name_1.5@v2` is `owner-name-1-5-v2`.
+
+    Of a folder outside this one (`/data/My model`, `~/m`, `../m`) only the last part counts: no result names a place.
+    """
+    name = Path(model).name if model[:1] in tuple("/~.") else model
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
+
+
 def save_results(results: Mapping[str, Result], path: str | Path) -> None:
     """Write a notebook's named results as JSON; an empty path writes nothing.
 
-    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`.
+    Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`. A model's name
+    stands in one as its `key_of`; where it is left as its owner wrote it, it is made so, up to a dot before a letter.
 
     Raises:
-        ResultError: a key of another form.
+        ResultError: a key of another form, or two that are saved as one.
     """
-    for key in results:
+    content: dict[str, Any] = {}
+    for given, result in sorted(results.items()):
+        raw = None if KEY.fullmatch(given) else WITH_MODEL.fullmatch(given)
+        key = f"{raw[1]}{key_of(raw[2])}{raw[3]}" if raw else given
         _check_key(key)
+        if key in content:
+            raise ResultError(f"{given!r} would be saved as {key}, which is there already")
+        content[key] = _plain(result)
     if str(path):
-        content = {key: _plain(result) for key, result in sorted(results.items())}
         write_json({"results": content}, Path(path))
 
 
-def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path) -> None:
-    """Execute a notebook with papermill, keep the executed copy, and record what ran.
+def run_notebook(
+    source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path, models: Any = None
+) -> None:
+    """Execute a notebook with papermill in this interpreter's own kernel, keep the copy, and record what ran.
 
-    A copy that fails never becomes `output`: it goes to the folder `failed`, its traceback beside it as text.
+    `models`, name to content or commit, goes to the record. A copy that fails never becomes `output`: it goes to the
+    folder `failed`, its traceback beside it as text.
 
     Raises:
         NotebookError: a cell raised, the kernel died, or the notebook did not write `results_path`.
@@ -104,13 +123,16 @@ def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], r
     for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
         stale.unlink(missing_ok=True)
     inputs = [source, *module_files(source), PACKAGE / "assets.toml", PACKAGE.parent / "requirements.lock"]
-    run = {"notebook": source.stem, "started": _now(), "parameters": dict(parameters), **environment()}
-    hashes = {"inputs": _hashes(inputs)}
+    run = {"notebook": source.stem, "started": _now(), "parameters": _without_places(parameters), **environment()}
+    hashes = {"inputs": _hashes(inputs), "models": {key_of(name): content for name, content in (models or {}).items()}}
     partial = output.with_suffix(".running.ipynb")
     # The kernel's own warnings are about its transport, not about the notebook.
-    kernel = {"kernel_name": "python3", "language": "python", "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": _own_kernel()}
+    kernel["extra_arguments"] = ["--IPKernelApp.log_level=40"]
     try:
-        papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
+        executed = papermill.execute_notebook(str(source), str(partial), dict(parameters), cwd=".", **kernel)
+        python = f"{platform.python_implementation()} {executed.metadata['language_info']['version']}"
+        run["kernel"] = {"python": python, "ipykernel": importlib.metadata.version("ipykernel")}
         if not results.is_file():
             raise NotebookError("it ran to its end without save_results(..., results_path)")
     except Exception as error:  # whatever it was: keep the copy, pass on the cause
@@ -121,6 +143,19 @@ def run_notebook(source: Path, output: Path, *, parameters: Mapping[str, Any], r
         raise NotebookError(message) from None
     os.replace(partial, output)
     write_json({**run, **hashes, "outputs": _hashes([output, results])}, record)
+
+
+def _own_kernel() -> type:
+    """Return a manager of kernels that starts this interpreter's own, whatever `python3` is on JUPYTER_PATH."""
+    from jupyter_client import kernelspec, manager
+
+    specs = kernelspec.KernelSpecManager(kernel_dirs=[])
+    return type("OwnKernel", (manager.AsyncKernelManager,), {"_kernel_spec_manager_default": lambda self: specs})
+
+
+def _without_places(parameters: Mapping[str, Any]) -> Any:
+    """Return parameters for the record: of a path outside the project only its name."""
+    return json.loads(re.sub(r'"[/~][^"]*?([^"/]*)/*"', r'".../\1"', json.dumps(parameters)))
 
 
 def collect(
@@ -205,13 +240,6 @@ def _check_key(key: str) -> None:
         raise ResultError(f"key {key!r} given; wanted {wanted}")
 
 
-def _is_finite(number: Any) -> bool:
-    try:
-        return math.isfinite(number)
-    except TypeError:
-        return False
-
-
 def _plain(result: Result) -> dict[str, Any]:
     """Return a result's fields as JSON's own types, which numpy's numbers are not."""
     return {name: value.item() if hasattr(value, "item") else value for name, value in asdict(result).items()}
@@ -285,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("source", type=Path)
     run.add_argument("output", type=Path)
     run.add_argument("--parameters", type=json.loads, required=True, help="a JSON object")
+    run.add_argument("--models", type=json.loads, help="a JSON object: each model's content or commit")
     run.add_argument("--record", type=Path, required=True)
     run.add_argument("--failed", type=Path, required=True, help="the folder for a copy that fails")
     run.set_defaults(command=run_notebook)

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,11 +36,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 def executable() -> str:
     """The browser's path: CHROMIUM if that is set, else the first known name on PATH."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    named = os.environ.get("CHROMIUM")
+    found = next(filter(None, map(shutil.which, [named] if named else NAMES)), None)
     if found is None:
         raise FileNotFoundError(
-            "the book is tested in a real browser and none was found: install one (Debian and Ubuntu: "
-            "`apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
+            f"the book is tested in a real browser and none was found as {named or ' or '.join(NAMES)}: install one "
+            "(Debian: `apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
         )
     return found
 
@@ -168,3 +171,11 @@ def _first_tab(process: subprocess.Popen) -> str:
                 tabs = json.load(answer)
             return next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
     raise RuntimeError("Chromium ended before it listened:\n" + "".join(lines[-20:]))
+
+
+if __name__ == "__main__":  # `make test`, before its long part
+    try:
+        with tempfile.TemporaryDirectory(prefix="isouq-") as folder, browse(Path(folder)):
+            pass
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"make test: {error}")

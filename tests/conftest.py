@@ -1,6 +1,9 @@
 """What all tests share: one thread for the tiny models of unit tests, and a way past the type checks."""
 
+from pathlib import Path
+
 import jaxtyping
+import pipeline
 import pytest
 import torch
 
@@ -13,6 +16,16 @@ def threads(request: pytest.FixtureRequest):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture(scope="session")
+def smoke() -> Path:
+    """The run at smoke size that `make test` makes; one that is absent or out of date is not looked at."""
+    plan = pipeline.run(pipeline.ROOT, "--dry-run", profile="smoke").stdout
+    if "Nothing to be done" not in plan:
+        why = next(iter(pipeline.jobs(plan).items()), plan.strip())
+        pytest.fail(f"the book at smoke size is not built or not of this code: run `make test`; {why}", pytrace=False)
+    return pipeline.ROOT / "build" / "smoke"
 
 
 @pytest.fixture

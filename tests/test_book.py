@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -65,11 +64,8 @@ LOOK = """(() => {
 
 
 @pytest.fixture(scope="session")
-def book() -> Path:
-    """The book at smoke size; make builds it if it is absent or older than what it is made from."""
-    run = subprocess.run(["make", "book", "PROFILE=smoke"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
-    return ROOT / "build" / "smoke" / "html"
+def book(smoke) -> Path:
+    return smoke / "html"
 
 
 @pytest.fixture(scope="session")

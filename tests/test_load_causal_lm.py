@@ -166,6 +166,49 @@ def test_without_a_network_the_hub_fails_soon_and_its_cache_still_works(hub, tmp
             assert found["seconds"] < 10
 
 
+# ---- what a name stands for ---------------------------------------------------------------------------
+
+
+def test_a_folders_content_follows_its_bytes_and_not_its_place_or_times(commits, tmp_path):
+    folder = shutil.copytree(commits / FIRST, tmp_path / "a model")
+    first = assets.content(str(folder))
+    assert first == assets.content(str(commits / FIRST)) != assets.content(str(commits / SECOND))
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")  # as large as it was
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert assets.content(str(folder)) != first
+    shutil.copy(commits / FIRST / "model.safetensors", weights)
+    (folder / ".cache").write_text("x")
+    assert assets.content(str(folder)) == first
+    (folder / "config.json").rename(folder / "other.json")
+    assert assets.content(str(folder)) != first
+
+
+def test_an_assets_content_is_its_pin_and_needs_no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ISOUQ_CACHE", str(tmp_path))
+    assert assets.content("smollm2-135m-instruct") != assets.content("gemma-3-270m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_id_stands_for_a_commit_also_later_without_a_network(hub, tmp_path):
+    script = "import sys; from isouq import assets; print([assets.content(name) for name in sys.argv[1:]])"
+
+    def content(*names: str, **environment: str) -> subprocess.CompletedProcess:
+        options = {"env": {**os.environ, "HF_HOME": str(tmp_path), **environment}, "text": True, "capture_output": True}
+        return subprocess.run([sys.executable, "-c", script, *names], **options)
+
+    names = ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{FIRST}"]
+    for environment in ({"HF_ENDPOINT": hub}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        assert content(*names, **environment).stdout.strip() == str([SECOND, FIRST, FIRST])
+        unknown = content("owner/tiny@v3", **environment)
+        assert unknown.returncode == 1
+        assert ("the Hub has no 'owner/tiny@v3'" in unknown.stderr) == (environment.get("HF_ENDPOINT") == hub)
+    (loaded,) = load_in_child(["owner/tiny"], HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
+    (again,) = load_in_child(["owner/tiny"], HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert loaded["vocab"] == again["vocab"] == 22
+
+
 # ---- the real ones ------------------------------------------------------------------------------------
 
 

@@ -7,17 +7,21 @@ the last tests look at the real book at smoke size.
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import nbformat
+import pipeline
 import pytest
 import yaml
+from pipeline import jobs
 
 from isouq import profiles
 
@@ -55,18 +59,11 @@ def write_profile(folder: Path, **qa) -> None:
 
 def command(*arguments: str) -> list[str]:
     """What the Makefile runs, up to the joined results, which need no models, data or pages."""
-    line = re.search(r"^SNAKEMAKE := \$\(PY\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    words = line[1].replace("$(CORES)", "2").split()
-    return [sys.executable, *words, *arguments, "build/tiny/results.json", "--config", "profile=tiny"]
+    return pipeline.command(*arguments, "build/tiny/results.json", profile="tiny")
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def jobs(output: str) -> dict[str, str]:
-    """Each announced job with its reason."""
-    return dict(re.findall(r"^((?:Running|Scoring|Joining|Fetching|Building)[^(\n]*) \((.*)\)$", output, re.MULTILINE))
+def run(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return pipeline.run(folder, *arguments, "build/tiny/results.json", profile="tiny", **options)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +218,93 @@ def test_a_wrong_word_in_the_profile_stops_all_before_anything_runs(project):
     assert jobs(refused.stdout) == {}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["profile=tiny", "profil=smoke"],
+            "--config profil: not a known name; wanted profile, as in --config profile=smoke",
+        ),
+        (["profile="], "which is no name; name the file, as in profile=profiles/2024_10.yml"),
+        (["profile=2024_10"], "Snakemake reads 202410, which is no name; name the file"),
+        (["profile=007"], "Snakemake reads 7, which is no name; name the file"),
+        (["profile=tinny"], "no profile 'tinny'; did you mean 'tiny'?"),
+    ],
+)
+def test_a_wrong_word_after_config_stops_all_before_anything_runs(project, words, message):
+    command = [*pipeline.command("--dry-run", profile="tiny")[:-1], *words]
+    refused = subprocess.run(command, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert refused.returncode != 0
+    assert message in refused.stdout
+    assert jobs(refused.stdout) == {}
+
+
+def test_a_profile_named_like_a_number_runs_by_its_file(project):
+    content = (project / "profiles" / "tiny.yml").read_text().replace("name: tiny", "name: '007'")
+    (project / "profiles" / "007.yml").write_text(content)
+    plan = pipeline.run(project, "--dry-run", "build/007/results.json", profile="profiles/007.yml")
+    assert plan.returncode == 0, plan.stdout
+    assert "Joining results" in jobs(plan.stdout)
+
+
+def test_a_folder_whose_weights_are_replaced_is_scored_again_and_its_content_is_recorded(project):
+    weights = project / "my model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    before = weights.stat()
+    write_profile(project, models=["./my model"], n_resamples=7)
+    assert run(project).returncode == 0
+    first = json.loads((project / "build/tiny/results.json").read_text())["meta"]["runs"]["04_llm_qa"]["models"]
+    assert first.keys() == {"my-model"}
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    plan = plan_after(project)
+    assert plan.keys() == {"Scoring triviaqa with ./my model", "Running notebooks/04_llm_qa.ipynb"}
+    assert plan["Scoring triviaqa with ./my model"].startswith(f"changed ./my model: {first['my-model']} -> ")
+    weights.unlink()
+    weights.parent.rmdir()
+    gone = run(project, "--dry-run")
+    assert gone.returncode != 0
+    assert "'./my model' is no model of the manifest, Hub id or folder" in gone.stdout
+
+
+def test_several_parameters_that_changed_at_once_are_all_named(project):
+    (project / "m").mkdir()
+    write_profile(project, models=["./m"], n_questions=6)
+    reason = plan_after(project)["Running notebooks/04_llm_qa.ipynb"]
+    assert reason.startswith("changed ")
+    assert "n_questions: 5 -> 6" in reason
+
+
+def test_all_runs_in_a_folder_and_with_an_interpreter_whose_names_need_quotes(built, tmp_path):
+    folder = tmp_path / "Ada's bücher $HOME"
+    project = shutil.copytree(built, folder / "a clone")
+    venv.create(folder / "venv", symlinks=True, with_pip=False)
+    own = next((folder / "venv").glob("lib/python*/site-packages"))
+    (own / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    write_profile(project, n_questions=6, n_resamples=7)
+    words = [str(folder / "venv" / "bin" / "python"), *command()[1:]]
+    done = subprocess.run(words, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    assert "Running notebooks/04_llm_qa.ipynb" in jobs(done.stdout)
+    kernel = json.loads((project / "build/tiny/records/04_llm_qa.json").read_text())["kernel"]
+    assert kernel["python"].endswith(platform.python_version())
+
+
+def test_the_cluster_command_plans_as_it_stands_and_every_job_names_memory_and_time(project):
+    text = (ROOT / "Snakefile").read_text()
+    (line,) = re.findall(r"^#   \.venv/bin/python (-m snakemake .* --executor slurm .*)$", text, re.MULTILINE)
+    words = line.replace("--executor slurm", "--dry-run").replace("profile=smoke", "profile=tiny").split()
+    words.insert(2, "build/tiny/results.json")
+    plan = subprocess.run([sys.executable, *words], cwd=project, text=True, capture_output=True)
+    assert plan.returncode == 0, plan.stdout
+    local = re.search(r"^localrules:\n((?:    \w+,\n)+)", text, re.MULTILINE)[1].replace(",", "").split()
+    rules = dict(re.findall(r"^ *rule (\w+):\n(.*?shell:)", text, re.MULTILINE | re.DOTALL))
+    assert set(local) < rules.keys()
+    for name in rules.keys() - set(local):
+        assert re.search(r"threads:.*resources:\s+mem_mb=.*\s+runtime=", rules[name], re.DOTALL), name
+
+
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     # MAKEFLAGS of a `make test` around this test would change what the make inside it does.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -243,17 +327,9 @@ def test_without_a_new_enough_python_make_says_what_to_install(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.fixture(scope="module")
-def smoke() -> Path:
-    """The real book at smoke size, built if it is not yet."""
-    built = make("book", "PROFILE=smoke")
-    assert built.returncode == 0, built.stdout[-6000:]
-    return ROOT / "build" / "smoke"
-
-
-def test_a_second_make_book_executes_nothing(smoke):
+def test_a_second_run_of_the_real_book_executes_nothing(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
-    again = make("book", "PROFILE=smoke")
+    again = pipeline.run(ROOT, profile="smoke")
     assert "Nothing to be done" in again.stdout
     assert jobs(again.stdout) == {}
     assert before == {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}

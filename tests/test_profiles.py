@@ -1,10 +1,12 @@
 """A profile says just what its schema allows, and an error names the nearest valid word."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from isouq import profiles
 
@@ -125,3 +127,120 @@ def test_only_what_scoring_depends_on_makes_a_score_stale():
 def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
     section = profiles.LlmQa(models=["gemma-3-270m", "Qwen/Qwen3-0.6B"], data_sets=["truthfulqa_choose"])
     assert section.assets() == ["gemma-3-270m", "truthfulqa"]
+
+
+# ---- what would be refused after hours, or mean something else ------------------------------------------
+
+BASE = {"name": "mine", "description": "for a test", "minutes": 1.5, "memory_gb": 1.5, "seed": 1}
+FIELDS = [
+    (schema, name, field.get_default() if not field.is_required() else BASE.get(name))
+    for schema in (profiles.Profile, *profiles.SCHEMAS.values())
+    for name, field in schema.model_fields.items()
+    if name != "notebooks"
+]
+
+
+def senseless(name: str, value):
+    """Values of a field's type that no later step can use."""
+    if isinstance(value, list):
+        yield from ([], value[:1] * 2, [*value, value[0]], [value], [None], tuple(value))
+        yield from ([*value[1:], bad] for bad in senseless("", value[0]))
+    elif isinstance(value, float):
+        yield from (math.inf, -math.inf, math.nan, True, "1.5", 10**400, -1.0)
+    elif isinstance(value, int):
+        yield from (True, math.inf, math.nan, 1.5, 2**63, -1)
+    elif isinstance(value, str):
+        yield from ("  ", None, 3, *([] if name == "results_path" else [""]))
+        if name != "description":
+            yield from (" smoke", "smoke ", "smo\nke", "smo\0ke", "smo\u200bke")
+
+
+@pytest.mark.parametrize(("schema", "name", "value"), FIELDS, ids=lambda part: getattr(part, "__name__", None))
+def test_no_field_of_any_schema_takes_an_infinite_repeated_empty_or_blank_value(schema, name, value):
+    others = BASE | {"notebooks": {}} if schema is profiles.Profile else {}
+    schema.model_validate(others | {name: value})
+    tried = list(senseless(name, value))
+    assert len(tried) >= 3
+    for bad in tried:
+        with pytest.raises(ValidationError) as caught:
+            schema.model_validate(others | {name: bad})
+        assert {error["loc"][0] for error in caught.value.errors()} == {name}, bad
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (["owner/Some", "OWNER/some"], "'OWNER/some' would name its results 'owner-some', as 'owner/Some' does"),
+        (
+            ["owner/some", "owner/some@main"],
+            "'owner/some@main' would name its results 'owner-some', as 'owner/some' does",
+        ),
+        (["owner/a_b", "owner/a-b"], "would name its results 'owner-a-b', as 'owner/a_b' does"),
+        (["{0}/m", "{0}/other/../m"], "would name its results 'm'"),
+        (["{0}/m", "{0}/n/m"], "/m' does; keep or rename one"),
+        (["{0}/mlp"], "would name its results 'mlp', as a chapter does"),
+        (["https://huggingface.co/owner/some"], "is no model of the manifest, Hub id or folder"),
+        (["{0}/gone"], "is no model of the manifest, Hub id or folder"),
+    ],
+)
+def test_models_whose_results_could_not_be_told_apart_are_refused(tmp_path, models, message):
+    for folder in ("m", "n/m", "other", "mlp"):
+        (tmp_path / folder).mkdir(parents=True)
+    models = [model.format(tmp_path) for model in models]
+    (line,) = complaints(written(tmp_path, notebooks={"04_llm_qa": {"models": models}}))
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["2024_10", "007", "0x1f", "2024-10-01", "yes", "null"])
+def test_a_name_that_yaml_reads_as_something_else_is_refused_with_how_to_write_it(tmp_path, name):
+    path = written(tmp_path, name=name)
+    assert profiles.load(path).name == name, "quoted it is a name"
+    path.write_text(path.read_text().replace(f"name: '{name}'", f"name: {name}"))
+    (line,) = complaints(path)
+    assert line.startswith(f"{name}.yml: name: YAML reads ")
+    assert line.endswith(f"write name: '{name}'")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_profile_is_read_in_the_encodings_of_yaml(tmp_path, encoding):
+    path = written(tmp_path)
+    path.write_bytes(path.read_text().replace("for a test", "für Prüfungen").encode(encoding))
+    assert profiles.load(path).description == "für Prüfungen"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le", "utf-32"])
+def test_another_encoding_is_refused_in_one_line_that_names_the_file(tmp_path, encoding):
+    path = written(tmp_path)
+    path.write_bytes(path.read_text().replace("for a test", "für Prüfungen").encode(encoding))
+    (line,) = complaints(path)
+    assert line.startswith("mine.yml cannot be read: ")
+    assert line.endswith("wanted YAML, as UTF-8")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "&a [*a]", "[" * 5000, "name: 2024-13-45", "text"])
+def test_what_is_no_mapping_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "mine.yml"
+    path.write_text(text)
+    (line,) = complaints(path)
+    assert line.startswith("mine.yml")
+    assert len(line) < 250
+
+
+def test_a_folder_is_no_profile(tmp_path):
+    (tmp_path / "x.yml").mkdir()
+    assert "no profile" in complaints(tmp_path / "x.yml")[0]
+
+
+def test_sections_may_share_entries_by_yamls_merge(tmp_path):
+    path = written(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    del content["notebooks"]
+    shared = "notebooks:\n  01_derivation: &base {seed: 3}\n  04_llm_qa: {<<: *base, n_questions: 7}\n"
+    path.write_text(yaml.safe_dump(content) + shared)
+    assert profiles.load(path).parameters("04_llm_qa").seed == 3
+
+
+def test_outside_a_clone_the_named_profiles_are_said_to_be_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)
+    with pytest.raises(profiles.ProfileError, match="the named ones are in a clone of isouq only; give a file"):
+        profiles.load("smoke")

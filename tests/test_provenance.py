@@ -267,3 +267,64 @@ def test_a_notebook_that_saves_no_results_has_failed(tmp_path):
 def test_a_kernel_that_dies_is_named_as_the_cause(tmp_path):
     with pytest.raises(NotebookError, match="Kernel died"):
         run(notebook_of(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"), tmp_path)
+
+
+# ---- models in keys, kernels and the record ---------------------------------------------------------------
+
+MODELS = {
+    "smollm2-135m-instruct": "smollm2-135m-instruct",
+    "gemma-3-270m": "gemma-3-270m",
+    "some-owner/Some-Model_1.5": "some-owner-some-model-1-5",
+    "Owner/Name@v2.0": "owner-name-v2-0",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen-qwen2-5-0-5b-instruct",
+    "/data/My model/": "my-model",
+    "~/models/A 1.b": "a-1-b",
+    "../x/Modell für alle": "modell-f-r-alle",
+    "/data/модель": "model",
+}
+
+
+@pytest.mark.parametrize(("model", "key"), MODELS.items())
+def test_any_models_name_makes_a_legal_part_of_a_key(tmp_path, model, key):
+    assert provenance.key_of(model) == key
+    for form in ("qa.{}.wikidata.accuracy", "cost.{}.ghost.seconds", "isotropy.{}.n"):
+        path = tmp_path / "r.json"
+        for given in (model, key)[".b" in model :]:  # a letter after a dot may begin the next part
+            provenance.save_results({form.format(given): Result(value=0.5)}, path)
+            assert list(json.loads(path.read_text())["results"]) == [form.format(key)]
+
+
+def test_two_keys_that_are_saved_as_one_are_refused(tmp_path):
+    results = {f"qa.{name}.wikidata.accuracy": Result(value=0.5) for name in ("owner/Name", "owner-name")}
+    with pytest.raises(ResultError, match=r"would be saved as qa\.owner-name\.wikidata\.accuracy, which"):
+        provenance.save_results(results, tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_with_more_than_a_models_name_wrong_stays_refused(tmp_path):
+    for key in ("mcmc.Binary Rings.rho", "qa.Some/Model", "qa.x.Accuracy", "qa.x..y", "QA.owner/name.x"):
+        with pytest.raises(ResultError, match="dotted lower-case parts"):
+            provenance.save_results({key: Result(value=0.5)}, tmp_path / "r.json")
+
+
+def test_a_foreign_kernel_on_jupyter_path_does_not_run_the_notebook(tmp_path, monkeypatch):
+    foreign = tmp_path / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    started = tmp_path / "started"
+    spec = {"argv": ["touch", str(started)], "display_name": "foreign", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    saving = "from isouq.provenance import *\nsave_results({'a.b': Result(value=1)}, results_path)"
+    cells = ["results_path = ''\nmodels = []", saving, "import sys\nprint(sys.executable)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    parameters = {"results_path": str(tmp_path / "r.json"), "models": ["/data/My model", "~/m", "owner/name"]}
+    options = {"parameters": parameters, "record": tmp_path / "record.json", "failed": tmp_path / "failed"}
+    provenance.run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", models={"/data/My model": "0a1b"}, **options)
+    assert not started.exists()
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text.strip() == sys.executable
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["kernel"]["python"].split() == ["CPython", ".".join(map(str, sys.version_info[:3]))]
+    assert record["models"] == {"my-model": "0a1b"}
+    assert record["parameters"] == {"results_path": ".../r.json", "models": [".../My model", ".../m", "owner/name"]}

@@ -1,11 +1,12 @@
 """What a stranger relies on outside the code: pins, licence, citation, sources without outputs or private paths."""
 
 import ast
-import itertools
 import json
 import re
 import subprocess
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import jsonschema
@@ -37,14 +38,54 @@ def pins() -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared_by(extra: str) -> set[str]:
+    """What `pip install '.[extra]'` asks for, with the extras that it names itself."""
+    found = set(PROJECT["dependencies"])
+    for text in PROJECT["optional-dependencies"][extra]:
+        own = Requirement(text).name == PROJECT["name"]
+        found |= set().union(*map(declared_by, Requirement(text).extras)) if own else {text}
+    return found
+
+
 def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
-    declared = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
-    assert declared
+    declared = {name for extra in PROJECT["optional-dependencies"] for name in declared_by(extra)}
+    assert len(declared) > len(PROJECT["dependencies"]) > 0
     pinned = pins()
     for requirement in map(Requirement, declared):
-        version = pinned.get(re.sub(r"[-_.]+", "-", requirement.name).lower())
+        version = pinned.get(normal(requirement.name))
         assert version, f"{requirement.name} is not in requirements.lock: make lock"
         assert requirement.specifier.contains(version), f"{requirement} is locked at {version}: make lock"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_extra_notebooks_brings_what_a_notebook_and_its_modules_import(path):
+    from isouq import provenance
+
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    sources = ["\n".join(code), *(file.read_text() for file in provenance.module_files(path))]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module}
+    distributions = metadata.packages_distributions()
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"isouq"}
+    brought = {normal(Requirement(text).name) for text in declared_by("notebooks")}
+    assert {"papermill", "ipykernel"} < brought
+    missing = {top for top in tops if not brought & set(map(normal, distributions[top]))}
+    # What these bring with them: seaborn matplotlib, pydantic its core, ipykernel the others.
+    assert missing <= {"matplotlib", "pydantic_core", "IPython", "jupyter_client", "matplotlib_inline"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_alone_says_what_it_needs(path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    blocked = "import sys\nsys.modules['isouq'] = None\n"
+    run = subprocess.run([sys.executable, "-c", blocked + code[0] + "\n" + code[1]], capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.endswith("this page needs: pip install '.[notebooks]' in a clone of isouq")
 
 
 def test_the_lock_pins_exactly_and_nothing_twice():

@@ -1,0 +1,64 @@
+"""Lay the pages and the executed notebooks into one folder, and have Jupyter Book read it, without a warning.
+
+python book/build.py build/smoke/html --results build/smoke/results.json --notebooks build/smoke/notebooks/*.ipynb
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BOOK = Path(__file__).resolve().parent
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
+    """Build the book into the folder `html`; beside it stay its source, `book`, and what was said, `book.log`."""
+    source, log = html.with_name("book"), html.with_name("book.log")
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "notebooks").mkdir(exist_ok=True)
+    for notebook in notebooks:
+        shutil.copy(notebook, source / "notebooks")
+    toc = source / "_toc.yml"
+    chapters = {notebook.stem for notebook in notebooks}
+    toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text()), chapters), sort_keys=False))
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source)]
+    command += ["--config", str(BOOK.parent / "_config.yml"), "--toc", str(toc.resolve())]
+    command += ["--path-output", str(source), "-n", "-W", "--keep-going"]
+    with log.open("w") as stream:
+        environment = os.environ | {"ISOUQ_RESULTS": str(results.resolve()), "NO_COLOR": "1"}
+        run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    if run.returncode:
+        lines = ANSI.sub("", log.read_text()).splitlines()
+        wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
+        sys.exit("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.move(source / "_build" / "html", html)
+
+
+def without_absent(entry: Any, chapters: set[str]) -> Any:
+    """The table of contents without the chapters that this profile does not run."""
+    if isinstance(entry, list):
+        return [kept for kept in (without_absent(part, chapters) for part in entry) if kept is not None]
+    if isinstance(entry, dict):
+        chapter = re.match("notebooks/(.*)", str(entry.get("file", "")))
+        if chapter and chapter[1] not in chapters:
+            return None
+        return {key: without_absent(value, chapters) for key, value in entry.items()}
+    return entry
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("html", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--notebooks", type=Path, nargs="+", required=True)
+    build(**vars(parser.parse_args()))
