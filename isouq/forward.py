@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from isouq.gradients.checks import ExampleError, check_model, from_library, repeatable, run
 from isouq.gradients.common import differentiable, select_parameters
 from isouq.sequences import Batch, limits
+from isouq.sequences import checked as sequences_without_padding
 
 
 def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
@@ -23,22 +27,25 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
     predict an answer token where the model can be asked to (`logits_to_keep`).
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     if device.type == "meta":
         device = torch.device("cpu")
     inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
     keep = _by_fours(scored.any(0))
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
     if _takes(model, "logits_to_keep"):
-        logits = model(input_ids=inputs.to(device), logits_to_keep=keep.to(device), **options).logits
-    else:
-        logits = model(input_ids=inputs.to(device), **options).logits
-        logits = logits[:, keep.to(logits.device)] if logits.shape[:2] == inputs.shape else logits
-    if logits.shape[:2] != (len(inputs), len(keep)):
-        raise ValueError(f"model: logits of shape {tuple(logits.shape)} given, (example, token, vocab) wanted")
+        options["logits_to_keep"] = keep.to(device)
+    output = run(model, "input_ids", input_ids=inputs.to(device), **options)
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and "logits_to_keep" not in options and logits.shape[:2] == inputs.shape:
+        logits = logits[:, keep.to(logits.device)]
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (len(inputs), len(keep)):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
+    _check_words(batch, logits.shape[2])
     order = _answer_order(scored[:, keep]).to(logits.device)
     exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device)
+    wanted = targets[:, keep].to(logits.device).clamp(0, logits.shape[2] - 1)  # beyond that are prompts' at most
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = LogProb.apply(wide, wanted.unsqueeze(2))
     return picked.gather(1, order).masked_fill(~exists, 0)
@@ -52,9 +59,10 @@ def _by_fours(wanted: Tensor) -> Tensor:
 
 
 class LogProb(torch.autograd.Function):
-    """log softmax(logits)[wanted], float64, with the sum over the vocabulary in float64.
+    """log softmax(logits)[wanted], float64, with every digit of p and of 1 − p.
 
-    In float32 that sum costs every norm a digit. Of the logits' size only they themselves are saved.
+    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: where p is nearly 1, nothing
+    is subtracted from 1. Of the logits' size only they themselves are saved.
     """
 
     parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
@@ -62,21 +70,26 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
-        top = logits.amax(-1, keepdim=True)
-        pieces = zip(logits.flatten(0, 1).split(16), top.flatten(0, 1).split(16), strict=True)  # small copies
-        sums = [(logit - t).exp_().sum(-1, dtype=torch.float64) for logit, t in pieces]
-        total = torch.cat(sums).view_as(top)
-        ctx.save_for_backward(logits, wanted, top, total)
-        return (logits.gather(-1, wanted) - top - total.log()).squeeze(-1)
+        lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
+        for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
+            others = piece.scatter(-1, word, -torch.inf)  # a small copy
+            tops.append(others.amax(-1, keepdim=True).clamp(min=lowest))  # finite where all others are ruled out
+            # In float32 this sum over the vocabulary would cost every norm a digit.
+            sums.append(others.sub_(tops[-1]).exp_().sum(-1, keepdim=True, dtype=torch.float64))
+        top, total = torch.cat(tops).view_as(wanted), torch.cat(sums).view_as(wanted)
+        own = logits.gather(-1, wanted).double()
+        odds = own.masked_fill(own == torch.inf, torch.nan) - top - total.log()
+        ctx.save_for_backward(logits, wanted, top, total, odds)
+        return nn.functional.logsigmoid(odds).squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """(δ_wanted − p)·grad, formed in one tensor."""
-        logits, wanted, top, total = ctx.saved_tensors
-        grad = grads[0].unsqueeze(-1)
-        minus_p = (logits - top).exp_().mul_((-grad / total).to(logits.dtype))
-        return minus_p.scatter_add_(-1, wanted, grad.to(logits.dtype)), None
+        """(δ_wanted − p)·grad, formed in one tensor; the wanted entry is 1 − p, and the others add up to minus that."""
+        logits, wanted, top, total, odds = ctx.saved_tensors
+        rest = grads[0].unsqueeze(-1) * torch.sigmoid(-odds)
+        minus_p = (logits - top).exp_().mul_((-rest / total.clamp(min=1)).to(logits.dtype))
+        return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
 def tokens_that_fit(
@@ -113,7 +126,68 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return False
 
 
-_HARMLESS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether padding leaves the model's scores alone
+def checked(
+    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids, answer) of each example without its padding, after every check; what each door for sequences begins with.
+
+    Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
+    """
+    check_model(model)
+    sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("model: an encoder-decoder given, a causal (decoder-only) language model wanted")
+    if not _trial(model, sequences[0][0]).causal:
+        raise ValueError(
+            "model: not causal, as tokens that follow change the log p of those before; a causal language model wanted"
+        )
+    return sequences
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Whether log p of a text's tokens is the same with other tokens after the text, and with none."""
+
+    causal: bool
+    pads: bool
+
+
+_TRIALS: WeakKeyDictionary[nn.Module, tuple[Any, _Trial]] = WeakKeyDictionary()
+
+
+def _trial(model: nn.Module, ids: Tensor) -> _Trial:
+    """The trial on the first tokens of `ids`, remembered for models all made of transformers' and torch's modules.
+
+    Of those the config, the modes and what is attached decide; what a user's own module does may change in any call.
+    """
+    known = all(from_library(module, "torch", "transformers", "accelerate") for module in model.modules())
+    attached = [
+        (type(m), m.training, *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")))
+        for m in model.modules()
+    ]
+    state = str(getattr(model, "config", None)), attached
+    if known and _TRIALS.get(model, (None,))[0] == state:
+        return _TRIALS[model][1]
+    trial = _try_what_follows(model, ids)
+    if known:
+        _TRIALS[model] = state, trial
+    return trial
+
+
+def _try_what_follows(model: nn.Module, ids: Tensor) -> _Trial:
+    context = limits(model)[1] or 10**9
+    n_after = min(8, context // 2)
+    text = ids[: min(16, context - n_after + 1)]
+    answer = torch.arange(len(text)) > 0
+    alone = Batch(text[None], answer[None], [0])
+    first, second = alone.padded(n_after), alone.padded(n_after)
+    second.ids[:, len(text) :] = ids.max().clamp(min=1)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    with torch.no_grad(), repeatable(model):
+        exact, zeros, others = (token_log_probs(model, batch) for batch in (alone, first, second))
+    # The shapes of the last two are the same, so that rounding, which goes by shapes, hardly tells them apart.
+    alike = partial(torch.allclose, rtol=0.1 if half else 1e-5, atol=0.1 if half else 1e-5, equal_nan=True)
+    return _Trial(causal=n_after == 0 or alike(zeros, others), pads=alike(exact, zeros))
 
 
 def padding(model: nn.Module, batch: Batch) -> int:
@@ -125,17 +199,19 @@ def padding(model: nn.Module, batch: Batch) -> int:
     n = -width % 8
     if n == 0 or 16 * n > width or (context is not None and width + n > context):
         return 0
-    if model not in _HARMLESS:
-        one = batch.part(slice(0, 1))
-        slack = min(0.1, 1000 * torch.finfo(next(model.parameters()).dtype).eps)
-        with torch.no_grad():
-            exact, padded = token_log_probs(model, one), token_log_probs(model, one.padded(8))
-        _HARMLESS[model] = torch.allclose(exact, padded, rtol=slack, atol=slack)
-    return n if _HARMLESS[model] else 0
+    return n if _trial(model, batch.ids[0]).pads else 0
 
 
 def check_finite(values: Tensor, batch: Batch) -> None:
-    """Raise ValueError naming the first example of which a log p is NaN or infinite."""
+    """Raise ExampleError naming the first example of which a log p is NaN or infinite."""
     wrong = (~values.isfinite()).any(1).nonzero().flatten()
     if len(wrong):
-        raise ValueError(f"model: NaN or infinite logits for example {batch.rows[int(wrong[0])]}, finite ones wanted")
+        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])
+
+
+def _check_words(batch: Batch, n_words: int) -> None:
+    wrong = (batch.answer & ((batch.ids < 0) | (batch.ids >= n_words))).nonzero()
+    if len(wrong):
+        row, place = wrong[0].tolist()
+        unknown = f"input_ids: {{}} has answer id {int(batch.ids[row, place])}, ids from 0 to {n_words - 1} wanted"
+        raise ExampleError(unknown, batch.rows[row])
