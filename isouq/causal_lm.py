@@ -21,7 +21,8 @@ from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.forward import check_finite, checked, padding, token_log_probs, tokens_that_fit
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
-from isouq.gradients.checks import repeatable
+from isouq.gradients.checks import check_model, repeatable
+from isouq.gradients.common import select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.sequences import Batch, batches
@@ -84,6 +85,8 @@ def score_aggregations(
     for name in aggregations or (None,):
         if name not in AGGREGATIONS:
             raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
+    check_model(model)
+    select_parameters(model, parameters)  # refused here, before a forward pass tries the model
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
@@ -115,7 +118,7 @@ def log_probs(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     totals = torch.zeros(len(sequences), dtype=torch.float64)
     counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
-    with torch.no_grad(), repeatable(model):
+    with torch.no_grad(), repeatable():
         for batch in batches(sequences, batch_size):
             values = token_log_probs(model, batch)
             check_finite(values, batch)
@@ -281,16 +284,16 @@ def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: s
     """One batch's Estimate, from log odds; for `token_mean` the norms' columns are tokens."""
     n_tokens = batch.answer.sum(1)
     exists = torch.arange(norms.objective.shape[1])[None] < n_tokens[:, None]
+    log_p = estimate.from_log_odds(norms.objective, norms.total)[0].masked_fill(~exists, 0)
 
     def aggregate(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_p, log_G = estimate.from_log_odds(norms.objective, squares)
+        log_G = estimate.from_log_odds(norms.objective, squares)[1]
         if name == "token_mean":
             return estimate.token_mean(log_p, log_G, exists)
         if name == "geometric":
             return estimate.geometric(log_p[:, 0], log_G[:, 0], n_tokens)
         return estimate.sequence(log_p[:, 0], log_G[:, 0])
 
-    log_p = estimate.from_log_odds(norms.objective, norms.total)[0].masked_fill(~exists, 0)
     S = log_p.sum(1)
     log_mean = log_p.masked_fill(~exists, -torch.inf).logsumexp(1) - n_tokens.double().log()
     probability, aleatoric, log_epistemic = aggregate(norms.total)

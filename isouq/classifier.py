@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from isouq import estimate
 from isouq.estimate import Estimate, Regression
 from isouq.gradients import Engine, ExampleError, SquaredNorms, squared_norms
-from isouq.gradients.checks import run
+from isouq.gradients.checks import check_model, run
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Inputs = Tensor | Mapping[str, Tensor]
 
 
@@ -114,6 +115,7 @@ def _batched(
     """Squared norms batch by batch, joined; `objective` sees some examples, and which rows of the whole they are."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
+    check_model(model)
     n, parts = _length(inputs), []
     if n == 0:
         raise ValueError("inputs: no example given, at least one wanted")
@@ -152,13 +154,11 @@ def _outputs(model: nn.Module, part: Inputs, rows: range) -> Tensor:
     out = run(model, "inputs", **part) if isinstance(part, Mapping) else run(model, "inputs", part)
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(
-            f"model: output {shape} given for {len(rows)} examples, a tensor (example, class) or one with .logits wanted"
-        )
-    wrong = (~out.isfinite()).reshape(len(out), -1).any(1).nonzero()
+        shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"model: output {shape} given, a tensor (example, class) or one with .logits wanted")
+    wrong = (~out.isfinite()).nonzero()
     if len(wrong):
-        raise ExampleError("model: NaN or infinite output for {}, finite ones wanted", rows[int(wrong[0])])
+        raise ExampleError("model: NaN or infinite output for {}, finite ones wanted", rows[int(wrong[0, 0])])
     return out
 
 
@@ -178,7 +178,7 @@ def _logits(outputs: Tensor, link: str) -> Tensor:
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """log p − log(1 − p) of every class, (example, class): the top class's from the sum over the others, not from 1 − p."""
+    """log p − log(1 − p) of every class, (example, class); 1 − p of the top class is the sum over the others."""
     top = logits.argmax(1, keepdim=True)
     others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
     log_p = logits.log_softmax(1)
@@ -191,15 +191,12 @@ def _check_target(target: Tensor | str | None, n: int) -> None:
         raise ValueError(f"target: {target!r} given, 'all', None or a tensor of classes wanted")
     if not isinstance(target, Tensor | str | None):
         raise TypeError(f"target: {type(target).__name__} given, a tensor ({n},) int64, 'all' or None wanted")
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if isinstance(target, Tensor) and (target.shape != (n,) or target.dtype not in integers):
+    if isinstance(target, Tensor) and (target.shape != (n,) or target.dtype not in INTEGERS):
         raise ValueError(f"target: shape {tuple(target.shape)} and {target.dtype} given, ({n},) int64 wanted")
 
 
 def _check_classes(chosen: Tensor, n_classes: int, rows: range) -> None:
     wrong = ((chosen < 0) | (chosen >= n_classes)).nonzero()
     if len(wrong):
-        place = int(wrong[0])
-        raise ExampleError(
-            f"target: class {int(chosen[place])} given for {{}}, 0 to {n_classes - 1} wanted", rows[place]
-        )
+        given = int(chosen[wrong[0]])
+        raise ExampleError(f"target: class {given} given for {{}}, 0 to {n_classes - 1} wanted", rows[int(wrong[0])])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -42,10 +41,13 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (len(inputs), len(keep)):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
-    _check_words(batch, logits.shape[2])
+    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
+    if len(unknown):
+        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
+        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
     order = _answer_order(scored[:, keep]).to(logits.device)
     exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device).clamp(0, logits.shape[2] - 1)  # beyond that are prompts' at most
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = LogProb.apply(wide, wanted.unsqueeze(2))
     return picked.gather(1, order).masked_fill(~exists, 0)
@@ -61,8 +63,8 @@ def _by_fours(wanted: Tensor) -> Tensor:
 class LogProb(torch.autograd.Function):
     """log softmax(logits)[wanted], float64, with every digit of p and of 1 − p.
 
-    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: where p is nearly 1, nothing
-    is subtracted from 1. Of the logits' size only they themselves are saved.
+    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: nothing is subtracted from
+    1. Of the logits' size only they themselves are saved.
     """
 
     parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
@@ -135,59 +137,45 @@ def checked(
     """
     check_model(model)
     sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError("model: an encoder-decoder given, a causal (decoder-only) language model wanted")
-    if not _trial(model, sequences[0][0]).causal:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _trial(model, sequences[0][0])[0]:
         raise ValueError(
-            "model: not causal, as tokens that follow change the log p of those before; a causal language model wanted"
+            "model: not causal, as tokens that follow change the log p of those before, or an encoder is asked first; "
+            "a causal (decoder-only) language model wanted"
         )
     return sequences
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Whether log p of a text's tokens is the same with other tokens after the text, and with none."""
-
-    causal: bool
-    pads: bool
+_TRIALS: WeakKeyDictionary[nn.Module, tuple[Any, tuple[bool, bool]]] = WeakKeyDictionary()
 
 
-_TRIALS: WeakKeyDictionary[nn.Module, tuple[Any, _Trial]] = WeakKeyDictionary()
+def _trial(model: nn.Module, ids: Tensor) -> tuple[bool, bool]:
+    """Whether log p of a text's tokens is the same whatever follows the text, and also where nothing follows.
 
-
-def _trial(model: nn.Module, ids: Tensor) -> _Trial:
-    """The trial on the first tokens of `ids`, remembered for models all made of transformers' and torch's modules.
-
-    Of those the config, the modes and what is attached decide; what a user's own module does may change in any call.
+    It is remembered of models all made of known libraries' modules, as long as config, modes and what is attached stay
+    the same. What a user's own module does may change from call to call, so it is tried in each.
     """
-    known = all(from_library(module, "torch", "transformers", "accelerate") for module in model.modules())
-    attached = [
-        (type(m), m.training, *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")))
-        for m in model.modules()
-    ]
-    state = str(getattr(model, "config", None)), attached
-    if known and _TRIALS.get(model, (None,))[0] == state:
-        return _TRIALS[model][1]
-    trial = _try_what_follows(model, ids)
-    if known:
-        _TRIALS[model] = state, trial
-    return trial
+    modules = list(model.modules())
+    known = all(from_library(m, "torch", "transformers", "accelerate", "peft") for m in modules)
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward"))) for m in modules]
+    state = str(getattr(model, "config", None)), [(type(m), m.training) for m in modules], hooks
+    if not known or model not in _TRIALS or _TRIALS[model][0] != state:
+        _TRIALS[model] = state, _try_what_follows(model, ids)
+    return _TRIALS[model][1]
 
 
-def _try_what_follows(model: nn.Module, ids: Tensor) -> _Trial:
+def _try_what_follows(model: nn.Module, ids: Tensor) -> tuple[bool, bool]:
     context = limits(model)[1] or 10**9
     n_after = min(8, context // 2)
     text = ids[: min(16, context - n_after + 1)]
-    answer = torch.arange(len(text)) > 0
-    alone = Batch(text[None], answer[None], [0])
-    first, second = alone.padded(n_after), alone.padded(n_after)
-    second.ids[:, len(text) :] = ids.max().clamp(min=1)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    with torch.no_grad(), repeatable(model):
-        exact, zeros, others = (token_log_probs(model, batch) for batch in (alone, first, second))
-    # The shapes of the last two are the same, so that rounding, which goes by shapes, hardly tells them apart.
-    alike = partial(torch.allclose, rtol=0.1 if half else 1e-5, atol=0.1 if half else 1e-5, equal_nan=True)
-    return _Trial(causal=n_after == 0 or alike(zeros, others), pads=alike(exact, zeros))
+    alone = Batch(text[None], torch.arange(len(text))[None] > 0, [0])
+    zeros, others = alone.padded(n_after), alone.padded(n_after)
+    others.ids[:, len(text) :] = ids.max().clamp(min=1)
+    slack = 0.1 if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) else 1e-5
+    with torch.no_grad(), repeatable():
+        alone, zeros, others = (token_log_probs(model, batch) for batch in (alone, zeros, others))  # type: ignore
+    # The last two have the same shapes, by which kernels round, so that they tell more than the first.
+    same = partial(torch.allclose, zeros, rtol=slack, atol=slack, equal_nan=True)
+    return same(others), same(alone)
 
 
 def padding(model: nn.Module, batch: Batch) -> int:
@@ -199,7 +187,7 @@ def padding(model: nn.Module, batch: Batch) -> int:
     n = -width % 8
     if n == 0 or 16 * n > width or (context is not None and width + n > context):
         return 0
-    return n if _trial(model, batch.ids[0]).pads else 0
+    return n if _trial(model, batch.ids[0])[1] else 0
 
 
 def check_finite(values: Tensor, batch: Batch) -> None:
@@ -207,11 +195,3 @@ def check_finite(values: Tensor, batch: Batch) -> None:
     wrong = (~values.isfinite()).any(1).nonzero().flatten()
     if len(wrong):
         raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])
-
-
-def _check_words(batch: Batch, n_words: int) -> None:
-    wrong = (batch.answer & ((batch.ids < 0) | (batch.ids >= n_words))).nonzero()
-    if len(wrong):
-        row, place = wrong[0].tolist()
-        unknown = f"input_ids: {{}} has answer id {int(batch.ids[row, place])}, ids from 0 to {n_words - 1} wanted"
-        raise ExampleError(unknown, batch.rows[row])

@@ -51,15 +51,10 @@ def checked(
         raise ValueError("input_ids: no example given, at least one wanted")
     if answer_mask.dtype is not torch.bool:
         raise TypeError(f"answer_mask: {answer_mask.dtype} given, torch.bool wanted")
-    if answer_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"answer_mask: {_kind(answer_mask)} given, the shape of input_ids {tuple(input_ids.shape)} wanted"
-        )
+    for name, value in given.items():
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name}: {_kind(value)} given, the shape of input_ids {tuple(input_ids.shape)} wanted")
     present = torch.ones_like(answer_mask) if attention_mask is None else attention_mask.bool()
-    if present.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: {_kind(present)} given, the shape of input_ids {tuple(input_ids.shape)} wanted"
-        )
     return [
         _check_example(model, i, *example)
         for i, example in enumerate(zip(input_ids, answer_mask, present, strict=True))
@@ -89,7 +84,7 @@ def _check_example(model: nn.Module, i: int, ids: Tensor, answer: Tensor, presen
 
 
 def limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """The size of the model's vocabulary and of its context in tokens, where its config tells; −1 there means no limit."""
+    """The size of the model's vocabulary and of its context in tokens, where its config tells (−1: no limit)."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()

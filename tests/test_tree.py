@@ -22,8 +22,9 @@ MODULES = [ROOT / path for path in tracked() if path.parts[0] == "isouq" and pat
 # Rooms from left to right: a room imports only from rooms in steps before its own. `qa` and `synthetic` come after
 # the assets and profiles, since a scoring job is started with a profile and fetches its model.
 STEPS = (
-    ("estimate", "gradients", "sequences", "evaluation", "plotting", "provenance", "identity", "_manifest"),
-    ("covariance", "forward", "_pip"),
+    ("estimate", "gradients", "evaluation", "plotting", "provenance", "identity", "_manifest"),
+    ("covariance", "sequences", "_pip"),
+    ("forward",),
     ("distortion", "causal_lm", "classifier"),
     ("assets",),
     ("profiles",),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.checks import check_model, repeatable
+from isouq.gradients.checks import repeatable
 
 Objective = Callable[[slice], Tensor]
 """Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
@@ -47,10 +47,9 @@ class SquaredNorms:
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The model's parameters by name, each once (a tied one under its first name), those that match `patterns` only.
 
-    Parameters of whole numbers that serve as indices have no gradient and are left out. Raises as `check_model`, and
-    ValueError or TypeError for patterns that match nothing and parameters without a gradient (quantised, complex).
+    Parameters of whole numbers that serve as indices have no gradient and are left out. Raises ValueError for a
+    pattern that matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
-    check_model(model)
     if isinstance(patterns, str):
         raise TypeError(f"parameters: the string {patterns!r} given, a list of name patterns or None wanted")
     every = dict(model.named_parameters())
@@ -69,14 +68,13 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
 
 
 def _is_index(p: Tensor) -> bool:
-    """Whether a parameter can only hold places or counts; narrow integers, and int32 in matrices, are packed weights."""
+    """Whether a parameter holds places or counts; narrow integers, and int32 in matrices, are packed weights."""
     return p.dtype in (torch.int64, torch.bool) or (p.dtype in (torch.int32, torch.int16) and p.dim() < 2)
 
 
 def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
-    for name, p in chosen.items():
-        if p.is_complex():
-            raise ValueError(f"model: {name} is complex ({p.dtype}), for which there is no rule; real parameters wanted")
+    if kinds := [f"{n} ({p.dtype})" for n, p in chosen.items() if p.is_complex()]:
+        raise ValueError(f"model has complex parameters, for which there is no rule: {kinds[0]}; real ones wanted")
     wrong = [f"{n} ({p.dtype})" for n, p in chosen.items() if p.dtype not in DIFFERENTIABLE or p.is_quantized]
     wrong += [
         f"{n} ({type(m).__name__})"
@@ -152,7 +150,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
         for module in offloaded:
             names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
-        with torch.enable_grad(), repeatable(model):
+        with torch.enable_grad(), repeatable():
             yield tracked
     finally:
         for module in offloaded:

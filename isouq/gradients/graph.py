@@ -20,8 +20,8 @@ Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that d
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
 
 POINTWISE = frozenset(
-    "Mul Add Sub Div Neg Exp Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus LeakyRelu Hardtanh"
-    " Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
+    "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus LeakyRelu"
+    " Hardtanh Clamp Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
 )
 ELEMENTWISE = POINTWISE | frozenset(
     "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()
@@ -160,7 +160,9 @@ def _row_by_row(node: Node, weights: set[Node], n_examples: int) -> bool:
     return name in POINTWISE and all(len(s) == len(shape) for s in shapes)
 
 
-_ALONG = frozenset("Softmax LogSoftmax Logsumexp Gather Scatter ScatterBackward1 Slice SumBackward1 MeanBackward1".split())
+_ALONG = frozenset(
+    "Softmax LogSoftmax Logsumexp Gather Scatter ScatterBackward1 Slice SumBackward1 MeanBackward1".split()
+)
 _FIRST_ONLY = {"Addmm": 1} | dict.fromkeys(  # operations on one activation, with weights; at which input it enters
     "Mm Convolution NativeBatchNorm NativeGroupNorm NativeLayerNorm FusedRmsNorm MaxPool2DWithIndices AvgPool2D"
     " AdaptiveAvgPool2D".split(),
