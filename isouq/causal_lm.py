@@ -268,7 +268,8 @@ def _differentiate(
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
         return estimate.log_odds(torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1))
 
-    norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters, rows=batch.rows)
+    options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch.rows}
+    norms = squared_norms(model, objective, len(batch.ids), apart=True, **options)
     first = norms.columns(slice(0, 1)) if whole else None
     return first, norms.columns(slice(int(whole), None)) if tokens else None
 

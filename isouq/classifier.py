@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ def _batched(
         def values(rows: slice, batch: range = batch) -> Tensor:
             return objective(_rows(inputs, batch[rows]), batch[rows])
 
-        parts.append(squared_norms(model, values, len(batch), engine=engine, parameters=parameters, rows=batch))
+        options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch}
+        parts.append(squared_norms(model, values, len(batch), apart=True, **options))
     return replace(
         parts[0],
         objective=torch.cat([part.objective for part in parts]),

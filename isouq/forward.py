@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from isouq.gradients.checks import ExampleError, check_model, from_library, repeatable, run
+from isouq.gradients.checks import ExampleError, check_model, repeatable, run
 from isouq.gradients.common import differentiable, select_parameters
+from isouq.gradients.isolation import is_decoder
 from isouq.sequences import Batch, limits
 from isouq.sequences import checked as sequences_without_padding
 
@@ -36,10 +35,10 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         options["logits_to_keep"] = keep.to(device)
     output = run(model, "input_ids", input_ids=inputs.to(device), **options)
     logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and "logits_to_keep" not in options and logits.shape[:2] == inputs.shape:
-        logits = logits[:, keep.to(logits.device)]
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (len(inputs), len(keep)):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else (type(logits).__name__,)
+    if "logits_to_keep" not in options and shape[:2] == inputs.shape:
+        logits, shape = logits[:, keep.to(logits.device)], (len(inputs), len(keep), *shape[2:])
+    if len(shape) != 3 or shape[:2] != (len(inputs), len(keep)):
         raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
     unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
     if len(unknown):
@@ -67,7 +66,8 @@ class LogProb(torch.autograd.Function):
     1. Of the logits' size only they themselves are saved.
     """
 
-    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
+    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here,
+    row_by_row = True  # and each row of logits by itself
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
@@ -137,57 +137,39 @@ def checked(
     """
     check_model(model)
     sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _trial(model, sequences[0][0])[0]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, sequences[0][0]):
         raise ValueError(
-            "model: not causal, as tokens that follow change the log p of those before, or an encoder is asked first; "
-            "a causal (decoder-only) language model wanted"
+            "model: not causal, as tokens that follow change the log p of those before (an encoder sees them all); a "
+            "causal, decoder-only language model wanted"
         )
     return sequences
 
 
-_TRIALS: WeakKeyDictionary[nn.Module, tuple[Any, tuple[bool, bool]]] = WeakKeyDictionary()
-
-
-def _trial(model: nn.Module, ids: Tensor) -> tuple[bool, bool]:
-    """Whether log p of a text's tokens is the same whatever follows the text, and also where nothing follows.
-
-    It is remembered of models all made of known libraries' modules, as long as config, modes and what is attached stay
-    the same. What a user's own module does may change from call to call, so it is tried in each.
-    """
-    modules = list(model.modules())
-    known = all(from_library(m, "torch", "transformers", "accelerate", "peft") for m in modules)
-    hooks = [(*m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward"))) for m in modules]
-    state = str(getattr(model, "config", None)), [(type(m), m.training) for m in modules], hooks
-    if not known or model not in _TRIALS or _TRIALS[model][0] != state:
-        _TRIALS[model] = state, _try_what_follows(model, ids)
-    return _TRIALS[model][1]
-
-
-def _try_what_follows(model: nn.Module, ids: Tensor) -> tuple[bool, bool]:
+def _is_causal(model: nn.Module, ids: Tensor) -> bool:
+    """Whether log p of a text's tokens is the same whatever follows the text; a decoder known as such is not tried."""
     context = limits(model)[1] or 10**9
     n_after = min(8, context // 2)
+    if n_after == 0 or is_decoder(model):
+        return True
     text = ids[: min(16, context - n_after + 1)]
-    alone = Batch(text[None], torch.arange(len(text))[None] > 0, [0])
-    zeros, others = alone.padded(n_after), alone.padded(n_after)
-    others.ids[:, len(text) :] = ids.max().clamp(min=1)
+    batch = Batch(text[None], torch.arange(len(text))[None] > 0, [0]).padded(n_after)
+    other = Batch(batch.ids.clone(), batch.answer, [0])
+    other.ids[:, len(text) :] = ids.max().clamp(min=1)
     slack = 0.1 if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) else 1e-5
     with torch.no_grad(), repeatable():
-        alone, zeros, others = (token_log_probs(model, batch) for batch in (alone, zeros, others))  # type: ignore
-    # The last two have the same shapes, by which kernels round, so that they tell more than the first.
-    same = partial(torch.allclose, zeros, rtol=slack, atol=slack, equal_nan=True)
-    return same(others), same(alone)
+        one, two = (token_log_probs(model, part) for part in (batch, other))  # same shapes, by which kernels round
+    return torch.allclose(one, two, rtol=slack, atol=slack, equal_nan=True)
 
 
 def padding(model: nn.Module, batch: Batch) -> int:
-    """How many tokens to append, unseen by a causal model, for matrix products whose kernels go by eights.
+    """How many tokens to append, which a decoder does not see, for matrix products whose kernels go by eights.
 
-    At most one in 16, within the model's context, and only where a trial on one sequence shows that it changes nothing.
+    At most one in 16, within the model's context, and only where the model's class is known to see no padding.
     """
     width, context = batch.ids.shape[1] - 1, limits(model)[1]
     n = -width % 8
-    if n == 0 or 16 * n > width or (context is not None and width + n > context):
-        return 0
-    return n if _trial(model, batch.ids[0])[1] else 0
+    fits = 16 * n <= width and (context is None or width + n <= context)
+    return n if fits and is_decoder(model) else 0
 
 
 def check_finite(values: Tensor, batch: Batch) -> None:

@@ -24,21 +24,24 @@ def squared_norms(
     *,
     engine: Engine = "auto",
     parameters: Sequence[str] | None = None,
+    apart: bool = False,
     rows: Sequence[int] | None = None,
 ) -> SquaredNorms:
     """‖∇θ objective[i, k]‖² per example i and column k, over all parameters or those whose names match `parameters`.
 
     `objective` maps a slice of the batch's rows to scalars (example, objective), freshly computed by `model`.
     engine "ghost" is exact or raises NotCovered; "autograd" goes one example at a time; "auto" is ghost, and autograd
-    where ghost does not cover the model. `rows` are the examples' places in the caller's order, for errors. Raises
-    ValueError for an unknown engine and as `select_parameters`, ExampleError for a gradient that is not finite.
+    where ghost does not cover the model. `apart` says that whatever `objective` does around the model treats examples
+    apart, so that for a model known to do so nothing has to be compared (`isolation`). `rows` are the examples' places
+    in the caller's order, for errors. Raises ValueError for an unknown engine and as `select_parameters`, ExampleError
+    for a gradient that is not finite.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
     chosen = select_parameters(model, parameters)
     if engine != "autograd":
         try:
-            return _finite(ghost.squared_norms(model, objective, n_examples, parameters=chosen), rows)
+            return _finite(ghost.squared_norms(model, objective, n_examples, parameters=chosen, apart=apart), rows)
         except NotCovered:
             if engine == "ghost":
                 raise

@@ -6,9 +6,9 @@ its largest parameter.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,9 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
     copies = Counter(tracked.names[id(p)] for p in tracked.tensors)  # more than one where offloading tore a tie
     sums: dict[str, Tensor] = {}
 
-    def square(p: Tensor) -> None:
-        name, grad = tracked.names[id(p)], p.grad
-        p.grad = None
-        if name not in squares or grad is None:
+    def square(p: Tensor, grad: Tensor) -> None:
+        name = tracked.names[id(p)]
+        if name not in squares:
             return
         grad = grad.to_dense() if grad.is_sparse else grad
         if copies[name] > 1:
@@ -50,44 +49,60 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
         norms = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.promote_types(p.dtype, torch.float32))
         squares[name] = norms.double().square().sum().cpu()
 
-    leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
-    with _gradients_set_aside(values, tracked) as graph:
-        # A custom function (reentrant checkpointing) may bring a gradient in parts: then all are kept to the end.
-        in_parts = any(is_custom(node) for node in graph.order)
-        handles = [] if in_parts else [p.register_post_accumulate_grad_hook(square) for p in leaves]
-        try:
-            values[k].backward(retain_graph=k + 1 < len(values))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for p in leaves if in_parts else ():
-            square(p)
+    differentiate(values[k], tracked, square, retain=k + 1 < len(values))
     return torch.stack(list(squares.values()))
 
 
-@contextmanager
-def _gradients_set_aside(values: Tensor, tracked: Tracked) -> Iterator[Graph]:
-    """No .grad on anything that `values` depend on; what was there is put back, also after an error."""
-    graph = Graph(values)
-    outside = [leaf for _, leaf in graph.leaves() if id(leaf) not in tracked.names]
-    kept = [(p, p.grad) for p in [*tracked.tensors, *outside]]
-    for p, _ in kept:
-        p.grad = None
-    try:
-        yield graph
+def differentiate(value: Tensor, tracked: Tracked, take: Callable[[Tensor, Tensor], None], *, retain: bool) -> None:
+    """Call `take` with each parameter and its gradient as soon as that is whole, and hold it no longer."""
+    leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
+    graph = Graph(value)
+    if any(is_custom(node) for node in graph.order):
+        _accumulate(value, graph, leaves, take, retain)
+        return
+
+    def hook(p: Tensor, grad: Tensor) -> Tensor:
+        take(p, grad)
+        # What autograd keeps in its place takes no memory.
+        return grad if grad.is_sparse else grad.new_zeros(()).expand_as(grad)
+
+    handles = [p.register_hook(functools.partial(hook, p)) for p in leaves]
+    try:  # `grad` runs no hook of the owner's on what accumulates gradients, and fills no .grad
+        torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
     finally:
-        for p, grad in kept:
-            p.grad = grad
+        for handle in handles:
+            handle.remove()
+
+
+def _accumulate(
+    value: Tensor, graph: Graph, leaves: list[Tensor], take: Callable[[Tensor, Tensor], None], retain: bool
+) -> None:
+    """The same through .grad: a custom function (reentrant checkpointing) may bring a gradient in parts, or refuse
+    `torch.autograd.grad`."""
+    outside = [leaf for _, leaf in graph.leaves() if all(leaf is not p for p in leaves)]
+    kept = [leaf.grad for leaf in outside]
+    try:
+        for leaf in outside:
+            leaf.grad = None
+        value.backward(retain_graph=retain)
+    finally:
+        for leaf, grad in zip(outside, kept, strict=True):
+            leaf.grad = grad
+    for p in leaves:
+        if p.grad is not None:
+            take(p, p.grad)
+        p.grad = None
 
 
 def gradient(value: Tensor, tracked: Tracked) -> Tensor:
     """The gradient of one scalar over all parameters, flattened: (param,), at least float32, on the CPU."""
     check_differentiable(value)
     flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
-    with _gradients_set_aside(value, tracked):
-        value.backward()  # not autograd.grad, which reentrant checkpointing refuses
-        for p in tracked.tensors:
-            name = tracked.names[id(p)]
-            if name in flat and p.grad is not None:
-                flat[name] = flat[name] + p.grad.to_dense().flatten().cpu()
+
+    def add(p: Tensor, grad: Tensor) -> None:
+        name = tracked.names[id(p)]
+        if name in flat:
+            flat[name] = flat[name] + grad.to_dense().flatten().cpu()
+
+    differentiate(value, tracked, add, retain=False)
     return torch.cat(list(flat.values()))

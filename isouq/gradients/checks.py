@@ -43,10 +43,7 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"model: {name} was made under torch.inference_mode(); make or load the model outside it")
     for name, module in model.named_modules():
         if module.training and (why := _depends_on_mode(module)):
-            raise ValueError(
-                f"model: in training mode with {why} ({name or 'itself'}), which makes scores random or dependent on "
-                "the batch; call model.eval()"
-            )
+            raise ValueError(f"model: in training mode with {why} ({name or 'itself'}); call model.eval()")
 
 
 def _depends_on_mode(module: nn.Module) -> str | None:
@@ -61,22 +58,16 @@ def _depends_on_mode(module: nn.Module) -> str | None:
     rates = {k: v for k, v in stated.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     if any(rates.values()):
         return next(f"dropout {k}={v}" for k, v in rates.items() if v)
-    plain = rates or from_library(module, "transformers") or getattr(module, "track_running_stats", None) is False
-    return None if plain or not _reads_mode(type(module)) else type(module).__name__
-
-
-def from_library(module: nn.Module, *libraries: str) -> bool:
-    """Whether the module's class is defined in one of the libraries."""
-    return type(module).__module__.split(".")[0] in libraries
+    hub = type(module).__module__.startswith("transformers.")
+    plain = rates or hub or getattr(module, "track_running_stats", None) is False
+    kind: Any = type(module)
+    return None if plain or not _reads_mode(kind) else kind.__name__
 
 
 @cache
-def _reads_mode(kind: Hashable) -> bool:
-    """Whether a method of the class or of its bases, other than nn.Module's, mentions `training`."""
-    assert isinstance(kind, type)
-    bases = [
-        base for base in kind.__mro__ if base not in (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-    ]
+def _reads_mode(kind: Any) -> bool:
+    """Whether a method of the class or of its bases mentions `training`, besides nn.Module's own and fast paths."""
+    bases = set(kind.__mro__) - {nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder}
     methods = [inspect.unwrap(f) for base in bases for f in vars(base).values() if inspect.isfunction(f)]
     codes: list[Any] = [method.__code__ for method in methods]
     for code in codes:  # grows: functions inside functions
@@ -87,17 +78,15 @@ def _reads_mode(kind: Hashable) -> bool:
 @contextmanager
 def repeatable() -> Iterator[None]:
     """Raise ValueError where a forward pass inside draws random numbers, in whatever mode."""
-    before = _generators()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+    before = states()
     yield
-    if not all(map(torch.equal, before, _generators())):
-        raise ValueError(
-            "model: its forward pass draws random numbers, which makes scores random; equal outputs for equal inputs "
-            "wanted, as after model.eval()"
-        )
-
-
-def _generators() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    if not all(map(torch.equal, before, states())):
+        raise ValueError("model: its forward pass draws random numbers; call model.eval(), or make it deterministic")
 
 
 def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,7 +133,9 @@ def _tied(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, str]:
 def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]:
     """Let all parameters require a gradient, or none if none is `chosen`; put everything back afterwards.
 
-    All of them, as autograd's graph then tells from the input on how the examples are laid out.
+    All of them, as autograd's graph then tells from the input on how the examples are laid out. Meanwhile what the
+    owner has attached to the backward pass (hooks on parameters and modules, optimisers in them, gradients so far) is
+    set aside, and compiled code runs as it was written.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
@@ -143,20 +146,43 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
     tracked.names |= {id(every[name]): to for name, to in tied.items()}
     flags = [(p, p.requires_grad) for p in tensors.values()]
     offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
+    hooks = _backward_hooks(model, tensors.values())
+    kept, grads = [dict(table) for table in hooks], [p.grad for p in tensors.values()]
     try:
+        for table in hooks:  # emptied in place: autograd holds the very same tables
+            table.clear()
+        for p in tensors.values():
+            p.grad = None
         for p, _ in flags:
             if p.dtype in DIFFERENTIABLE:
                 p.requires_grad_(bool(tracked.parameters))
         for module in offloaded:
             names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
-        with torch.enable_grad(), repeatable():
+        with torch.enable_grad(), _as_written(), repeatable():
             yield tracked
     finally:
+        for table, content in zip(hooks, kept, strict=True):
+            table.update(content)
+        for p, grad in zip(tensors.values(), grads, strict=True):
+            p.grad = grad
         for module in offloaded:
             module._parameters = dict(module._parameters)
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled code runs eagerly: its graph shows no operation, and it allows one backward pass only."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[int, Any]]:
+    tables = [p._backward_hooks for p in parameters] + [p._post_accumulate_grad_hooks for p in parameters]
+    tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
+    return [table for table in tables if table]
 
 
 def check_differentiable(values: Tensor) -> None:

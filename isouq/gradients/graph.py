@@ -20,8 +20,8 @@ Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that d
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
 
 POINTWISE = frozenset(
-    "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus LeakyRelu"
-    " Hardtanh Clamp Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
+    "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus"
+    " LeakyRelu Hardtanh Clamp Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
 )
 ELEMENTWISE = POINTWISE | frozenset(
     "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()
@@ -54,25 +54,13 @@ def is_custom(node: Node) -> bool:
     declare themselves `parameter_free`.
     """
     name: str = node.name()
-    innocent = name.startswith("GeneratedBackwardFor_") or getattr(node, "parameter_free", False)
+    innocent = name.startswith("GeneratedBackwardFor_") or declares(node, "parameter_free")
     return isinstance(node, BackwardCFunction) and not innocent
 
 
-def reorders(node: Node, n_examples: int) -> bool:
-    """Whether the node may put a batch's examples in another order: it picks along the first axis of one of them."""
-    name = operation(node)
-    if name in ("Index", "IndexPut"):
-        along_first = bool(node._saved_indices) and node._saved_indices[0] is not None
-    elif name in _PICKS:
-        n_dims = len(output_shape(node))
-        along_first = n_dims > 0 and signed(getattr(node, "_saved_dim", 0)) % n_dims == 0
-    else:
-        return False
-    if not along_first:
-        return False
-    source, number = node.next_functions[0]
-    shapes = [output_shape(node)] + ([] if source is None else [output_shape(source, number)])
-    return any(shape[:1] == (n_examples,) for shape in shapes)
+def declares(node: Node, name: str) -> bool:
+    """Whether the Python autograd.Function at the node has the class attribute `name`, set to True."""
+    return bool(getattr(getattr(node, "_forward_cls", None), name, False))
 
 
 def signed(number: int) -> int:
@@ -124,58 +112,15 @@ class Graph:
                     stack.append(parent)
         return [node for node in consumers if node not in above]
 
-    def separates(self, n_examples: int) -> bool:
-        """Whether example i owns the i-th n-th of every value, by its operations alone: then no two can meet.
-
-        By induction from the output, whose first axis is the examples': each operation must keep the first axis, or
-        reshape (row-major) to another that n divides. What the raw input holds plays no part. False means unproven.
-        """
-        weights = {node for node, _ in self.leaves()}
-        stack = list(weights)
-        while stack:  # and what is computed from them alone
-            for node, _ in self.consumers.get(stack.pop(), ()):
-                if node not in weights and all(child in weights for child, _ in node.next_functions):
-                    weights.add(node)
-                    stack.append(node)
-        return all(node in weights or _row_by_row(node, weights, n_examples) for node in self.order)
-
-
-def _row_by_row(node: Node, weights: set[Node], n_examples: int) -> bool:
-    name, shape = operation(node), output_shape(node)
-    data = {slot: child for slot, child in enumerate(node.next_functions) if child[0] and child[0] not in weights}
-    shapes = [output_shape(*child) for child in data.values()]
-    if any(child[1] for child in data.values()) or any(not s or s[0] % n_examples for s in [shape, *shapes]):
-        return False
-    if name in RESHAPES:
-        return True
-    if any(s[0] != shape[0] for s in shapes):
-        return False
-    if name in _FIRST_ONLY:
-        n_normalized = len(getattr(node, "_saved_normalized_shape", ()))
-        over_batch = getattr(node, "_saved_training", False) or n_normalized >= len(shape)
-        return set(data) <= {_FIRST_ONLY[name]} and not over_batch
-    if name in _ALONG:
-        dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
-        return all(signed(dim) % len(shapes[0]) != 0 for dim in dims) if shapes else False
-    return name in POINTWISE and all(len(s) == len(shape) for s in shapes)
-
-
-_ALONG = frozenset(
-    "Softmax LogSoftmax Logsumexp Gather Scatter ScatterBackward1 Slice SumBackward1 MeanBackward1".split()
-)
-_FIRST_ONLY = {"Addmm": 1} | dict.fromkeys(  # operations on one activation, with weights; at which input it enters
-    "Mm Convolution NativeBatchNorm NativeGroupNorm NativeLayerNorm FusedRmsNorm MaxPool2DWithIndices AvgPool2D"
-    " AdaptiveAvgPool2D".split(),
-    0,
-)
-
 
 @dataclass
 class Layout:
-    """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples."""
+    """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples.
+
+    Read off shapes, so a good guess and no proof: `isolation` asks for that.
+    """
 
     n_examples: int
-    assumed: bool = False  # whether an order of examples was taken that data could make another in the next batch
     _known: dict[Node, Tensor | None] = field(default_factory=dict)
 
     def split(self, matrix: Tensor, owner: Tensor | None) -> Tensor:
@@ -199,10 +144,8 @@ class Layout:
         if self.n_examples == 1:
             return None
         source, number = node.next_functions[slot]
-        if source is None:  # the raw input
-            self.assumed = True
-            return self._checked(None, n_rows, node, parameter)
-        return self._checked(self._trace(source, number), n_rows, node, parameter)
+        found = None if source is None else self._trace(source, number)  # None: the raw input
+        return self._checked(found, n_rows, node, parameter)
 
     def owner_of_output(self, node: Node, n_rows: int, parameter: str) -> Tensor | None:
         """The same for the rows of the node's own output."""
@@ -238,12 +181,11 @@ class Layout:
                 found = self._child(node, slot, shape)
                 if found is not False:
                     return found
-        return None if shape and shape[0] == self.n_examples and name not in _SHUFFLES else False
+        return None if shape and shape[0] == self.n_examples else False
 
     def _child(self, node: Node, slot: int, shape: tuple[int, ...]) -> Any:
         source, number = node.next_functions[slot]
         if source is None:
-            self.assumed = True
             return None if slot == 0 and shape[0] % self.n_examples == 0 else False
         if output_shape(source, number)[:1] != shape[:1] and operation(node) not in RESHAPES:
             return False
@@ -261,7 +203,3 @@ class Layout:
             every = torch.arange(self.n_examples, device=index[0].device)
             found = every.repeat_interleave(n_rows // self.n_examples)
         return found[index[0]]
-
-
-_PICKS = frozenset("IndexSelect Gather Sort Scatter ScatterAdd IndexAdd IndexCopy Cat Flip Roll".split())
-_SHUFFLES = frozenset("Index IndexSelect Gather Scatter ScatterAdd IndexAdd IndexPut MaskedSelect Sort".split())

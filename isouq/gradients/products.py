@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from isouq.gradients import isolation
 from isouq.gradients.autograd import gradient
 from isouq.gradients.common import Objective, Tracked, check_differentiable, differentiable, select_parameters
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
-from isouq.gradients.ghost import Plan, Use, Visit, check_isolation, isolated, refusing_recomputation
+from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
@@ -125,7 +126,8 @@ def inner_products(
 ) -> Gram:
     """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
 
-    `batches` and `others` are (objective, n_examples); `memory` bounds in bytes what is kept between forward passes.
+    `batches` and `others` are (objective, n_examples), each objective such that what it does around the model treats
+    examples apart; `memory` bounds in bytes what is kept between forward passes.
     `checkpoint` is a file and the identity of model and examples: a run that was killed goes on after its last whole
     group of parameters, and a file of another identity is written over.
     Raises NotCovered as `ghost.squared_norms`; with engine "auto" the reference then does the work.
@@ -135,13 +137,20 @@ def inner_products(
     if n_rows == 0:
         raise ValueError("batches: no example given, at least one wanted")
     work = [*batches, *others]
-    if engine != "autograd":
+    for attempt in (work, _singly(work)) if engine != "autograd" else ():
         try:
-            return _by_factors(model, work, chosen, Sums(n_rows, n_others), memory, progress, checkpoint)
+            return _by_factors(model, attempt, chosen, Sums(n_rows, n_others), memory, progress, checkpoint)
+        except isolation.Meeting:
+            continue
         except NotCovered:
             if engine == "ghost":
                 raise
+            break
     return _by_gradients(model, work, chosen, Sums(n_rows, n_others), memory, progress)
+
+
+def _singly(batches: Batches) -> Batches:
+    return [(one(objective, i), 1) for objective, n in batches for i in range(n)]
 
 
 def _by_factors(
@@ -236,9 +245,10 @@ def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Trac
         values = objective(slice(0, n))
         check_differentiable(values)
         plan = Plan(values, tracked, n)
-        new = not isolated(model, plan)
-        plan.backward(values[:, 0].sum(), visit, retain=new)
-        check_isolation(model, plan, objective, alive=new)
+        doubt = isolation.examine(model, plan, objective, apart=True)
+        plan.backward(values[:, 0].sum(), visit, retain=doubt.any)
+        if doubt.any:
+            isolation.check(plan, objective, plan.squares(values[:, 0].sum(), retain=True), doubt)
 
 
 def _gather(

@@ -12,7 +12,7 @@ from reference import Scores, pad, score
 
 from isouq.causal_lm import score_aggregations
 from isouq.estimate import AGGREGATIONS
-from isouq.gradients import NotCovered, ghost
+from isouq.gradients import NotCovered
 
 EXAMPLES = {
     "even": examples((8, 8, 8), (3, 1, 4)),
@@ -71,25 +71,6 @@ def test_some_held_out_architectures_are_covered():
     """Otherwise the test above would say nothing about the rules."""
     exact = [name for name in ("falcon", "bloom", "gptj", "starcoder2") if check(name, True, "even", "none", "ghost")]
     assert len(exact) == 4
-
-
-@pytest.mark.parametrize("name", [name for name in COVERED if name != "mixtral_grouped"])
-def test_the_examples_are_tried_apart_in_the_first_batch_only(name, monkeypatch):
-    """Two passes more in the first batch, one of them over two examples; afterwards one pass a batch, as promised."""
-    model, passes = build(name, tied=True), []
-    backward = ghost.Plan.backward
-
-    def counted(self, *args, **kwargs):
-        passes[-1] += 1
-        return backward(self, *args, **kwargs)
-
-    monkeypatch.setattr(ghost.Plan, "backward", counted)
-    for seed in range(3):
-        passes.append(0)
-        with upcasts_to(torch.float64):
-            batch = pad(examples((9 + seed, 5, 7), (3, 1, 2), seed=seed), "left")
-            score_aggregations(model, *batch, aggregations=["sequence"], engine="ghost")
-    assert passes == [3, 1, 1]
 
 
 # ── Classifiers of the Hub: not causal, encoders, layers used several times, images ────────────────────────────────

@@ -1,9 +1,10 @@
 """Random networks of operations that turn, cut, sort and share: an answer is right or refused, whatever they do.
 
 Sizes are small and often equal, so that an axis of tokens or features can be taken for that of the examples; each
-network sees several batches, so that what was found out about one must hold for the next.
+network sees several batches in two orders, so that nothing of one may be carried over to the next.
 """
 
+import os
 import random
 
 import pytest
@@ -38,7 +39,10 @@ class Network(nn.Module):
         self.attention = nn.MultiheadAttention(width, 1, batch_first=rng.random() < 0.5)
         self.head = nn.Linear(width, 3)
         self.start = rng.choice(["raw", "words", "linear"])
-        self.chain = rng.choices(list(OPERATIONS), k=rng.randint(1, 5))
+        self.chain = rng.choices(list(OPERATIONS), k=rng.randint(1, 4)) + rng.choices(
+            list(MIXING), k=rng.random() < 0.3
+        )
+        rng.shuffle(self.chain)
         self.pool = rng.choice(["mean", "first", "last", "max"])
 
     def forward(self, x):
@@ -47,7 +51,7 @@ class Network(nn.Module):
         elif self.start == "linear":
             x = self.linear[0](x)
         for name in self.chain:
-            x = 0.5 * x + OPERATIONS[name](self, x)
+            x = 0.5 * x + (OPERATIONS | MIXING)[name](self, x)
         pooled = {"mean": x.mean(1), "first": x[:, 0], "last": x[:, -1], "max": x.amax(1)}[self.pool]
         return self.head(pooled.tanh())
 
@@ -130,31 +134,67 @@ OPERATIONS = {
 }
 
 
+MIXING = {  # what makes examples meet, on their values, on the batch's size, or only in gradients
+    "capacity": lambda m, x: x + filled(m.linear[0](x.flatten(0, 1)), 5).view(x.shape),
+    "larger than the mean": lambda m, x: m.linear[1](x * (x > x.mean())),
+    "sometimes the mean": lambda m, x: x - x.mean(0, keepdim=True) * (x.detach().amax() > 1.5),
+    "in large batches": lambda m, x: m.linear[0](x) / (1 + (len(x) > 2)),
+    "sorted by value": lambda m, x: in_order(m, x, x.detach()[:, 0, 0].argsort()),
+    "the neighbour's gradient": lambda m, x: m.linear[2](x.detach() + x.roll(1, 0) - x.roll(1, 0).detach()),
+    "packed": lambda m, x: put_back(m, x.roll(1, 1)),
+    "softmax over all": lambda m, x: m.linear[1](x).flatten().softmax(0).view(x.shape),
+}
+
+
+def filled(rows, room):
+    return rows * (torch.arange(len(rows)) < room)[:, None]
+
+
+def mixing_hook(_module, _inputs, out):
+    return out + 0.1 * out.mean(0, keepdim=True).detach()
+
+
 def outcome(seed: int) -> list[str]:
-    """What became of three batches: "exact" or "refused"; fails where a score is wrong."""
+    """What became of three batches in two call orders; fails where a number is wrong.
+
+    Between the two a hook that mixes examples may come or go.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     n_tokens, width = rng.choice([2, 3, 4]), rng.choice([2, 3, 4])
     model, found = Network(rng, n_tokens, width), []
-    for _ in range(3):
-        n = rng.choice([1, 2, 3, 4, n_tokens, width, n_tokens * width])
-        objective = classes(model, 2 * torch.randn(n, n_tokens, width))
-        try:
-            norms = squared_norms(model, objective, n, engine="ghost")
-        except NotCovered:
-            found.append("refused")
-            continue
-        assert_same(norms, wanted(model, objective, n))
-        found.append("exact")
+    sizes = [rng.choice([1, 2, 3, 4, n_tokens, width, n_tokens * width]) for _ in range(3)]
+    objectives = [classes(model, 2 * torch.randn(n, n_tokens, width)) for n in sizes]
+    handle = model.head.register_forward_hook(mixing_hook) if rng.random() < 0.2 else None
+    for order in ((0, 1, 2), (2, 1, 0)):
+        for i in order:
+            reference = wanted(model, objectives[i], sizes[i])
+            apart = rng.random() < 0.5
+            try:
+                norms = squared_norms(model, objectives[i], sizes[i], engine="ghost", apart=apart)
+            except NotCovered:
+                norms = squared_norms(model, objectives[i], sizes[i], apart=apart)
+            assert_same(norms, reference)
+            found.append(norms.engine if sizes[i] > 1 else "alone")
+        if handle is not None:
+            handle.remove()
+        elif rng.random() < 0.2:
+            model.linear[2].register_forward_hook(mixing_hook)
     return found
 
 
-@pytest.mark.parametrize("seeds", [range(i, i + 20) for i in range(0, 100, 20)], ids=lambda r: f"{r.start}-{r.stop}")
-def test_random_networks_are_exact_or_refused(seeds):
+N_NETWORKS = int(os.environ.get("ISOUQ_FUZZ", "500"))  # more by hand: ISOUQ_FUZZ=10000
+
+
+@pytest.mark.parametrize("start", range(0, N_NETWORKS, 50))
+def test_random_networks_are_exact_or_refused(start):
     torch.set_default_dtype(torch.float64)
+    found = []
     try:
-        found = [result for seed in seeds for result in outcome(seed)]
+        for seed in range(start, start + 50):
+            print("seed", seed)  # the last one shown is the one that fails: outcome(seed) repeats it
+            found += outcome(seed)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.count("exact") >= 10, "refusing everything would prove nothing"
-    assert found.count("refused") >= 10
+    for result in ("ghost", "ghost, one at a time", "autograd"):
+        assert found.count(result) >= 10, "one answer to everything would prove nothing"
