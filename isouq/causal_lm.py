@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from isouq import encoding, estimate, identity
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
-from isouq.forward import check_finite, padding, token_log_probs, tokens_that_fit
+from isouq.forward import check_finite, checked, padding, token_log_probs, tokens_that_fit
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
+from isouq.gradients.checks import check_model, repeatable
+from isouq.gradients.common import select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.sequences import Batch, batches, checked, pad
+from isouq.sequences import Batch, batches, pad
 from isouq.store import Store, store_path
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ def score_aggregations(
     for name in aggregations or (None,):
         if name not in AGGREGATIONS:
             raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
+    check_model(model)
+    select_parameters(model, parameters)  # refused here, before a forward pass tries the model
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
@@ -114,7 +118,7 @@ def log_probs(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     totals = torch.zeros(len(sequences), dtype=torch.float64)
     counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
-    with torch.no_grad():
+    with torch.no_grad(), repeatable():
         for batch in batches(sequences, batch_size):
             values = token_log_probs(model, batch)
             check_finite(values, batch)
@@ -252,9 +256,10 @@ def _differentiate(
         values = token_log_probs(model, part)
         check_finite(values, part)
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
-        return torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1)
+        return estimate.log_odds(torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1))
 
-    norms = squared_norms(model, objective, len(batch.ids), engine=engine, parameters=parameters, apart=True)
+    options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch.rows}
+    norms = squared_norms(model, objective, len(batch.ids), apart=True, **options)
     first = norms.columns(slice(0, 1)) if whole else None
     return first, norms.columns(slice(int(whole), None)) if tokens else None
 
@@ -267,19 +272,21 @@ def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
 
 
 def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: str, breakdown: bool) -> Estimate:
-    """One batch's Estimate; for `token_mean` the norms' columns are tokens, zero beyond an answer's end."""
+    """One batch's Estimate, from log odds; for `token_mean` the norms' columns are tokens."""
     n_tokens = batch.answer.sum(1)
-    log_p = norms.objective
-    S = log_p.sum(1)
+    exists = torch.arange(norms.objective.shape[1])[None] < n_tokens[:, None]
+    log_p = estimate.from_log_odds(norms.objective, norms.total)[0].masked_fill(~exists, 0)
 
     def aggregate(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_G = squares.log()
-        if name == "sequence":
-            return estimate.sequence(S, log_G[:, 0])
+        log_G = estimate.from_log_odds(norms.objective, squares)[1]
+        if name == "token_mean":
+            return estimate.token_mean(log_p, log_G, exists)
         if name == "geometric":
-            return estimate.geometric(S, log_G[:, 0], n_tokens)
-        return estimate.token_mean(log_p, log_G, torch.arange(log_p.shape[1])[None] < n_tokens[:, None])
+            return estimate.geometric(log_p[:, 0], log_G[:, 0], n_tokens)
+        return estimate.sequence(log_p[:, 0], log_G[:, 0])
 
+    S = log_p.sum(1)
+    log_mean = log_p.masked_fill(~exists, -torch.inf).logsumexp(1) - n_tokens.double().log()
     probability, aleatoric, log_epistemic = aggregate(norms.total)
     parts = {p: aggregate(norms.by_parameter[..., i])[2] for i, p in enumerate(norms.names)} if breakdown else None
     return Estimate(
@@ -292,12 +299,13 @@ def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: s
         n_parameters=norms.n_parameters,
         parameters=subset,
         breakdown=parts,
+        log_probability={"sequence": S, "geometric": S / n_tokens, "token_mean": log_mean}[name],
     )
 
 
 def _join(parts: Sequence[Estimate], order: Tensor) -> Estimate:
     """The batches' estimates as one, its examples in `order`."""
-    columns = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
+    columns = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic", "log_probability")
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in columns}
     by_name = parts[0].breakdown
     if by_name is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -10,8 +13,10 @@ from torch import Tensor, nn
 
 from isouq import estimate
 from isouq.estimate import Estimate, Regression
-from isouq.gradients import Engine, SquaredNorms, squared_norms
+from isouq.gradients import Engine, ExampleError, SquaredNorms, squared_norms
+from isouq.gradients.checks import check_model, run
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Inputs = Tensor | Mapping[str, Tensor]
 
 
@@ -40,18 +45,17 @@ def score_classes(
         ValueError, TypeError: naming the argument, what was given and what is wanted.
     """
 
-    def objective(part: Inputs, rows: slice) -> Tensor:
-        log_p = _log_probabilities(_outputs(model, part), link)
+    def objective(part: Inputs, rows: range) -> Tensor:
+        logits = _logits(_outputs(model, part, rows), link)
         if isinstance(target, str):
-            chosen = torch.arange(log_p.shape[1], device=log_p.device).expand(len(log_p), -1)
-        else:
-            chosen = (log_p.argmax(1) if target is None else target[rows].to(log_p.device))[:, None]
-            _check_classes(chosen, log_p.shape[1])
-        return log_p.gather(1, chosen)
+            return _log_odds(logits)
+        chosen = logits.argmax(1) if target is None else target[rows.start : rows.stop].long().to(logits.device)
+        _check_classes(chosen, logits.shape[1], rows)
+        return _log_odds(logits).gather(1, chosen[:, None])
 
     _check_target(target, _length(inputs))
     norms = _batched(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
-    log_p, log_G = torch.cat([n.objective for n in norms]), torch.cat([n.total for n in norms]).log()
+    log_p, log_G = estimate.from_log_odds(norms.objective, norms.total)
     if not isinstance(target, str):
         log_p, log_G = log_p[:, 0], log_G[:, 0]
     probability, aleatoric, log_epistemic = estimate.sequence(log_p, log_G)
@@ -61,9 +65,10 @@ def score_classes(
         probability=probability,
         aleatoric=aleatoric,
         log_epistemic=log_epistemic,
-        engine=norms[0].engine,
-        n_parameters=norms[0].n_parameters,
+        engine=norms.engine,
+        n_parameters=norms.n_parameters,
         parameters="all" if parameters is None else ", ".join(parameters),
+        log_probability=log_p,
     )
 
 
@@ -81,48 +86,53 @@ def score_outputs(
     `noise_variance` is in the square of the output's unit, U_E in the same per unit of σ². Other arguments and errors
     as in `score_classes`.
     """
-    if not noise_variance >= 0:
-        raise ValueError(f"noise_variance: {noise_variance} given, a number of at least 0 wanted")
+    if not isinstance(noise_variance, Real) or not 0 <= noise_variance < math.inf:
+        raise ValueError(f"noise_variance: {noise_variance!r} given, a finite number of at least 0 wanted")
 
-    def objective(part: Inputs, rows: slice) -> Tensor:
-        outputs = _outputs(model, part)
+    def objective(part: Inputs, rows: range) -> Tensor:
+        outputs = _outputs(model, part, rows)
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
     norms = _batched(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
-    mean = torch.cat([n.objective for n in norms])
     return Regression(
-        mean=mean,
-        aleatoric=torch.full_like(mean, noise_variance),
-        log_epistemic=torch.cat([n.total for n in norms]).log(),
-        engine=norms[0].engine,
-        n_parameters=norms[0].n_parameters,
+        mean=norms.objective,
+        aleatoric=torch.full_like(norms.objective, noise_variance),
+        log_epistemic=norms.total.log(),
+        engine=norms.engine,
+        n_parameters=norms.n_parameters,
     )
 
 
 def _batched(
     model: nn.Module,
     inputs: Inputs,
-    objective: Callable[[Inputs, slice], Tensor],
+    objective: Callable[[Inputs, range], Tensor],
     *,
     engine: Engine,
     batch_size: int,
     parameters: Sequence[str] | None,
-) -> list[SquaredNorms]:
-    """Squared norms batch by batch; `objective` sees the rows of the whole that it is given."""
+) -> SquaredNorms:
+    """Squared norms batch by batch, joined; `objective` sees some examples, and which rows of the whole they are."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
-    n, found = _length(inputs), []
+    check_model(model)
+    n, parts = _length(inputs), []
     if n == 0:
         raise ValueError("inputs: no example given, at least one wanted")
     for start in range(0, n, batch_size):
-        stop = min(start + batch_size, n)
+        batch = range(n)[start : start + batch_size]
 
-        def part(rows: slice, start: int = start, stop: int = stop) -> Tensor:
-            inside = slice(start + rows.start, min(start + rows.stop, stop))
-            return objective(_rows(inputs, inside), inside)
+        def values(rows: slice, batch: range = batch) -> Tensor:
+            return objective(_rows(inputs, batch[rows]), batch[rows])
 
-        found.append(squared_norms(model, part, stop - start, engine=engine, parameters=parameters, apart=True))
-    return found
+        options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch}
+        parts.append(squared_norms(model, values, len(batch), apart=True, **options))
+    return replace(
+        parts[0],
+        objective=torch.cat([part.objective for part in parts]),
+        by_parameter=torch.cat([part.by_parameter for part in parts]),
+        engine="+".join(sorted({part.engine for part in parts})),
+    )
 
 
 def _length(inputs: Inputs) -> int:
@@ -131,48 +141,63 @@ def _length(inputs: Inputs) -> int:
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise TypeError(f"inputs: {type(value).__name__} given, a tensor (example, …) or a mapping of such wanted")
     if len({len(value) for value in tensors}) != 1:
-        raise ValueError(f"inputs: lengths {[len(v) for v in tensors]} given, one length wanted")
+        raise ValueError(f"inputs: tensors of lengths {[len(v) for v in tensors]} given, one length wanted")
     return len(tensors[0])
 
 
-def _rows(inputs: Inputs, rows: slice) -> Inputs:
-    return {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[rows]
+def _rows(inputs: Inputs, rows: range) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: value[rows.start : rows.stop] for name, value in inputs.items()}
+    return inputs[rows.start : rows.stop]
 
 
-def _outputs(model: nn.Module, part: Inputs) -> Tensor:
-    out: Any = model(**part) if isinstance(part, Mapping) else model(part)
+def _outputs(model: nn.Module, part: Inputs, rows: range) -> Tensor:
+    out = run(model, "inputs", **part) if isinstance(part, Mapping) else run(model, "inputs", part)
     out = getattr(out, "logits", out)
-    if not isinstance(out, Tensor) or out.dim() not in (1, 2):
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
+        shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model: output {shape} given, a tensor (example, class) or one with .logits wanted")
-    if not out.isfinite().all():
-        raise ValueError("model: NaN or infinite output, finite ones wanted")
+    wrong = (~out.isfinite()).nonzero()
+    if len(wrong):
+        raise ExampleError("model: NaN or infinite output for {}, finite ones wanted", rows[int(wrong[0, 0])])
     return out
 
 
-def _log_probabilities(logits: Tensor, link: str) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+def _logits(outputs: Tensor, link: str) -> Tensor:
+    """A logit for each class, float64; a single one is the log odds of class 1, and class 0 has logit 0."""
+    wide = outputs.double()
     if link == "sigmoid":
         if wide.dim() == 2 and wide.shape[1] != 1:
             raise ValueError(f"link: 'sigmoid' given for {wide.shape[1]} logits an example, one wanted")
         one = wide.reshape(-1, 1)
-        return nn.functional.logsigmoid(torch.cat([-one, one], 1))
+        return torch.cat([torch.zeros_like(one), one], 1)
     if link != "softmax":
         raise ValueError(f"link: {link!r} given, 'softmax' or 'sigmoid' wanted")
     if wide.dim() == 1 or wide.shape[1] == 1:
         raise ValueError("model: one logit an example; say link='sigmoid' for two classes, or use score_outputs")
-    return wide.log_softmax(1)
+    return wide
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """log p − log(1 − p) of every class, (example, class); 1 − p of the top class is the sum over the others."""
+    top = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
+    log_p = logits.log_softmax(1)
+    p = log_p.exp().scatter(1, top, 0.0)
+    return (log_p - torch.log1p(-p)).scatter(1, top, logits.gather(1, top) - others)
 
 
 def _check_target(target: Tensor | str | None, n: int) -> None:
     if isinstance(target, str) and target != "all":
         raise ValueError(f"target: {target!r} given, 'all', None or a tensor of classes wanted")
-    if isinstance(target, Tensor) and (target.shape != (n,) or target.is_floating_point()):
+    if not isinstance(target, Tensor | str | None):
+        raise TypeError(f"target: {type(target).__name__} given, a tensor ({n},) int64, 'all' or None wanted")
+    if isinstance(target, Tensor) and (target.shape != (n,) or target.dtype not in INTEGERS):
         raise ValueError(f"target: shape {tuple(target.shape)} and {target.dtype} given, ({n},) int64 wanted")
 
 
-def _check_classes(chosen: Tensor, n_classes: int) -> None:
-    if int(chosen.min()) < 0 or int(chosen.max()) >= n_classes:
-        raise ValueError(
-            f"target: classes {int(chosen.min())} to {int(chosen.max())} given, 0 to {n_classes - 1} wanted"
-        )
+def _check_classes(chosen: Tensor, n_classes: int, rows: range) -> None:
+    wrong = ((chosen < 0) | (chosen >= n_classes)).nonzero()
+    if len(wrong):
+        given = int(chosen[wrong[0]])
+        raise ExampleError(f"target: class {given} given for {{}}, 0 to {n_classes - 1} wanted", rows[int(wrong[0])])

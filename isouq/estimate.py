@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Estimate:
         n_parameters: how many parameters the squared norm runs over.
         parameters: which ones, "all" unless a subset was asked for.
         breakdown: log U_E of each parameter, by name; their exponentials add up to `epistemic`. None unless asked for.
+        log_probability: log p under the aggregation, which lives on where `probability` underflows to 0.
     """
 
     log_prob: Float[Tensor, "*example"]
@@ -45,17 +47,19 @@ class Estimate:
     n_parameters: int
     parameters: str = "all"
     breakdown: dict[str, Tensor] | None = None
+    log_probability: Float[Tensor, "*example"] | None = None
 
     @property
-    def epistemic(self) -> Float[Tensor, " example"]:
+    def epistemic(self) -> Float[Tensor, "*example"]:
         """U_E = exp(log U_E)."""
         return self.log_epistemic.exp()
 
     @property
-    def log_gradient(self) -> Float[Tensor, " example"]:
+    def log_gradient(self) -> Float[Tensor, "*example"]:
         """The delta method's variance of log p, as a logarithm: log U_E − 2 log p; for `sequence` log G itself."""
-        # Only e^S of a long answer can leave the range of float64, and its logarithm is S.
-        log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
+        log_p = self.log_probability
+        if log_p is None:  # made by hand: only e^S of a long answer leaves the range of float64, and its log is S
+            log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
         return self.log_epistemic - 2 * log_p
 
     def __len__(self) -> int:
@@ -90,9 +94,25 @@ class Regression:
 def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
 
-    Written as −e^{log p}·expm1(log p), so that it stays exact as p approaches 1.
+    Written as e^{log p}·|expm1(log p)|, so that it stays exact as p approaches 1, where it is 0 and not −0.
     """
-    return -log_p.exp() * torch.expm1(log_p)
+    return log_p.exp() * torch.expm1(log_p).abs()
+
+
+def log_odds(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log p − log(1 − p), from log p in float64: what is differentiated in place of log p.
+
+    ∇log p = (1 − p)·∇log odds. As p approaches 1 the left side leaves float32's range and the last factor does not.
+    """
+    return log_p - torch.expm1(log_p).neg().clamp(min=torch.finfo(log_p.dtype).tiny).log()
+
+
+def from_log_odds(
+    odds: Float[Tensor, "*shape"], squares: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """log p, and log G = log‖∇θ log p‖² from the squared norms of the log odds' gradients."""
+    log_p = F.logsigmoid(odds).masked_fill(odds > 708, 0)  # there 1 − p is below float64's range
+    return log_p, squares.log() + 2 * F.logsigmoid(-odds)
 
 
 def delta_method(log_p: Float[Tensor, "*shape"], log_G: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

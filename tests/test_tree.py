@@ -24,9 +24,9 @@ MODULES = [ROOT / path for path in tracked() if path.parts[0] == "isouq" and pat
 STEPS = (
     ("identity", "checks"),
     ("store",),
-    ("estimate", "gradients", "sequences", "encoding", "files", "evaluation", "plotting"),
-    ("provenance", "_manifest"),
-    ("covariance", "forward", "_pip"),
+    ("estimate", "gradients", "encoding", "files", "evaluation", "plotting", "provenance", "_manifest"),
+    ("covariance", "sequences", "_pip"),
+    ("forward",),
     ("distortion", "causal_lm", "classifier"),
     ("assets",),
     ("profiles",),

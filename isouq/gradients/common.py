@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isouq.gradients.checks import repeatable
+
 Objective = Callable[[slice], Tensor]
 """Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
 
@@ -46,21 +48,34 @@ class SquaredNorms:
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The model's parameters by name, each once (a tied one under its first name), those that match `patterns` only.
 
-    Raises ValueError for a pattern that matches nothing and for parameters that cannot carry a gradient (quantised).
+    Parameters of whole numbers that serve as indices have no gradient and are left out. Raises ValueError for a
+    pattern that matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
+    if isinstance(patterns, str):
+        raise TypeError(f"parameters: the string {patterns!r} given, a list of name patterns or None wanted")
     every = dict(model.named_parameters())
     if not every:
         raise ValueError("model has no parameters to differentiate")
     for pattern in patterns or ():
         if not fnmatch.filter(every, pattern):
             raise ValueError(f"parameters: {pattern!r} matches none of the model's, such as {next(iter(every))!r}")
-    chosen = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
-    _refuse_quantised(model, chosen)
+    asked = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
+    chosen = {n: p for n, p in asked.items() if not _is_index(p)}
+    if not chosen:
+        raise ValueError(f"parameters: {list(asked)} asked for, at least one with a gradient wanted; None means all")
+    _refuse_without_gradient(model, chosen)
     tied = _tied(model, every.values())
     return {n: p for n, p in chosen.items() if n not in tied}
 
 
-def _refuse_quantised(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
+def _is_index(p: Tensor) -> bool:
+    """Whether a parameter holds places or counts; narrow integers, and int32 in matrices, are packed weights."""
+    return p.dtype in (torch.int64, torch.bool) or (p.dtype in (torch.int32, torch.int16) and p.dim() < 2)
+
+
+def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
+    if kinds := [f"{n} ({p.dtype})" for n, p in chosen.items() if p.is_complex()]:
+        raise ValueError(f"model has complex parameters, for which there is no rule: {kinds[0]}; real ones wanted")
     wrong = [f"{n} ({p.dtype})" for n, p in chosen.items() if p.dtype not in DIFFERENTIABLE or p.is_quantized]
     wrong += [
         f"{n} ({type(m).__name__})"
@@ -144,7 +159,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
         for module in offloaded:
             names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
             module._parameters = _Watched(module._parameters, names, tracked)
-        with torch.enable_grad(), _as_written():
+        with torch.enable_grad(), _as_written(), repeatable():
             yield tracked
     finally:
         for table, content in zip(hooks, kept, strict=True):

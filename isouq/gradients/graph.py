@@ -20,8 +20,8 @@ Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that d
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
 
 POINTWISE = frozenset(
-    "Mul Add Sub Div Neg Exp Log Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus LeakyRelu Hardtanh"
-    " Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
+    "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus"
+    " LeakyRelu Hardtanh Clamp Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
 )
 ELEMENTWISE = POINTWISE | frozenset(
     "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()

@@ -271,7 +271,9 @@ def _row_by_row(node: Node, shared: set[Node], n_examples: int) -> bool:
 
 
 _ALONE = RESHAPES | {"T", "Transpose", "Permute", "ToCopy", "Clone", "Alias", "Select"}
-_ALONG = frozenset("Softmax LogSoftmax Gather Slice SumBackward1 MeanBackward1".split())
+_ALONG = frozenset(
+    "Softmax LogSoftmax Logsumexp Gather Scatter ScatterBackward1 Slice SumBackward1 MeanBackward1".split()
+)
 _FIRST_ONLY = {"Addmm": 1} | dict.fromkeys(  # operations on one activation, with weights; at which input it enters
     "Mm Convolution NativeBatchNorm NativeGroupNorm NativeLayerNorm FusedRmsNorm MaxPool2DWithIndices AvgPool2D"
     " AdaptiveAvgPool2D".split(),
