@@ -60,8 +60,8 @@ def _depends_on_mode(module: nn.Module) -> str | None:
         return next(f"dropout {k}={v}" for k, v in rates.items() if v)
     hub = type(module).__module__.startswith("transformers.")
     plain = rates or hub or getattr(module, "track_running_stats", None) is False
-    kind: Any = type(module)
-    return None if plain or not _reads_mode(kind) else kind.__name__
+    kinds: list[Any] = [type(module), *map(type, module._forward_pre_hooks.values())]  # spectral norms are hooks
+    return None if plain else next((kind.__name__ for kind in kinds if _reads_mode(kind)), None)
 
 
 @cache
@@ -93,8 +93,8 @@ def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
     """The model's output. What torch says of an input that does not fit becomes a ValueError naming `argument`."""
     try:
         return model(*args, **options)
-    except (RuntimeError, IndexError) as error:
-        if type(error) not in (RuntimeError, IndexError):  # memory, checkpointing: no matter of the input
+    except (RuntimeError, IndexError, ValueError) as error:
+        if type(error) not in (RuntimeError, IndexError, ValueError):  # memory, checkpointing: no matter of the input
             raise
         given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
         raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error
