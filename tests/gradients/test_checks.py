@@ -48,6 +48,17 @@ class Nested(nn.Module):
         return self.layer(torch.stack([F.dropout(row, 0.5, self.training) for row in x]))
 
 
+class Power(nn.Linear):
+    """A number that only looks like a rate."""
+
+    def __init__(self, p):
+        super().__init__(5, 3)
+        self.p = p
+
+    def forward(self, x):
+        return super().forward(x**self.p)
+
+
 class Attention(nn.Module):
     def __init__(self, dropout):
         super().__init__()
@@ -97,7 +108,9 @@ def test_a_training_mode_that_matters_is_refused_at_every_door(make, why, door):
         stack(nn.Dropout(0.0)),
         stack(nn.LayerNorm(6)),
         Attention(0.0),
+        stack(nn.InstanceNorm1d(6)),
         ReadsMode(lambda x: x, drop_path=0.0),
+        Power(3),
         nn.Sequential(
             nn.Unflatten(1, (1, 5)), nn.TransformerEncoderLayer(5, 1, 8, 0.0, batch_first=True), nn.Flatten()
         ),
