@@ -80,7 +80,34 @@ def test_aleatoric_is_exact_near_both_ends_and_at_most_a_quarter():
     assert_close(found[4], log_p[4].exp())
     assert found[3] == pytest.approx(0.25)
     assert ((found >= 0) & (found <= 0.25)).all()
-    assert estimate.bernoulli_variance(torch.zeros(1, dtype=torch.float64)) == 0
+    for zero in (0.0, -0.0):
+        certain = estimate.bernoulli_variance(torch.tensor([zero], dtype=torch.float64))
+        assert certain == 0
+        assert not certain.signbit()
+
+
+LOG_P = torch.tensor([-1e-100, -1e-20, -1e-12, -0.1, -0.7, -5.0, -745.0, -5000.0], dtype=torch.float64)
+
+
+def test_log_odds_there_and_back_keep_log_p_and_the_norm_of_its_gradient():
+    """With θ = log p, ∇log p is 1: its squared norm comes back as (1 − p)² times that of the log odds."""
+    theta = LOG_P.clone().requires_grad_()
+    odds = estimate.log_odds(theta)
+    (gradient,) = torch.autograd.grad(odds.sum(), theta)
+    log_p, log_G = estimate.from_log_odds(odds.detach(), gradient.square())
+    assert_close(log_p, LOG_P)
+    assert_close(log_G.exp(), torch.ones(8))
+    assert_close(odds.detach()[:3], -(-LOG_P[:3]).log())
+
+
+def test_log_odds_of_a_certain_answer_are_finite_and_its_gradient_is_zero():
+    theta = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    odds = estimate.log_odds(0 * theta)
+    (gradient,) = torch.autograd.grad(odds, theta)
+    log_p, log_G = estimate.from_log_odds(odds.detach(), gradient.square())
+    assert log_p == 0
+    assert log_G == -torch.inf
+    assert estimate.from_log_odds(torch.tensor([800.0]).double(), torch.ones(1).double())[1] == -1600
 
 
 def an_estimate(**changes) -> Estimate:
@@ -111,6 +138,12 @@ def test_a_gradient_of_exactly_zero_is_minus_infinity_and_no_nan():
     log_epistemic = estimate.sequence(torch.tensor([-1.0]).double(), torch.zeros(1).double().log())[2]
     assert log_epistemic == -torch.inf
     assert an_estimate(log_epistemic=log_epistemic.expand(3)).epistemic.tolist() == [0, 0, 0]
+
+
+def test_log_gradient_rests_on_log_p_under_the_aggregation_where_p_underflows():
+    log_p = torch.tensor([-1.0, -900.0, -1000.0], dtype=torch.float64)
+    found = an_estimate(probability=log_p.exp(), log_probability=log_p, log_epistemic=2 * log_p + 3)
+    assert_close(found.log_gradient, torch.full((3,), 3.0))
 
 
 def test_an_estimate_cannot_be_changed():

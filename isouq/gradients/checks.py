@@ -49,19 +49,19 @@ def check_model(model: nn.Module) -> None:
 def _depends_on_mode(module: nn.Module) -> str | None:
     """Why a module's output in training mode may be another than in eval mode, or None.
 
-    Rates of noise that the module or its config states decide; without one, whether its code mentions `training`.
-    transformers reads the mode nearly everywhere to no effect but that of the rates; so do norms without statistics.
+    Only classes whose code mentions `training` come into question. Where the module or its config states rates,
+    these decide. Norms without statistics ignore the mode, and so does transformers but for its rates.
     """
+    kinds: list[Any] = [type(module), *map(type, module._forward_pre_hooks.values())]  # spectral norms are hooks
+    reader = next((kind.__name__ for kind in kinds if _reads_mode(kind)), None)
     config: Any = getattr(module, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
     stated = {k: v for k, v in {**settings, **vars(module)}.items() if k == "p" or "drop" in k or "noise" in k}
     rates = {k: v for k, v in stated.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    if any(rates.values()):
+    if reader and any(rates.values()):
         return next(f"dropout {k}={v}" for k, v in rates.items() if v)
     hub = type(module).__module__.startswith("transformers.")
-    plain = rates or hub or getattr(module, "track_running_stats", None) is False
-    kind: Any = type(module)
-    return None if plain or not _reads_mode(kind) else kind.__name__
+    return None if rates or hub or getattr(module, "track_running_stats", None) is False else reader
 
 
 @cache
@@ -93,8 +93,8 @@ def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
     """The model's output. What torch says of an input that does not fit becomes a ValueError naming `argument`."""
     try:
         return model(*args, **options)
-    except (RuntimeError, IndexError) as error:
-        if type(error) not in (RuntimeError, IndexError):  # memory, checkpointing: no matter of the input
+    except (RuntimeError, IndexError, ValueError) as error:
+        if type(error) not in (RuntimeError, IndexError, ValueError):  # memory, checkpointing: no matter of the input
             raise
         given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
         raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error

@@ -70,7 +70,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
 
 def _is_index(p: Tensor) -> bool:
     """Whether a parameter holds places or counts; narrow integers, and int32 in matrices, are packed weights."""
-    return p.dtype in (torch.int64, torch.bool) or (p.dtype in (torch.int32, torch.int16) and p.dim() < 2)
+    return p.dtype in (torch.int64, torch.bool) or (p.dtype is torch.int32 and p.dim() < 2)
 
 
 def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing
 
 POINTWISE = frozenset(
     "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus"
-    " LeakyRelu Hardtanh Clamp Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
+    " LeakyRelu Hardtanh ClampBackward1 Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
 )
 ELEMENTWISE = POINTWISE | frozenset(
     "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()

@@ -3,10 +3,12 @@
 A score is right, or refused by name.
 """
 
+import math
+
 import pytest
 import torch
 from architectures import COVERED, build, examples, upcasts_to
-from closeness import assert_logs_close
+from closeness import assert_close, assert_logs_close
 from comparison import is_exact, tokens
 from reference import pad, score
 from torch import nn
@@ -14,6 +16,7 @@ from toy import N_WORDS, Toy, random_ids
 
 import isouq
 from isouq.causal_lm import score_aggregations
+from isouq.estimate import AGGREGATIONS
 
 
 @pytest.mark.parametrize(
@@ -84,3 +87,71 @@ def test_10_all_three_aggregations_share_one_call():
     together = score_aggregations(model, *batch, aggregations=("token_mean", "sequence", "geometric"))
     for name, found in together.items():
         assert_logs_close(found.log_epistemic, isouq.score_tokens(model, *batch, aggregation=name).log_epistemic)
+
+
+# ── Both ends of p ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bigram(nn.Module):
+    """logits = table[previous token]."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(table)
+
+    def forward(self, input_ids):
+        return self.table(input_ids)
+
+
+def sure(gaps: list[float], offset: float = 0.0) -> tuple[nn.Module, torch.Tensor]:
+    """A float32 model of words 0 … n that after word t gives word t + 1 a logit `gaps[t]` above the highest other."""
+    n = len(gaps) + 1
+    table = offset + torch.randn(n, n, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    for t, gap in enumerate(gaps):
+        table[t, t + 1] = -torch.inf
+        table[t, t + 1] = table[t].max() + gap
+    return Bigram(table), table.double()
+
+
+def right_scores(table: torch.Tensor, gaps: list[float], aggregation: str) -> dict[str, torch.Tensor]:
+    """The plain loop in float64; 1 − p is the sum over the other words. Each token has a row of the table to itself."""
+    others = torch.stack([torch.cat([table[t, : t + 1], table[t, t + 2 :]]) for t in range(len(gaps))])
+    odds = torch.stack([table[t, t + 1] - others[t].logsumexp(0) for t in range(len(gaps))])
+    log_p = nn.functional.logsigmoid(odds)
+    log_G = 2 * nn.functional.logsigmoid(-odds) + (1 + others.softmax(1).square().sum(1)).log()
+    n = math.log(len(gaps))
+    if aggregation == "token_mean":
+        aleatoric = (log_p + (-log_p.expm1()).log()).exp().mean()
+        log_mean, log_epistemic = log_p.logsumexp(0) - n, (2 * log_p + log_G).logsumexp(0) - n
+    else:
+        log_mean = log_p.sum() / (len(gaps) if aggregation == "geometric" else 1)
+        aleatoric = log_mean.exp() * -log_mean.expm1()
+        log_epistemic = 2 * log_mean + log_G.logsumexp(0) - (2 * n if aggregation == "geometric" else 0)
+    return {"aleatoric": aleatoric, "log_epistemic": log_epistemic, "log_gradient": log_epistemic - 2 * log_mean}
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("offset", [0.0, 500.0])
+@pytest.mark.parametrize(
+    "gaps",
+    [[8.0], [20.0], [27.0], [60.0], [200.0], [-50.0], [-900.0], [20.0] * 5, [27.0, 27.0, 1.0], [30.0, -800.0, -750.0]],
+)
+def test_10_a_sure_or_an_impossible_answer_keeps_its_digits_in_float32(engine, aggregation, gaps, offset):
+    model, table = sure(gaps, offset)
+    ids = torch.arange(len(gaps) + 1)[None]
+    found = isouq.score_tokens(model, ids, ids > 0, aggregation=aggregation, engine=engine)
+    for name, wanted in right_scores(table, gaps, aggregation).items():
+        if name == "aleatoric":
+            assert_close(found.aleatoric, wanted[None], torch.float32)
+            assert not found.aleatoric.signbit().any()
+        else:
+            assert_logs_close(getattr(found, name), wanted[None], torch.float32)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+def test_10_a_word_that_rules_out_all_others_is_certain(engine):
+    model = Bigram(torch.tensor([[-torch.inf, 1.0], [0.0, 0.0]]))
+    found = isouq.score_tokens(model, torch.tensor([[0, 1]]), torch.tensor([[False, True]]), engine=engine)
+    assert (found.log_prob, found.aleatoric, found.log_epistemic) == (0, 0, -math.inf)
+    assert not found.aleatoric.signbit()

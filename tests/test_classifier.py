@@ -1,0 +1,206 @@
+"""Classifiers and regressors: closed forms at both ends of p, what does not change a score, what is refused by name."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_close, assert_logs_close
+from torch import Tensor, nn
+
+import isouq
+from isouq.gradients import ExampleError
+
+ENGINES = pytest.mark.parametrize("engine", ["ghost", "autograd"])
+
+
+def network(n_classes: int = 3) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, n_classes)).eval()
+
+
+INPUTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def loop(model: nn.Module, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """p and ‖∇p‖² of one class per example, p itself differentiated, one example at a time in float64."""
+    model = network(model[-1].out_features).double()
+    p, squares = [], []
+    for x, c in zip(inputs.double(), target, strict=True):
+        p.append(model(x[None]).softmax(1)[0, c])
+        squares.append(sum(g.square().sum() for g in torch.autograd.grad(p[-1], list(model.parameters()))))
+    return torch.stack(p).detach(), torch.stack(squares)
+
+
+@ENGINES
+@pytest.mark.parametrize("batch_size", [1, 2, 256])
+def test_scores_are_those_of_the_plain_loop_whatever_the_batch(engine, batch_size):
+    model, target = network(), torch.tensor([0, 1, 2, 1, 0])
+    p, squares = loop(model, INPUTS, target)
+    found = isouq.score_classes(model, INPUTS, target, engine=engine, batch_size=batch_size)
+    assert_close(found.probability, p, torch.float32)
+    assert_close(found.aleatoric, p * (1 - p), torch.float32)
+    assert_close(found.epistemic, squares, torch.float32)
+    assert_close(found.log_gradient.exp(), squares / p.square(), torch.float32)
+    assert found.engine == engine
+    assert found.n_parameters == 67
+
+
+def test_without_a_target_the_predicted_class_is_scored_and_all_gives_every_class():
+    model = network()
+    every = isouq.score_classes(model, INPUTS, "all")
+    predicted = model(INPUTS).argmax(1)
+    for name in ("log_prob", "aleatoric", "log_epistemic", "epistemic", "log_gradient", "n_tokens"):
+        column = getattr(every, name)
+        assert column.shape == (5, 3)
+        for target in (None, predicted):
+            one = getattr(isouq.score_classes(model, INPUTS, target), name)
+            assert_close(one, column[torch.arange(5), predicted])
+    assert_close(every.probability.sum(1), torch.ones(5))
+    assert len(every) == 5
+
+
+# ── Digits: logits (gap, 0, …, 0) as the bias of a layer on x = 1, whose gradient is twice that at the logits ─────────
+
+
+def at_gap(gap: float, n_classes: int) -> nn.Module:
+    model = nn.Linear(1, n_classes).eval()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+        model.bias[0] = gap
+    return model
+
+
+@ENGINES
+@pytest.mark.parametrize("n_classes", [2, 3, 40])
+@pytest.mark.parametrize("gap", [-800.0, -30.0, 0.0, 5.0, 12.0, 20.0, 27.5, 40.0, 100.0, 800.0])
+def test_softmax_keeps_every_digit_at_both_ends(engine, n_classes, gap):
+    """p = 1 / (1 + r) with r = (n − 1)e^−gap; ∇p at the logits: p(1 − p) at the first, −p(1 − p)/(n − 1) elsewhere."""
+    log_r = torch.tensor(math.log(n_classes - 1) - gap, dtype=torch.float64)
+    log_variance = F.logsigmoid(-log_r) + F.logsigmoid(log_r)
+    log_square = math.log(2 * (1 + 1 / (n_classes - 1)))
+    for target in (torch.tensor([0]), "all"):
+        found = isouq.score_classes(at_gap(gap, n_classes), torch.ones(1, 1), target, engine=engine)
+        first = (0, 0) if target == "all" else 0
+        assert_logs_close(found.log_epistemic[first], 2 * log_variance + log_square, torch.float32)
+        assert_logs_close(found.log_gradient[first], log_square + 2 * F.logsigmoid(log_r), torch.float32)
+        assert_close(found.aleatoric[first], log_variance.exp(), torch.float32)
+        assert not found.aleatoric.signbit().any()
+        assert not found.log_gradient.isnan().any()
+
+
+@ENGINES
+@pytest.mark.parametrize("gap", [-800.0, -20.0, 0.0, 20.0, 27.5, 800.0])
+def test_sigmoid_is_a_softmax_over_zero_and_the_logit(engine, gap):
+    one, two = at_gap(gap, 1), at_gap(gap, 2)
+    found = isouq.score_classes(one, torch.ones(1, 1), "all", link="sigmoid", engine=engine)
+    other = isouq.score_classes(two, torch.ones(1, 1), "all", engine=engine)
+    assert_close(found.aleatoric, other.aleatoric.flip(1))
+    assert_logs_close(
+        found.log_epistemic + math.log(2), other.log_epistemic.flip(1), torch.float32
+    )  # one logit moves, not two
+    flat = isouq.score_classes(nn.Sequential(one, nn.Flatten(0)), torch.ones(1, 1), link="sigmoid", engine=engine)
+    assert_close(flat.log_prob, found.log_prob.amax(1))
+
+
+# ── Regressors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ENGINES
+def test_a_regressors_outputs_are_differentiated_themselves(engine):
+    model = network(2)
+    found = isouq.score_outputs(model, INPUTS, noise_variance=0.3, engine=engine, batch_size=2)
+    outputs = model(INPUTS)
+    parameters = list(model.parameters())
+    squares = [
+        [sum(g.square().sum() for g in torch.autograd.grad(v, parameters, retain_graph=True)) for v in row]
+        for row in outputs
+    ]
+    assert_close(found.epistemic, torch.tensor(squares), torch.float32)
+    assert_close(found.mean, outputs.detach(), torch.float32)
+    assert (found.aleatoric == 0.3).all()
+    one = isouq.score_outputs(nn.Sequential(network(1), nn.Flatten(0)), INPUTS, noise_variance=0.0)
+    assert one.mean.shape == one.epistemic.shape == (5, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1", None, torch.ones(3)])
+def test_a_noise_variance_is_a_finite_number(value, unchecked):
+    with pytest.raises(ValueError, match=r"noise_variance: .* given, a finite number of at least 0 wanted"):
+        isouq.score_outputs(network(), INPUTS, noise_variance=value)
+
+
+# ── Inputs by name, engines that differ, bad input ───────────────────────────────────────────────────────────────────
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, gives `.logits`; even batches have a form that ghost does not cover."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x, shift):
+        odd = x @ self.w if len(x) % 2 else torch.einsum("ni,ij->nj", x, self.w.tanh())
+        return type("Output", (), {"logits": odd + shift})
+
+
+def test_engines_that_differ_between_batches_are_both_named():
+    found = isouq.score_classes(Named().eval(), {"x": INPUTS, "shift": torch.ones(5, 3)}, batch_size=4)
+    assert found.engine == "autograd+ghost"
+
+
+NAN = INPUTS.clone()
+NAN[3] = math.nan
+MISNAMED = torch.tensor([0, 1, 2, 9, 0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "error", "message"),
+    [
+        (INPUTS.tolist(), {}, TypeError, "inputs: list given, a tensor"),
+        (torch.tensor(1.0), {}, TypeError, "inputs: Tensor given, a tensor"),
+        (INPUTS[:0], {}, ValueError, "inputs: no example given"),
+        ({}, {}, ValueError, r"inputs: tensors of lengths \[\] given, one length wanted"),
+        ({"a": INPUTS, "b": INPUTS[1:]}, {}, ValueError, r"inputs: tensors of lengths \[5, 4\] given"),
+        (INPUTS.double(), {}, ValueError, r"inputs: \(2, 4\) torch\.float64 given, which the model does not take"),
+        (INPUTS[:, 1:], {}, ValueError, r"inputs: \(2, 3\) torch\.float32 given, which the model does not take"),
+        (NAN, {}, ExampleError, "model: NaN or infinite output for example 3, finite ones wanted"),
+        (INPUTS, {"target": MISNAMED}, ExampleError, "target: class 9 given for example 3, 0 to 2 wanted"),
+        (INPUTS, {"target": [0, 1, 2, 0, 0]}, TypeError, "target: list given, a tensor"),
+        (INPUTS, {"target": torch.ones(5).bool()}, ValueError, r"target: .* torch\.bool given, \(5,\) int64 wanted"),
+        (INPUTS, {"target": torch.zeros(4).long()}, ValueError, r"target: shape \(4,\)"),
+        (INPUTS, {"target": "first"}, ValueError, "target: 'first' given"),
+        (INPUTS, {"link": "probit"}, ValueError, "link: 'probit' given"),
+        (INPUTS, {"link": "sigmoid"}, ValueError, "link: 'sigmoid' given for 3 logits an example, one wanted"),
+        (INPUTS, {"batch_size": 0}, ValueError, "batch_size: 0 given"),
+        (INPUTS, {"parameters": []}, ValueError, r"parameters: \[\] asked for, .* None means all"),
+        (INPUTS, {"parameters": "0.weight"}, TypeError, "parameters: the string '0.weight' given, a list"),
+    ],
+)
+def test_bad_input_is_refused_by_name(inputs, options, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        isouq.score_classes(network(), inputs, **{"batch_size": 2, **options})
+
+
+def test_a_gradient_that_is_not_finite_names_the_callers_example():
+    class Root(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).abs().sqrt()
+
+    model = Root(2, 3, bias=False)
+    x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 0.0]])
+    with pytest.raises(ExampleError, match="weight is NaN or infinite for example 2, finite ones wanted") as caught:
+        isouq.score_classes(model, x, batch_size=2)
+    assert caught.value.example == 2
+    assert "for row 7, finite" in caught.value.about("row 7")
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 3)])
+def test_an_output_of_another_shape_is_refused(shape):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sum() * torch.ones(shape)
+
+    with pytest.raises(ValueError, match=r"model: output .* of 5 examples given, a tensor \(example, class\)"):
+        isouq.score_classes(Odd(4, 3), INPUTS)
