@@ -64,8 +64,10 @@ class LogProb(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
         top = logits.amax(-1, keepdim=True)
-        pieces = zip(logits.flatten(0, 1).split(16), top.flatten(0, 1).split(16), strict=True)  # small copies
-        sums = [(logit - t).exp_().sum(-1, dtype=torch.float64) for logit, t in pieces]
+        pieces = zip(logits.flatten(0, 1).split(16), top.flatten(0, 1).split(16), strict=True)
+        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces, and one in float64: glibc leaves holes
+        wide = part.double()
+        sums = [wide[: len(x)].copy_(torch.sub(x, t, out=part[: len(x)]).exp_()).sum(-1) for x, t in pieces]
         total = torch.cat(sums).view_as(top)
         ctx.save_for_backward(logits, wanted, top, total)
         return (logits.gather(-1, wanted) - top - total.log()).squeeze(-1)

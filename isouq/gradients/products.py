@@ -175,11 +175,11 @@ def _by_factors(
             part = Part(number - 1 - parts.index(group), parts.count(group))
             kept = _gather(model, batches, {name: chosen[name] for name in group}, part)
             while kept:
-                (name, _), pieces = kept.popitem()
+                key = next(iter(kept))
                 try:
-                    _add(sums, pieces)
+                    _add(sums, kept.pop(key))  # no name for it here, which would keep it during the next group's passes
                 except NoRule as error:
-                    raise NotCovered(name, str(error)) from error
+                    raise NotCovered(key[0], str(error)) from error
             sums.free()
             bar.update(len(group))
             _keep(checkpoint, parts, number, sums)
