@@ -7,6 +7,7 @@ model is used as it is, over all its parameters; nothing is left on it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from isouq import encoding, estimate, identity
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
-from isouq.forward import check_finite, checked, padding, token_log_probs, tokens_that_fit
+from isouq.forward import Cost, check_finite, checked, padding, pass_cost, token_log_probs
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.checks import check_model, repeatable
 from isouq.gradients.common import select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
+from isouq.gradients.room import check_memory
 from isouq.sequences import Batch, batches, pad
 from isouq.store import Store, store_path
 
@@ -40,7 +42,7 @@ def score_tokens(
     aggregation: Aggregation = "sequence",
     engine: Engine = "auto",
     batch_size: int | Literal["auto"] = "auto",
-    memory: float = 2e9,
+    memory: float | None = None,
     parameters: Sequence[str] | None = None,
     breakdown: bool = False,
 ) -> Estimate:
@@ -54,7 +56,8 @@ def score_tokens(
         aggregation: what p of an answer of several tokens means: "sequence", "geometric" or "token_mean".
         engine: "ghost" (exact or refuses), "autograd" (the reference), "auto" (ghost, else autograd).
         batch_size: sequences a pass; "auto" takes as many as `memory` holds. It does not change the scores.
-        memory: bytes for a batch's activations, for "auto"; the model's own weights come on top.
+        memory: bytes above the model's weights at the peak of the call, for batch_size "auto". One example that needs
+            more is an error before any is scored. None: 2e9, or what the example that needs most takes.
         parameters: name patterns such as "model.layers.29.*" to restrict the norm to; None for all.
         breakdown: whether to keep log U_E by parameter.
 
@@ -77,7 +80,7 @@ def score_aggregations(
     aggregations: Sequence[Aggregation] = ("sequence", "geometric"),
     engine: Engine = "auto",
     batch_size: int | Literal["auto"] = "auto",
-    memory: float = 2e9,
+    memory: float | None = None,
     parameters: Sequence[str] | None = None,
     breakdown: bool = False,
 ) -> dict[Aggregation, Estimate]:
@@ -90,8 +93,8 @@ def score_aggregations(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
-    room = tokens_that_fit(model, sequences, memory, parameters) if batch_size == "auto" else None
-    for batch in batches(sequences, batch_size, room=room, by_answer="token_mean" in aggregations):
+    cost, room = _bounded(model, sequences, memory, engine, parameters) if batch_size == "auto" else (None, math.inf)
+    for batch in batches(sequences, batch_size, cost=cost, room=room, by_answer="token_mean" in aggregations):
         order += batch.rows
         whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
         subset = "all" if parameters is None else ", ".join(parameters)
@@ -101,6 +104,27 @@ def score_aggregations(
             pieces[name].append(_estimate(name, batch, norms, subset=subset, breakdown=breakdown))
     back = torch.tensor(order).argsort()
     return {name: _join(parts, back) for name, parts in pieces.items()}
+
+
+def _bounded(
+    model: nn.Module,
+    sequences: list[tuple[Tensor, Tensor]],
+    memory: float | None,
+    engine: Engine,
+    parameters: Sequence[str] | None,
+) -> tuple[Cost | None, float]:
+    """What passes cost and how much they may. Raises ValueError where one example takes more than a given `memory`."""
+    check_memory(memory)
+    if memory is None and len(sequences) == 1:
+        return None, math.inf
+    cost, most = pass_cost(model, sequences, parameters), max(p.nbytes for p in model.parameters())
+    need = max(cost([sequence]) for sequence in sequences) + (3 * most if engine == "autograd" else 0)
+    if memory is not None and need > memory:
+        raise ValueError(
+            f"memory: {memory:.3g} bytes given, but one example alone takes about {need:.3g}; give at least as many, "
+            "or None to take what it needs"
+        )
+    return cost, memory or 2e9
 
 
 def log_probs(
@@ -139,8 +163,9 @@ def inner_products(
 ) -> Tensor:
     """⟨∇θ S_i, ∇θ S_j⟩ over all parameters: (example, example), or (example, other) where `others` are given; float64.
 
-    `others` is (input_ids, answer_mask, attention_mask) of a second set. `memory` bounds in bytes what is kept between
-    forward passes; less memory means more of them. No gradient of the whole model is ever formed. Raises as
+    `others` is (input_ids, answer_mask, attention_mask) of a second set. `memory` bounds the bytes above the model's
+    weights at the peak of the call; less memory means more passes, and too little is an error that says how much is
+    needed, before the work starts. No gradient of the whole model is ever formed, but by engine "autograd". Raises as
     `score_tokens`.
     """
     options: dict[str, Any] = {"engine": engine, "memory": memory, "progress": progress}
@@ -161,19 +186,22 @@ def gram(
     """All of `inner_products` at once: rows with rows, rows with others, and the others' ‖∇S‖², in the given order.
 
     `rows` and `others` are (input_ids, answer_mask, attention_mask). Products among the others, as a rule the larger
-    set, are not taken. With `checkpoint`, a file, a run that was killed goes on where it was. A digest of what the
-    products depend on (model, examples, code, versions) is added to the file's name: no run takes another's sums. The
-    code of a model class of your own is not seen; after a change of it, remove the file. Raises StoreError for a file
-    that is in use, damaged or cannot be written.
+    set, are not taken. `memory` as in `inner_products`. With `checkpoint`, a file, a run that was killed goes on where
+    it was. A digest of what the products depend on (model, examples, code, versions) is added to the file's name: no
+    run takes another's sums. The code of a model class of your own is not seen; after a change of it, remove the file.
+    Raises StoreError for a file that is in use, damaged or cannot be written.
     """
+    check_memory(memory)
     sets = [checked(model, *rows), [] if others is None else checked(model, *others)]
+    cost, in_pass = pass_cost(model, [*sets[0], *sets[1]], None), 0.0
     work: list[list[tuple[Objective, int]]] = [[], []]
     order: list[list[int]] = [[], []]
     for place, sequences in enumerate(sets):
-        for batch in batches(sequences, "auto"):
+        for batch in batches(sequences, "auto", cost=cost, room=memory / 4):  # the rest is for what passes leave
             order[place] += batch.rows
+            in_pass = max(in_pass, cost([sequences[row] for row in batch.rows]))
             work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
-    options: dict[str, Any] = {"engine": engine, "memory": memory, "progress": progress}
+    options: dict[str, Any] = {"engine": engine, "memory": memory, "in_pass": in_pass, "progress": progress}
     if checkpoint is None:
         found = gradient_products(model, *work, **options)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from isouq.gradients.checks import ExampleError, check_model, repeatable, run
-from isouq.gradients.common import differentiable, select_parameters
+from isouq.gradients.common import check_differentiable, differentiable, select_parameters
 from isouq.gradients.isolation import is_decoder
 from isouq.sequences import Batch, limits
 from isouq.sequences import checked as sequences_without_padding
@@ -94,27 +95,51 @@ class LogProb(torch.autograd.Function):
         return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
-def tokens_that_fit(
-    model: nn.Module, sequences: list[tuple[Tensor, Tensor]], memory: float, parameters: Sequence[str] | None
-) -> int:
-    """How many tokens' activations `memory` bytes hold: a forward pass of the longest sequence tells."""
-    if not memory > 0:
-        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that a forward and a backward pass take above the model's weights.
+
+    `token` is for each token of a batch, padding included, `logits` for each position at which the head runs. A fifth
+    more is taken for what no graph shows: temporary copies, the trial that examples stay apart, the allocator's holes.
+    """
+
+    token: float
+    logits: float
+
+    def __call__(self, sequences: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """What a batch of these sequences (ids, answer) takes: the head runs wherever one of them has an answer."""
+        width = max(len(ids) for ids, _ in sequences)
+        places = {place for _, answer in sequences for place in answer.nonzero().flatten().tolist()}
+        n_kept = min(width, len(places) + -len(places) % 4)
+        return 1.2 * len(sequences) * (self.token * width + self.logits * n_kept)
+
+
+def pass_cost(model: nn.Module, sequences: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[str] | None) -> Cost:
+    """What a pass takes, from a forward pass of the longest sequence: the storages that its graph holds."""
     ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
-    if len(sequences) == 1:
-        return len(ids)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1] if x.dim() else 1
         return x.detach()  # without the graph, which an output would otherwise hold and be held by
 
     with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        _values = token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
-    return int(memory * len(ids) / max(1, sum(kept.values())))
+        values = token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
+        check_differentiable(values)
+        node: Any = values.grad_fn
+        while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
+            node = node.next_functions[0][0]
+        logits = node.saved_tensors[0]
+    head = sum(size for size, width in kept.values() if width == logits.shape[-1])
+    body = sum(size for size, _ in kept.values()) - head
+    # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
+    narrow = any(p.element_size() < logits.element_size() for p in model.parameters())
+    head += logits.nbytes * (2 if narrow else 1)
+    by_place = _takes(model, "logits_to_keep")  # else the head runs at every token
+    return Cost((body + head * (not by_place)) / len(ids), head * by_place / logits.shape[1])
 
 
 def _answer_order(scored: Tensor) -> Tensor:

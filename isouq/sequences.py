@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,21 +125,24 @@ def batches(
     sequences: list[tuple[Tensor, Tensor]],
     batch_size: int | Literal["auto"],
     *,
-    room: int | None = None,
+    cost: Callable[[list[tuple[Tensor, Tensor]]], float] | None = None,
+    room: float = math.inf,
     by_answer: bool = False,
 ) -> Iterator[Batch]:
     """Similar lengths together, the longest first, `batch_size` a batch.
 
-    "auto": as many as have TOKENS_PER_BATCH tokens, padding included, and no more than `room` tokens, but one at least.
+    "auto": as many as have TOKENS_PER_BATCH tokens, padding included, and `cost` no more than `room`, but one at least.
     `by_answer` puts answers of similar length together first: `token_mean` makes a pass for each token of the longest.
     """
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or 'auto' wanted")
-    limit = TOKENS_PER_BATCH if room is None else min(room, TOKENS_PER_BATCH)
     sizes = [(int(answer.sum()) * by_answer, len(ids)) for ids, answer in sequences]
     rows = sorted(range(len(sequences)), key=lambda i: sizes[i], reverse=True)
     while rows:
-        n = max(1, limit // max(sizes[row][1] for row in rows)) if batch_size == "auto" else batch_size
+        n = TOKENS_PER_BATCH // max(sizes[row][1] for row in rows) if batch_size == "auto" else batch_size
+        if batch_size == "auto" and cost is not None:
+            n = bisect_right(range(1, n + 1), room, key=lambda k: cost([sequences[row] for row in rows[:k]]))
+        n = max(1, n)
         chosen, rows = rows[:n], rows[n:]
         longest = max(sizes[row][1] for row in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)

@@ -1,8 +1,9 @@
 """Inner products ⟨∇S_i, ∇S_j⟩ between examples, over all parameters, without one gradient the size of the model.
 
-The examples' factors are gathered for as many parameters at a time as the memory allows; each parameter then adds its
-block of X·Yᵀ, either from explicit per-example gradients, a slice of rows at a time, or from token×token products,
-whichever costs fewer multiplications. One sweep over the batches is needed per group of parameters.
+The examples' factors are gathered for as many parameters at a time as the memory allows, those of a large embedding or
+head for some of its rows at a time (`room`); each parameter then adds its block of X·Yᵀ, either from explicit
+per-example gradients, a slice of rows at a time, or from token×token products, whichever costs fewer multiplications.
+One sweep over the batches is needed per group of parameters.
 
 Cost of n rows and m others of T tokens in a model of P parameters, in multiplications: 2(n+m)TP for every sweep (half
 of it a backward pass that ends at the group's first layer), (n+m)TP for the explicit gradients, n(n+m)P for their
@@ -14,6 +15,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +29,12 @@ from isouq.gradients.common import Objective, Tracked, check_differentiable, dif
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
 from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
+from isouq.gradients.room import MOST_PARTS, Part, check_memory, groups, n_bytes, room
 from isouq.store import Store
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
 Batches = Sequence[tuple[Objective, int]]
-BUFFER_BYTES = 400_000_000  # of explicit gradients at a time: large enough for the matrix products, small in memory
+BUFFER_BYTES = 4e8  # of explicit gradients at a time: large enough for the matrix products, small in memory
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,14 @@ class Sums:
 
     n_rows: int
     n_others: int
+    memory: float
+    in_pass: float
     _buffer: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.block = torch.zeros(self.n_rows, len(self), dtype=torch.float64)
         self.squares = torch.zeros(self.n_others, dtype=torch.float64)
+        self.buffer_bytes = min(float(BUFFER_BYTES), self.memory / 4)
 
     def __len__(self) -> int:
         """All examples."""
@@ -87,8 +94,16 @@ class Sums:
         elif p.start == q.start:
             self.squares[p.start - n : p.stop - n] += inner(p.factor, q.factor) * (1 if p is q else 2)
 
+    def free(self) -> None:
+        """Give the buffer back."""
+        self._buffer = None
+
+    def step(self, width: int, like: Tensor) -> int:
+        """How many rows of `width` numbers for every example the buffer takes, one at least."""
+        return max(1, int(self.buffer_bytes / (len(self) * width * like.element_size())))
+
     def buffer(self, width: int, like: Tensor) -> Tensor:
-        """(example, width) to be written over: one allocation serves all parameters."""
+        """(example, width) to be written over: one allocation serves a group of parameters."""
         size = len(self) * width
         if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype != like.dtype:
             self._buffer = torch.empty(size, dtype=like.dtype)
@@ -107,11 +122,6 @@ class Piece:
         """One past the batch's last row."""
         return self.start + len(next(v for v in vars(self.factor).values() if isinstance(v, Tensor)))
 
-    @property
-    def n_bytes(self) -> int:
-        """What keeping it costs."""
-        return sum(v.nbytes for v in vars(self.factor).values() if isinstance(v, Tensor))
-
 
 def inner_products(
     model: nn.Module,
@@ -121,13 +131,16 @@ def inner_products(
     engine: str = "auto",
     parameters: Sequence[str] | None = None,
     memory: float = 4e9,
+    in_pass: float = 0.0,
     progress: bool = False,
     checkpoint: Store | None = None,
 ) -> Gram:
     """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
 
     `batches` and `others` are (objective, n_examples), each objective such that what it does around the model treats
-    examples apart; `memory` bounds in bytes what is kept between forward passes.
+    examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between forward
+    passes, and a pass (`in_pass` bytes, by the caller's estimate) or what is multiplied. Raises ValueError, before the
+    work starts, where that cannot be, with the bytes that are needed.
     With a `checkpoint`, this run's store, a run that was killed goes on after its last whole group of parameters.
     Raises NotCovered as `ghost.squared_norms`; with engine "auto" the reference then does the work.
     """
@@ -135,17 +148,18 @@ def inner_products(
     n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
     if n_rows == 0:
         raise ValueError("batches: no example given, at least one wanted")
-    work = [*batches, *others]
+    check_memory(memory)
+    work, sums = [*batches, *others], partial(Sums, n_rows, n_others, memory, in_pass)
     for attempt in (work, _singly(work)) if engine != "autograd" else ():
         try:
-            return _by_factors(model, attempt, chosen, Sums(n_rows, n_others), memory, progress, checkpoint)
+            return _by_factors(model, attempt, chosen, sums(), progress, checkpoint)
         except isolation.Meeting:
             continue
         except NotCovered:
             if engine == "ghost":
                 raise
             break
-    return _by_gradients(model, work, chosen, Sums(n_rows, n_others), memory, progress)
+    return _by_gradients(model, work, chosen, sums(), progress)
 
 
 def _singly(batches: Batches) -> Batches:
@@ -157,25 +171,26 @@ def _by_factors(
     batches: Batches,
     chosen: dict[str, nn.Parameter],
     sums: Sums,
-    memory: float,
     progress: bool,
     checkpoint: Store | None,
 ) -> Gram:
-    sizes = _factor_bytes(model, batches, sums, chosen)
-    groups = _groups({name: sizes.get(name, 0) for name in chosen}, memory)
-    done = _resume(checkpoint, groups, sums)
-    bar = tqdm(total=len(chosen), desc="parameters", disable=not progress, initial=sum(map(len, groups[:done])))
+    taken = max(sums.in_pass, sums.buffer_bytes) + sums.block.nbytes  # no pass while products are taken
+    parts = groups(_factor_bytes(model, batches, sums, chosen), sums.memory, taken)
+    done = _resume(checkpoint, parts, sums)
+    bar = tqdm(total=sum(map(len, parts)), desc="parameters", disable=not progress, initial=sum(map(len, parts[:done])))
     with bar:
-        for number, group in enumerate(groups[done:], done + 1):
-            kept = _gather(model, batches, {name: chosen[name] for name in group})
+        for number, group in enumerate(parts[done:], done + 1):
+            part = Part(number - 1 - parts.index(group), parts.count(group))
+            kept = _gather(model, batches, {name: chosen[name] for name in group}, part)
             while kept:
-                (name, _), pieces = kept.popitem()
+                key = next(iter(kept))
                 try:
-                    _add(sums, pieces)
+                    _add(sums, kept.pop(key))  # no name for it here, which would keep it during the next group's passes
                 except NoRule as error:
-                    raise NotCovered(name, str(error)) from error
+                    raise NotCovered(key[0], str(error)) from error
+            sums.free()
             bar.update(len(group))
-            _keep(checkpoint, groups, number, sums)
+            _keep(checkpoint, parts, number, sums)
     return sums.gram()
 
 
@@ -196,40 +211,28 @@ def _keep(checkpoint: Store | None, groups: list[list[str]], done: int, sums: Su
         checkpoint.put("sums", {"progress": {"groups": groups, "done": done}, **arrays}, replace=True)
 
 
-def _groups(sizes: dict[str, float], memory: float) -> list[list[str]]:
-    """Consecutive parameters together, as many as fit, the last layers first: their backward pass stops early."""
-    groups: list[list[str]] = []
-    room = 0.0
-    for name in reversed(sizes):
-        if not groups or sizes[name] > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(name)
-        room -= sizes[name]
-    return groups
+def _factor_bytes(
+    model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]
+) -> dict[str, tuple[float, float]]:
+    """What keeping every example's factors of each parameter costs, and what of it no cut makes smaller.
 
-
-def _factor_bytes(model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]) -> dict[str, float]:
-    """What keeping every example's factors of each parameter costs, from one batch of rows and one of the others."""
-    sizes: dict[str, float] = defaultdict(float)
+    One batch of rows and one of the others tell.
+    """
+    sizes = dict.fromkeys(chosen, (0.0, 0.0))
     starts = {0: sums.n_rows, sums.n_rows: sums.n_others}  # where rows and others begin → how many they are
     place = 0
     for objective, n in batches:
+
+        def visit(use: Use, factors: list[Factor], share: float = starts.get(place, 0) / n) -> None:
+            name = use.context.parameter
+            for factor in factors:
+                fixed = n_bytes(Part(0, MOST_PARTS).of(factor, chosen[name].shape))
+                sizes[name] = sizes[name][0] + share * n_bytes(factor), sizes[name][1] + share * fixed
+
         if place in starts:
-            for name, size in _batch_bytes(model, objective, n, chosen).items():
-                sizes[name] += size / n * starts[place]
+            with differentiable(model, chosen) as tracked:
+                _visit_factors(model, objective, n, tracked, visit)
         place += n
-    return sizes
-
-
-def _batch_bytes(model: nn.Module, objective: Objective, n: int, chosen: dict[str, nn.Parameter]) -> dict[str, float]:
-    sizes: dict[str, float] = defaultdict(float)
-
-    def visit(use: Use, factors: list[Factor]) -> None:  # an activation that two weights share is counted twice
-        sizes[use.context.parameter] += sum(Piece(0, factor).n_bytes for factor in factors)
-
-    with differentiable(model, chosen) as tracked:
-        _visit_factors(model, objective, n, tracked, visit)
     return sizes
 
 
@@ -246,17 +249,18 @@ def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Trac
 
 
 def _gather(
-    model: nn.Module, batches: Iterable[tuple[Objective, int]], chosen: dict[str, nn.Parameter]
+    model: nn.Module, batches: Iterable[tuple[Objective, int]], chosen: dict[str, nn.Parameter], part: Part
 ) -> dict[Key, list[Piece]]:
-    """One sweep: every batch's factors of the chosen parameters."""
+    """One sweep: every batch's factors of the chosen parameters, or of a part of them."""
     kept: dict[Key, list[Piece]] = defaultdict(list)
     start = 0
     for objective, n in batches:
 
         def visit(use: Use, factors: list[Factor], start: int = start) -> None:
             for factor in factors:
-                key = use.context.parameter, getattr(factor, "slot", None)
-                kept[key].append(Piece(start, _detached(factor)))
+                name = use.context.parameter
+                piece = Piece(start, _detached(part.of(factor, chosen[name].shape)))
+                kept[name, getattr(factor, "slot", None)].append(piece)
 
         with differentiable(model, chosen) as tracked:
             _visit_factors(model, objective, n, tracked, visit)
@@ -268,13 +272,10 @@ def _gather(
 
 
 def _detached(factor: Factor) -> Factor:
-    """The same numbers, kept on the CPU apart from autograd's graph and its storage."""
-    if isinstance(factor, Outer):
-        return Outer(factor.left.detach().cpu(), factor.right.detach().cpu())
-    if isinstance(factor, Rows):
-        return Rows(factor.index.cpu(), factor.rows.detach().cpu())
-    assert isinstance(factor, Dense)
-    return Dense(factor.grad.detach().cpu())
+    """The same numbers, kept on the CPU apart from autograd's graph and from what else their storage holds."""
+
+    own: dict[str, Any] = {name: x.detach().cpu() for name, x in vars(factor).items() if isinstance(x, Tensor)}
+    return type(factor)(**{k: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for k, x in own.items()})
 
 
 def _add(sums: Sums, pieces: list[Piece]) -> None:
@@ -299,22 +300,24 @@ def _by_tokens(outer: list[Piece]) -> bool:
 
 
 def _add_dense(sums: Sums, pieces: list[Piece]) -> None:
-    like = wide(pieces[0].factor.grad)  # type: ignore[union-attr]
-    matrix = sums.buffer(like[0].numel(), like).zero_()
-    for piece in pieces:
-        grad = piece.factor.grad  # type: ignore[union-attr]
-        matrix[piece.start : piece.stop] += grad.reshape(len(grad), -1)
-    sums.add_gradients(matrix)
+    grads = [p.factor.grad.flatten(1) for p in pieces]  # type: ignore[union-attr]
+    width, like = grads[0].shape[1], wide(grads[0][:0])
+    step = sums.step(1, like)
+    for low in range(0, width, step):
+        matrix = sums.buffer(min(step, width - low), like).zero_()
+        for piece, grad in zip(pieces, grads, strict=True):
+            matrix[piece.start : piece.stop] += grad[:, low : low + step]
+        sums.add_gradients(matrix)
 
 
 def _add_outer(sums: Sums, pieces: list[Piece]) -> None:
     """Explicit gradients, a slice of the weight's rows at a time, each written into its place and multiplied."""
     factors = [p.factor for p in pieces if isinstance(p.factor, Outer)]
     a, b = factors[0].left.shape[2], factors[0].right.shape[2]
-    step = max(1, min(a, BUFFER_BYTES // (len(sums) * b * 4)))
+    like = wide(factors[0].left[:0])
+    step = sums.step(b, like)
     for low in range(0, a, step):
         high = min(low + step, a)
-        like = wide(factors[0].left)
         matrix = sums.buffer((high - low) * b, like).view(len(sums), high - low, b)
         end = 0  # pieces of one use come in order; where an example has none or several, add to zeros
         for piece, factor in zip(pieces, factors, strict=True):
@@ -361,17 +364,20 @@ def _by_gradients(
     batches: Batches,
     chosen: dict[str, nn.Parameter],
     sums: Sums,
-    memory: float,
     progress: bool,
 ) -> Gram:
-    """The reference: one backward pass per example and group of parameters."""
-    groups = _groups({name: 4.0 * len(sums) * p.numel() for name, p in chosen.items()}, memory)
-    for group in tqdm(groups, desc="groups of parameters", disable=not progress):
-        part = {name: chosen[name] for name in group}
-        rows: list[Tensor] = []
-        for objective, size in batches:
-            for i in range(size):
-                with differentiable(model, part) as tracked:
-                    rows.append(gradient(objective(slice(i, i + 1))[0, 0], tracked))
-        sums.add_gradients(torch.stack(rows))
+    """The reference: a backward pass per example, anew for every slice of the gradients that fits the memory."""
+    total, one = sum(p.numel() for p in chosen.values()), 3 * sum(p.nbytes for p in model.parameters())
+    size = 1.0 * len(sums) * max(4, *(p.element_size() for p in chosen.values()))  # of one number of every gradient
+    left = room(sums.memory, sums.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
+    width = min(total, int(left / size))
+    for low in tqdm(range(0, total, width), desc="slices of gradients", disable=not progress):
+        row, matrix = 0, torch.empty(0)
+        for objective, n in batches:
+            for i in range(n):
+                with differentiable(model, chosen) as tracked:
+                    found = gradient(objective(slice(i, i + 1))[0, 0], tracked)[low : low + width]
+                matrix = sums.buffer(len(found), found)
+                matrix[row], row = found, row + 1
+        sums.add_gradients(matrix)
     return sums.gram()

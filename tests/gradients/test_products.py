@@ -2,7 +2,11 @@
 
 import contextlib
 import itertools
+import re
 import sqlite3
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +16,10 @@ from reference import pad, token_log_probs
 from torch import nn
 
 from isouq import causal_lm, identity
-from isouq.gradients import products
+from isouq.gradients import products, room
+from isouq.gradients.factors import Dense, Outer, Rows, inner
 from isouq.gradients.graph import NotCovered
+from isouq.gradients.room import Part
 from isouq.store import StoreError
 
 ROWS = examples((9, 5, 7, 8), (3, 1, 2, 5), seed=1)
@@ -78,10 +84,96 @@ def test_every_way_of_multiplying_gives_the_same(monkeypatch, sequences, buffer)
     assert (sequences is SHORT) == any(ways)
 
 
-@pytest.mark.parametrize("memory", [1.0, 2e4])
-@pytest.mark.parametrize("engine", ["ghost", "autograd"])
-def test_groups_of_parameters_add_up(engine, memory):
-    check(build("gemma3", tied=True), torch.float64, engine=engine, memory=memory)
+def least_memory(call) -> float:
+    """What a call asks for when it is given one byte."""
+    with pytest.raises(ValueError, match=r"^memory: 1 bytes given, but .* give at least") as error:
+        call(memory=1.0)
+    return float(re.search(r"give at least ([\d.e+]+)", str(error.value))[1])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_the_least_memory_asked_for_is_enough_and_parts_of_parameters_add_up(monkeypatch, engine, name, tied):
+    model, cut = build(name, tied=tied), []
+    plain = Part.of
+    monkeypatch.setattr(Part, "of", lambda part, *factor: cut.append(part.count) or plain(part, *factor))
+    monkeypatch.setattr(products, "MOST_PARTS", 8)
+    monkeypatch.setattr(room, "MOST_PARTS", 8)
+    with upcasts_to(dtype_of(name)):
+        least = least_memory(partial(causal_lm.gram, model, pad(ROWS, "left"), pad(OTHERS, "right"), engine=engine))
+    cut.clear()
+    check(model, dtype_of(name), engine=engine, memory=1.001 * least)
+    assert engine == "autograd" or {2, 3, 4, 5, 6, 7, 8} & set(cut), "some parameter is cut"
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_too_little_memory_is_said_before_any_product_is_taken(monkeypatch, engine):
+    monkeypatch.setattr(products.Sums, "add_pair", None)
+    monkeypatch.setattr(products.Sums, "add_gradients", None)
+    call = partial(causal_lm.inner_products, build("llama", tied=True), *pad(ROWS, "left"), engine=engine)
+    assert least_memory(call) > 1e4
+    for nothing in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"memory: .* given, a number of bytes above 0 wanted"):
+            call(memory=nothing)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)], ids=["rows", "columns"])
+def test_the_parts_of_every_form_of_factor_make_up_the_whole(shape):
+    torch.manual_seed(0)
+    n, tokens = 3, 5
+    whole = torch.zeros(n, *shape, dtype=torch.float64)
+    left, right = (torch.randn(n, tokens, size, dtype=torch.float64) for size in shape)
+    index = torch.randint(shape[0], (n, tokens))
+    for example in range(n):
+        for t in range(tokens):
+            whole[example] += left[example, t, :, None] * right[example, t]
+            whole[example, index[example, t]] += right[example, t]
+    square = whole.flatten(1).square().sum(1)
+    for count in (1, 2, 3, 8):
+        found, parts = torch.zeros(2, n, dtype=torch.float64)
+        for number in range(count):
+            f, g = (Part(number, count).of(x, torch.Size(shape)) for x in (Outer(left, right), Rows(index, right)))
+            found += inner(f, f) + 2 * inner(f, g) + inner(g, g)
+            dense = Part(number, count).of(Dense(whole), torch.Size(shape))
+            parts += inner(dense, dense)
+        torch.testing.assert_close(found, square, rtol=1e-12, atol=0)
+        torch.testing.assert_close(parts, square, rtol=1e-12, atol=0)
+
+
+MEASURE = """
+import sys, torch, resource
+from transformers import LlamaConfig, LlamaForCausalLM
+from isouq import causal_lm
+torch.set_num_threads(1)
+torch.manual_seed(0)
+shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=100_000, tie_word_embeddings=True, **shape)).eval()
+def texts(n):
+    ids = torch.randint(0, 100_000, (n, 16))
+    return ids, (torch.arange(16) >= 8).expand(n, 16), None
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+causal_lm.gram(model, texts(2), texts(2), memory=1e9)
+causal_lm.score_tokens(model, *texts(3))
+before = peak()
+what, memory = sys.argv[1], float(sys.argv[2])
+if what == "gram":
+    causal_lm.gram(model, texts(90), texts(60), memory=memory)
+else:
+    causal_lm.score_tokens(model, *texts(150), memory=memory, aggregation=what)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.parametrize("what", ["gram", "sequence", "token_mean"])
+@pytest.mark.parametrize("memory", [3e8, 6e8])
+def test_a_process_never_takes_more_than_a_tenth_above_the_memory_asked_for(what, memory):
+    """The factors of the head take 480 MB, the logits of all examples as many again."""
+    command = [sys.executable, "-c", MEASURE, what, str(memory)]
+    taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.1 * memory < taken <= 1.1 * memory, "below, what is measured is not the call"
 
 
 def test_one_set_gives_its_own_products_and_two_give_those_between():
@@ -104,11 +196,12 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
     model, file = build("llama", tied=True), tmp_path / "deep" / "products.sqlite"
     seen = passes(monkeypatch)
     call = (model, pad(ROWS, "left"), pad(OTHERS, "left"))
-    options = {"memory": 4e3, "checkpoint": file}
     with upcasts_to(torch.float64):
         whole = causal_lm.gram(*call)
+        whole = causal_lm.gram(*call)  # once per model, whether its examples meet is looked at too
+        options = {"memory": 1.5 * least_memory(partial(causal_lm.gram, *call)), "checkpoint": file}
         seen.clear()
-        causal_lm.gram(*call, memory=4e3)
+        causal_lm.gram(*call, memory=options["memory"])
         n_whole = len(seen)
         keep, kept = products._keep, itertools.count(1)
 
@@ -126,7 +219,7 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
         n_resumed = len(seen)
         seen.clear()
         again = causal_lm.gram(*call, **options)
-    assert n_resumed == n_whole - 3 * 2  # a pass for the rows and one for the others in each of three groups
+    assert n_resumed == n_whole - 3 * 7  # a pass for each example, as no two fit, in each of three groups
     assert len(seen) < n_resumed
     [kept] = file.parent.iterdir()
     assert kept.name.startswith("products-")
