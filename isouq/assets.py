@@ -64,8 +64,7 @@ def is_cached(name: str) -> bool:
 
     Raises AssetError when the manifest has no such asset.
     """
-    asset = _manifest.asset(name)
-    return all(folder.is_dir() for folder in _folders(asset))
+    return all(folder.is_dir() for folder in _folders(_manifest.asset(name)))
 
 
 def path(name: str, file: str | None = None) -> Path:

@@ -94,7 +94,7 @@ class Regression:
 def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
 
-    Written as e^{log p}·|expm1(log p)|, so that it stays exact as p approaches 1, where it is 0 and not −0.
+    Written as e^{log p} times the absolute value of expm1(log p): exact as p approaches 1, where it is 0 and not −0.
     """
     return log_p.exp() * torch.expm1(log_p).abs()
 

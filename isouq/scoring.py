@@ -24,6 +24,7 @@ from tqdm import tqdm
 from isouq import assets, causal_lm, encoding, files, identity
 from isouq.estimate import Aggregation
 from isouq.gradients import Engine
+from isouq.gradients.checks import ExampleError
 from isouq.qa import generation
 
 SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
@@ -209,6 +210,7 @@ def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors:
     except ROW_ERRORS as error:
         if len(items) > 1:
             return {k: v for row, item in items.items() for k, v in _each(work, {row: item}, errors).items()}
-        kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
-        errors[next(iter(items))] = kind + " ".join(str(error).replace("example 0", "the row").split())
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        text = error.about("the row") if isinstance(error, ExampleError) else str(error)
+        errors[next(iter(items))] = kind + " ".join(text.split())
         return {}

@@ -42,7 +42,7 @@ ONLY_IN = {
     "transformers": {"causal_lm", "qa", "assets", "isotropy", "cost"},
 }
 FILE_LINES = 400
-CODE_LINES = 6700  # without blank lines, comments and docstrings
+CODE_LINES = 7350  # without blank lines, comments and docstrings
 
 
 def room_of(path: Path) -> str:
