@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from isouq import encoding, estimate, identity
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
-from isouq.forward import Cost, check_finite, checked, padding, pass_cost, token_log_probs
+from isouq.forward import check_finite, checked, padding, pass_cost, token_log_probs
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.checks import check_model, repeatable
 from isouq.gradients.common import select_parameters
 from isouq.gradients.products import Gram
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.gradients.room import check_memory
+from isouq.gradients.room import room
 from isouq.sequences import Batch, batches, pad
 from isouq.store import Store, store_path
 
@@ -93,8 +93,13 @@ def score_aggregations(
     sequences = checked(model, input_ids, answer_mask, attention_mask)
     pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
     order: list[int] = []
-    cost, room = _bounded(model, sequences, memory, engine, parameters) if batch_size == "auto" else (None, math.inf)
-    for batch in batches(sequences, batch_size, cost=cost, room=room, by_answer="token_mean" in aggregations):
+    fit: dict[str, Any] = {}
+    if batch_size == "auto" and (len(sequences) > 1 or memory is not None):
+        fit = {"cost": pass_cost(model, sequences, parameters), "room": 2e9 if memory is None else memory}
+        gradients = max(p.nbytes for p in model.parameters()) * 3.0 * (engine == "autograd")
+        most = max(fit["cost"]([one]) for one in sequences)
+        room(math.inf if memory is None else memory, gradients, most, "a pass of one example")
+    for batch in batches(sequences, batch_size, by_answer="token_mean" in aggregations, **fit):
         order += batch.rows
         whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
         subset = "all" if parameters is None else ", ".join(parameters)
@@ -104,27 +109,6 @@ def score_aggregations(
             pieces[name].append(_estimate(name, batch, norms, subset=subset, breakdown=breakdown))
     back = torch.tensor(order).argsort()
     return {name: _join(parts, back) for name, parts in pieces.items()}
-
-
-def _bounded(
-    model: nn.Module,
-    sequences: list[tuple[Tensor, Tensor]],
-    memory: float | None,
-    engine: Engine,
-    parameters: Sequence[str] | None,
-) -> tuple[Cost | None, float]:
-    """What passes cost and how much they may. Raises ValueError where one example takes more than a given `memory`."""
-    check_memory(memory)
-    if memory is None and len(sequences) == 1:
-        return None, math.inf
-    cost, most = pass_cost(model, sequences, parameters), max(p.nbytes for p in model.parameters())
-    need = max(cost([sequence]) for sequence in sequences) + (3 * most if engine == "autograd" else 0)
-    if memory is not None and need > memory:
-        raise ValueError(
-            f"memory: {memory:.3g} bytes given, but one example alone takes about {need:.3g}; give at least as many, "
-            "or None to take what it needs"
-        )
-    return cost, memory or 2e9
 
 
 def log_probs(
@@ -191,13 +175,12 @@ def gram(
     run takes another's sums. The code of a model class of your own is not seen; after a change of it, remove the file.
     Raises StoreError for a file that is in use, damaged or cannot be written.
     """
-    check_memory(memory)
     sets = [checked(model, *rows), [] if others is None else checked(model, *others)]
     cost, in_pass = pass_cost(model, [*sets[0], *sets[1]], None), 0.0
     work: list[list[tuple[Objective, int]]] = [[], []]
     order: list[list[int]] = [[], []]
     for place, sequences in enumerate(sets):
-        for batch in batches(sequences, "auto", cost=cost, room=memory / 4):  # the rest is for what passes leave
+        for batch in batches(sequences, "auto", cost=cost, room=memory / 8):  # most is for what passes leave
             order[place] += batch.rows
             in_pass = max(in_pass, cost([sequences[row] for row in batch.rows]))
             work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,27 +94,16 @@ class LogProb(torch.autograd.Function):
         return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Bytes that a forward and a backward pass take above the model's weights.
+Sequences = Sequence[tuple[Tensor, Tensor]]  # (ids, answer) of each
 
-    `token` is for each token of a batch, padding included, `logits` for each position at which the head runs. A fifth
-    more is taken for what no graph shows: temporary copies, the trial that examples stay apart, the allocator's holes.
+
+def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] | None) -> Callable[[Sequences], float]:
+    """A function giving the bytes above the model's weights that forward and backward pass of a batch take.
+
+    A forward pass of the longest sequence tells: the storages that its graph holds, those of the logits by themselves,
+    since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph shows:
+    temporary copies, the trial that examples stay apart, holes in the heap.
     """
-
-    token: float
-    logits: float
-
-    def __call__(self, sequences: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """What a batch of these sequences (ids, answer) takes: the head runs wherever one of them has an answer."""
-        width = max(len(ids) for ids, _ in sequences)
-        places = {place for _, answer in sequences for place in answer.nonzero().flatten().tolist()}
-        n_kept = min(width, len(places) + -len(places) % 4)
-        return 1.2 * len(sequences) * (self.token * width + self.logits * n_kept)
-
-
-def pass_cost(model: nn.Module, sequences: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[str] | None) -> Cost:
-    """What a pass takes, from a forward pass of the longest sequence: the storages that its graph holds."""
     ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
@@ -132,14 +120,21 @@ def pass_cost(model: nn.Module, sequences: Sequence[tuple[Tensor, Tensor]], para
         node: Any = values.grad_fn
         while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
             node = node.next_functions[0][0]
-        logits = node.saved_tensors[0]
+        logits = node.saved_tensors[0].to("meta")  # its shape and type
     head = sum(size for size, width in kept.values() if width == logits.shape[-1])
     body = sum(size for size, _ in kept.values()) - head
     # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
-    narrow = any(p.element_size() < logits.element_size() for p in model.parameters())
-    head += logits.nbytes * (2 if narrow else 1)
-    by_place = _takes(model, "logits_to_keep")  # else the head runs at every token
-    return Cost((body + head * (not by_place)) / len(ids), head * by_place / logits.shape[1])
+    head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
+    if not _takes(model, "logits_to_keep"):  # the head runs at every token
+        body, head = body + head, 0
+
+    def cost(batch: Sequences) -> float:
+        width = max(len(tokens) for tokens, _ in batch)
+        n_kept = len({place for _, answer in batch for place in answer.nonzero().flatten().tolist()})
+        n_kept = min(width, n_kept + -n_kept % 4)
+        return 1.2 * len(batch) * (body * width / len(ids) + head * n_kept / logits.shape[1])
+
+    return cost
 
 
 def _answer_order(scored: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Similar lengths together, the longest first, `batch_size` a batch.
 
-    "auto": as many as have TOKENS_PER_BATCH tokens, padding included, and `cost` no more than `room`, but one at least.
+    "auto": as many as have TOKENS_PER_BATCH tokens, padding included, and `cost` no more than `room`; one at least.
     `by_answer` puts answers of similar length together first: `token_mean` makes a pass for each token of the longest.
     """
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -139,10 +139,9 @@ def batches(
     sizes = [(int(answer.sum()) * by_answer, len(ids)) for ids, answer in sequences]
     rows = sorted(range(len(sequences)), key=lambda i: sizes[i], reverse=True)
     while rows:
-        n = TOKENS_PER_BATCH // max(sizes[row][1] for row in rows) if batch_size == "auto" else batch_size
-        if batch_size == "auto" and cost is not None:
-            n = bisect_right(range(1, n + 1), room, key=lambda k: cost([sequences[row] for row in rows[:k]]))
-        n = max(1, n)
+        n = max(1, TOKENS_PER_BATCH // max(sizes[row][1] for row in rows)) if batch_size == "auto" else batch_size
+        if cost is not None:
+            n = max(1, bisect_right(range(1, n + 1), room, key=lambda k: cost([sequences[row] for row in rows[:k]])))
         chosen, rows = rows[:n], rows[n:]
         longest = max(sizes[row][1] for row in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)

@@ -152,9 +152,15 @@ def test_a_batch_is_as_large_as_the_memory_for_its_activations_and_no_score_depe
     sizes = []
     monkeypatch.setattr(causal_lm, "squared_norms", lambda m, o, n, **k: sizes.append(n) or squared_norms(m, o, n, **k))
     case = [CASE[2]] * 6
-    one = _activation_bytes(llama, case[0])
-    found = [isouq.score_tokens(llama, *pad(case, "left"), memory=k * one) for k in (0.1, 1.01, 2.01, 100)]
-    assert sizes == [1] * 6 + [1] * 6 + [2] * 3 + [6]
+    one = 1.2 * _activation_bytes(llama, case[0])  # as the pass' cost allows for what its graph does not show
+    found = [isouq.score_tokens(llama, *pad(case, "left"), memory=k * one) for k in (1.01, 2.01, 100)]
+    assert sizes == [1] * 6 + [2] * 3 + [6]
+    for engine in ("auto", "autograd"):
+        with pytest.raises(ValueError, match=r"memory: .* given, but a pass of one example takes .*; give .* or more"):
+            isouq.score_tokens(llama, *pad(case[:1], "left"), memory=0.9 * one, engine=engine)
+    with pytest.raises(ValueError, match="a pass of one example"):  # the gradients of the largest parameter come on top
+        isouq.score_tokens(llama, *pad(case, "left"), memory=1.01 * one, engine="autograd")
+    assert len(sizes) == 10, "nothing was scored before the error"
     for other in found[1:]:
         assert_close(other.log_epistemic, found[0].log_epistemic)
 
@@ -181,7 +187,7 @@ def _activation_bytes(model, example):
             value = getattr(node, name) if name.startswith("_saved_") else None
             if isinstance(value, torch.Tensor) and value.data_ptr() not in weights:
                 saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    return float(sum(saved.values()))
+    return float(sum(saved.values()) + logits.nbytes)  # the logits' gradient comes on top
 
 
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])

@@ -174,12 +174,16 @@ def test_chosen_for_the_caller_a_batch_holds_a_bounded_number_of_tokens():
     assert [len(batch.rows) for batch in batches(of_lengths(3 * TOKENS_PER_BATCH), "auto")] == [1]
 
 
+def n_padded(sequences) -> float:
+    return float(len(sequences) * max(len(ids) for ids, _ in sequences))
+
+
 def test_a_batch_holds_no_more_tokens_than_there_is_room_for_but_one_sequence_at_least():
     lengths = [50, 40, 30, 20, 10]
-    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", room=100)] == [2, 3]
-    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", room=5)] == [1] * 5
+    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", cost=n_padded, room=100.0)] == [2, 3]
+    assert [len(b.rows) for b in batches(of_lengths(*lengths), "auto", cost=n_padded, room=5.0)] == [1] * 5
     mixed = of_lengths(9, 50, 9, 9, n_answer=(3, 1, 3, 3))
-    assert all(b.ids.numel() <= 50 for b in batches(mixed, "auto", room=50, by_answer=True))
+    assert all(b.ids.numel() <= 50 for b in batches(mixed, "auto", cost=n_padded, room=50.0, by_answer=True))
 
 
 def test_answers_of_similar_length_can_be_put_together():

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from isouq.gradients.common import Objective, Tracked, check_differentiable, dif
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
 from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
-from isouq.gradients.room import MOST_PARTS, Part, check_memory, groups, n_bytes, room
+from isouq.gradients.room import cut, groups, n_bytes, room
 from isouq.store import Store
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
@@ -59,7 +58,7 @@ class Sums:
     def __post_init__(self) -> None:
         self.block = torch.zeros(self.n_rows, len(self), dtype=torch.float64)
         self.squares = torch.zeros(self.n_others, dtype=torch.float64)
-        self.buffer_bytes = min(float(BUFFER_BYTES), self.memory / 4)
+        self.buffer_bytes = min(float(BUFFER_BYTES), self.memory / 8)
 
     def __len__(self) -> int:
         """All examples."""
@@ -93,14 +92,6 @@ class Sums:
                 self.block[q.start : q.stop, p.start : p.stop] += block.T
         elif p.start == q.start:
             self.squares[p.start - n : p.stop - n] += inner(p.factor, q.factor) * (1 if p is q else 2)
-
-    def free(self) -> None:
-        """Give the buffer back."""
-        self._buffer = None
-
-    def step(self, width: int, like: Tensor) -> int:
-        """How many rows of `width` numbers for every example the buffer takes, one at least."""
-        return max(1, int(self.buffer_bytes / (len(self) * width * like.element_size())))
 
     def buffer(self, width: int, like: Tensor) -> Tensor:
         """(example, width) to be written over: one allocation serves a group of parameters."""
@@ -148,18 +139,17 @@ def inner_products(
     n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
     if n_rows == 0:
         raise ValueError("batches: no example given, at least one wanted")
-    check_memory(memory)
-    work, sums = [*batches, *others], partial(Sums, n_rows, n_others, memory, in_pass)
+    work = [*batches, *others]
     for attempt in (work, _singly(work)) if engine != "autograd" else ():
         try:
-            return _by_factors(model, attempt, chosen, sums(), progress, checkpoint)
+            return _by_factors(model, attempt, chosen, Sums(n_rows, n_others, memory, in_pass), progress, checkpoint)
         except isolation.Meeting:
             continue
         except NotCovered:
             if engine == "ghost":
                 raise
             break
-    return _by_gradients(model, work, chosen, sums(), progress)
+    return _by_gradients(model, work, chosen, Sums(n_rows, n_others, memory, in_pass), progress)
 
 
 def _singly(batches: Batches) -> Batches:
@@ -174,21 +164,22 @@ def _by_factors(
     progress: bool,
     checkpoint: Store | None,
 ) -> Gram:
-    taken = max(sums.in_pass, sums.buffer_bytes) + sums.block.nbytes  # no pass while products are taken
+    # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
+    taken = sums.in_pass + max(sums.in_pass, sums.buffer_bytes) + sums.block.nbytes
     parts = groups(_factor_bytes(model, batches, sums, chosen), sums.memory, taken)
     done = _resume(checkpoint, parts, sums)
     bar = tqdm(total=sum(map(len, parts)), desc="parameters", disable=not progress, initial=sum(map(len, parts[:done])))
     with bar:
         for number, group in enumerate(parts[done:], done + 1):
-            part = Part(number - 1 - parts.index(group), parts.count(group))
-            kept = _gather(model, batches, {name: chosen[name] for name in group}, part)
+            which = number - 1 - parts.index(group), parts.count(group)  # the how manieth part of how many
+            kept = _gather(model, batches, {name: chosen[name] for name in group}, which)
             while kept:
                 key = next(iter(kept))
                 try:
                     _add(sums, kept.pop(key))  # no name for it here, which would keep it during the next group's passes
                 except NoRule as error:
                     raise NotCovered(key[0], str(error)) from error
-            sums.free()
+            sums._buffer = None
             bar.update(len(group))
             _keep(checkpoint, parts, number, sums)
     return sums.gram()
@@ -226,7 +217,7 @@ def _factor_bytes(
         def visit(use: Use, factors: list[Factor], share: float = starts.get(place, 0) / n) -> None:
             name = use.context.parameter
             for factor in factors:
-                fixed = n_bytes(Part(0, MOST_PARTS).of(factor, chosen[name].shape))
+                fixed = n_bytes(cut(factor, chosen[name].shape, 0, 1 << 62))
                 sizes[name] = sizes[name][0] + share * n_bytes(factor), sizes[name][1] + share * fixed
 
         if place in starts:
@@ -249,7 +240,7 @@ def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Trac
 
 
 def _gather(
-    model: nn.Module, batches: Iterable[tuple[Objective, int]], chosen: dict[str, nn.Parameter], part: Part
+    model: nn.Module, batches: Iterable[tuple[Objective, int]], chosen: dict[str, nn.Parameter], which: tuple[int, int]
 ) -> dict[Key, list[Piece]]:
     """One sweep: every batch's factors of the chosen parameters, or of a part of them."""
     kept: dict[Key, list[Piece]] = defaultdict(list)
@@ -259,7 +250,7 @@ def _gather(
         def visit(use: Use, factors: list[Factor], start: int = start) -> None:
             for factor in factors:
                 name = use.context.parameter
-                piece = Piece(start, _detached(part.of(factor, chosen[name].shape)))
+                piece = Piece(start, _detached(cut(factor, chosen[name].shape, *which)))
                 kept[name, getattr(factor, "slot", None)].append(piece)
 
         with differentiable(model, chosen) as tracked:
@@ -300,14 +291,12 @@ def _by_tokens(outer: list[Piece]) -> bool:
 
 
 def _add_dense(sums: Sums, pieces: list[Piece]) -> None:
-    grads = [p.factor.grad.flatten(1) for p in pieces]  # type: ignore[union-attr]
-    width, like = grads[0].shape[1], wide(grads[0][:0])
-    step = sums.step(1, like)
-    for low in range(0, width, step):
-        matrix = sums.buffer(min(step, width - low), like).zero_()
-        for piece, grad in zip(pieces, grads, strict=True):
-            matrix[piece.start : piece.stop] += grad[:, low : low + step]
-        sums.add_gradients(matrix)
+    like = wide(pieces[0].factor.grad)  # type: ignore[union-attr]
+    matrix = sums.buffer(like[0].numel(), like).zero_()
+    for piece in pieces:
+        grad = piece.factor.grad  # type: ignore[union-attr]
+        matrix[piece.start : piece.stop] += grad.reshape(len(grad), -1)
+    sums.add_gradients(matrix)
 
 
 def _add_outer(sums: Sums, pieces: list[Piece]) -> None:
@@ -315,7 +304,7 @@ def _add_outer(sums: Sums, pieces: list[Piece]) -> None:
     factors = [p.factor for p in pieces if isinstance(p.factor, Outer)]
     a, b = factors[0].left.shape[2], factors[0].right.shape[2]
     like = wide(factors[0].left[:0])
-    step = sums.step(b, like)
+    step = max(1, min(a, int(sums.buffer_bytes / (len(sums) * b * like.element_size()))))
     for low in range(0, a, step):
         high = min(low + step, a)
         matrix = sums.buffer((high - low) * b, like).view(len(sums), high - low, b)
@@ -368,16 +357,14 @@ def _by_gradients(
 ) -> Gram:
     """The reference: a backward pass per example, anew for every slice of the gradients that fits the memory."""
     total, one = sum(p.numel() for p in chosen.values()), 3 * sum(p.nbytes for p in model.parameters())
-    size = 1.0 * len(sums) * max(4, *(p.element_size() for p in chosen.values()))  # of one number of every gradient
+    size = 2.0 * len(sums) * max(4, *(p.element_size() for p in chosen.values()))  # of one number, and once more
     left = room(sums.memory, sums.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
     width = min(total, int(left / size))
     for low in tqdm(range(0, total, width), desc="slices of gradients", disable=not progress):
-        row, matrix = 0, torch.empty(0)
+        rows: list[Tensor] = []
         for objective, n in batches:
             for i in range(n):
                 with differentiable(model, chosen) as tracked:
-                    found = gradient(objective(slice(i, i + 1))[0, 0], tracked)[low : low + width]
-                matrix = sums.buffer(len(found), found)
-                matrix[row], row = found, row + 1
-        sums.add_gradients(matrix)
+                    rows.append(gradient(objective(slice(i, i + 1))[0, 0], tracked)[low : low + width].clone())
+        sums.add_gradients(torch.stack(rows))
     return sums.gram()

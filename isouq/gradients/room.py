@@ -8,7 +8,7 @@ embedding's Rows the tokens with an id in that range.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,48 +18,37 @@ from isouq.gradients.factors import Dense, Factor, Outer, Rows
 MOST_PARTS = 64  # each costs a sweep over all batches
 
 
-def check_memory(memory: float | None) -> None:
-    """Raise ValueError for what is no number of bytes."""
-    if memory is not None and not memory > 0:
-        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
-
-
-@dataclass(frozen=True)
-class Part:
-    """The `number`-th of `count` equal parts of a parameter, cut along the longer of its last two axes."""
-
-    number: int
-    count: int
-
-    def of(self, factor: Factor, shape: torch.Size) -> Factor:
-        """What a factor of a parameter of this `shape` has in this part."""
-        by_row = len(shape) < 2 or shape[-2] >= shape[-1]
-        if self.count == 1:
-            return factor
-        if isinstance(factor, Rows) and by_row:
-            low, high = self._bounds(shape[0])
-            outside = (factor.index < low) | (factor.index >= high)
-            return Rows((factor.index - low).masked_fill(outside, 0), factor.rows.masked_fill(outside.unsqueeze(2), 0))
-        side = {Outer: "left" if by_row else "right", Rows: "rows", Dense: "grad"}[type(factor)]
-        low, high = self._bounds(getattr(factor, side).shape[-1])
-        return replace(factor, **{side: getattr(factor, side)[..., low:high]})
-
-    def _bounds(self, size: int) -> tuple[int, int]:
-        return self.number * size // self.count, (self.number + 1) * size // self.count
+def cut(factor: Factor, shape: torch.Size, number: int, count: int) -> Factor:
+    """The `number`-th of `count` equal parts of a factor of a parameter of this `shape`, cut along its longer axis."""
+    if count == 1:
+        return factor
+    by_row = len(shape) < 2 or shape[-2] >= shape[-1]
+    side = {Outer: "left" if by_row else "right", Rows: "rows", Dense: "grad"}[type(factor)]
+    x = getattr(factor, side)
+    size = shape[0] if by_row and isinstance(factor, Rows) else x.shape[-1]
+    low, high = (k * size // count for k in (number, number + 1))
+    if isinstance(factor, Rows) and by_row:
+        outside = (factor.index < low) | (factor.index >= high)
+        return Rows((factor.index - low).masked_fill(outside, 0), x.masked_fill(outside.unsqueeze(2), 0))
+    return replace(factor, **{side: x[..., low:high]})
 
 
 def n_bytes(factor: Factor) -> int:
-    """What keeping a factor costs; an activation that several weights share is counted with each."""
-    return sum(x.nbytes for x in vars(factor).values() if isinstance(x, Tensor))
+    """What a factor takes until it is multiplied; an activation that several weights share is counted with each."""
+    size = sum(x.nbytes for x in vars(factor).values() if isinstance(x, Tensor))
+    return 2 * size if isinstance(factor, Dense) else size  # all of one are put together once more
 
 
 def room(memory: float, taken: float, least: float, what: str) -> float:
-    """Bytes of `memory` left beside those `taken` all along. Raises ValueError unless these are the `least` wanted."""
-    if memory - taken < least:
-        raise ValueError(
-            f"memory: {memory:.3g} bytes given, but {what} needs {least:.3g} beside the {taken:.3g} of a pass and of "
-            f"the products; give at least {1.01 * (taken + least):.3g}, or fewer examples"
-        )
+    """Bytes of `memory` left beside those `taken` all along. Raises ValueError unless these are the `least` wanted.
+
+    A third more than `taken` and `least` is enough, where passes and buffers grow with the memory up to its quarter.
+    """
+    if not memory > 0:
+        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
+    if memory - taken <= least:
+        need = f"{what} takes {least:.3g} and all else {taken:.3g}; give {1.34 * (taken + least):.3g} or more"
+        raise ValueError(f"memory: {memory:.3g} bytes given, but {need}, or fewer or shorter examples")
     return memory - taken
 
 
@@ -69,19 +58,13 @@ def groups(sizes: dict[str, tuple[float, float]], memory: float, taken: float) -
     `sizes` are bytes, and how many of them no cut makes smaller. A parameter that does not fit by itself stands in as
     many groups of its own as it has parts. Raises ValueError where that does not help.
     """
-    least = {name: fixed + (size - fixed) / MOST_PARTS for name, (size, fixed) in sizes.items()}
-    largest = max(least, key=lambda name: least[name])
-    free = room(memory, taken, least[largest], largest)
+    free = room(memory, taken, *max((fixed + (size - fixed) / MOST_PARTS, n) for n, (size, fixed) in sizes.items()))
     found: list[list[str]] = []
     left = -1.0
     for name in reversed(sizes):
         size, fixed = sizes[name]
-        if size > free:
-            found += [[name]] * math.ceil((size - fixed) / (free - fixed))
-            left = -1.0
-            continue
-        if size > left:
-            found.append([])
+        if size > left:  # as it does after one that was cut, for which nothing is left
+            found += [[name] for _ in range(1, math.ceil((size - fixed) / (free - fixed)))] + [[]]
             left = free
         found[-1].append(name)
         left -= size
