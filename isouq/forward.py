@@ -73,8 +73,9 @@ class LogProb(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
         lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
+        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces: many would leave holes in the heap
         for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
-            others = piece.scatter(-1, word, -torch.inf)  # a small copy
+            others = part[: len(piece)].copy_(piece).scatter_(-1, word, -torch.inf)
             tops.append(others.amax(-1, keepdim=True).clamp(min=lowest))  # finite where all others are ruled out
             # In float32 this sum over the vocabulary would cost every norm a digit.
             sums.append(others.sub_(tops[-1]).exp_().sum(-1, keepdim=True, dtype=torch.float64))
