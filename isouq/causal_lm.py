@@ -180,9 +180,13 @@ def gram(
     work: list[list[tuple[Objective, int]]] = [[], []]
     order: list[list[int]] = [[], []]
     for place, sequences in enumerate(sets):
-        for batch in batches(sequences, "auto", cost=cost, room=memory / 8):  # most is for what passes leave
+        chosen = batches(sequences, "auto", cost=cost, room=memory / 8)  # most is for what passes leave
+        sizes = [(cost([sequences[row] for row in batch.rows]), batch) for batch in chosen]
+        for size, batch in sorted(
+            sizes, key=lambda x: x[0] / len(x[1].rows), reverse=True
+        ):  # the first tells what fits
+            in_pass = max(in_pass, size)
             order[place] += batch.rows
-            in_pass = max(in_pass, cost([sequences[row] for row in batch.rows]))
             work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
     options: dict[str, Any] = {"engine": engine, "memory": memory, "in_pass": in_pass, "progress": progress}
     if checkpoint is None:

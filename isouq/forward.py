@@ -73,12 +73,13 @@ class LogProb(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
         lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
-        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces: many would leave holes in the heap
+        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces, and one in float64: glibc leaves holes
+        wide = part.double()
         for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
             others = part[: len(piece)].copy_(piece).scatter_(-1, word, -torch.inf)
             tops.append(others.amax(-1, keepdim=True).clamp(min=lowest))  # finite where all others are ruled out
             # In float32 this sum over the vocabulary would cost every norm a digit.
-            sums.append(others.sub_(tops[-1]).exp_().sum(-1, keepdim=True, dtype=torch.float64))
+            sums.append(wide[: len(piece)].copy_(others.sub_(tops[-1]).exp_()).sum(-1, keepdim=True))
         top, total = torch.cat(tops).view_as(wanted), torch.cat(sums).view_as(wanted)
         own = logits.gather(-1, wanted).double()
         odds = own.masked_fill(own == torch.inf, torch.nan) - top - total.log()

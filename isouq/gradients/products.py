@@ -28,7 +28,7 @@ from isouq.gradients.common import Objective, Tracked, check_differentiable, dif
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
 from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
-from isouq.gradients.room import cut, groups, n_bytes, room
+from isouq.gradients.room import Sizes, cut, groups, n_bytes, room
 from isouq.store import Store
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
@@ -171,7 +171,7 @@ def _by_factors(
     bar = tqdm(total=sum(map(len, parts)), desc="parameters", disable=not progress, initial=sum(map(len, parts[:done])))
     with bar:
         for number, group in enumerate(parts[done:], done + 1):
-            which = number - 1 - parts.index(group), parts.count(group)  # the how manieth part of how many
+            which = number - 1 - parts.index(group), parts.count(group)  # which part, of how many
             kept = _gather(model, batches, {name: chosen[name] for name in group}, which)
             while kept:
                 key = next(iter(kept))
@@ -202,9 +202,7 @@ def _keep(checkpoint: Store | None, groups: list[list[str]], done: int, sums: Su
         checkpoint.put("sums", {"progress": {"groups": groups, "done": done}, **arrays}, replace=True)
 
 
-def _factor_bytes(
-    model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]
-) -> dict[str, tuple[float, float]]:
+def _factor_bytes(model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]) -> Sizes:
     """What keeping every example's factors of each parameter costs, and what of it no cut makes smaller.
 
     One batch of rows and one of the others tell.

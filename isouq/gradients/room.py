@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isouq.gradients.factors import Dense, Factor, Outer, Rows
 
+Sizes = dict[str, tuple[float, float]]  # bytes by parameter, and how many of them no cut makes smaller
 MOST_PARTS = 64  # each costs a sweep over all batches
 
 
@@ -52,11 +53,11 @@ def room(memory: float, taken: float, least: float, what: str) -> float:
     return memory - taken
 
 
-def groups(sizes: dict[str, tuple[float, float]], memory: float, taken: float) -> list[list[str]]:
+def groups(sizes: Sizes, memory: float, taken: float) -> list[list[str]]:
     """Consecutive parameters together, as many as fit, the last layers first: their backward pass stops early.
 
-    `sizes` are bytes, and how many of them no cut makes smaller. A parameter that does not fit by itself stands in as
-    many groups of its own as it has parts. Raises ValueError where that does not help.
+    A parameter that does not fit by itself stands in as many groups of its own as it has parts. Raises ValueError where
+    that does not help.
     """
     free = room(memory, taken, *max((fixed + (size - fixed) / MOST_PARTS, n) for n, (size, fixed) in sizes.items()))
     found: list[list[str]] = []
