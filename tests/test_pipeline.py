@@ -252,7 +252,7 @@ def test_a_folder_whose_weights_are_replaced_is_scored_again_and_its_content_is_
     weights.parent.mkdir()
     weights.write_bytes(b"one")
     before = weights.stat()
-    write_profile(project, models=["./my model"], n_resamples=7)
+    write_profile(project, models=["./my model"], n_resamples=70)
     assert run(project).returncode == 0
     first = json.loads((project / "build/tiny/results.json").read_text())["meta"]["runs"]["04_llm_qa"]["models"]
     assert first.keys() == {"my-model"}
@@ -282,7 +282,7 @@ def test_all_runs_in_a_folder_and_with_an_interpreter_whose_names_need_quotes(bu
     venv.create(folder / "venv", symlinks=True, with_pip=False)
     own = next((folder / "venv").glob("lib/python*/site-packages"))
     (own / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    write_profile(project, n_questions=6, n_resamples=7)
+    write_profile(project, n_questions=6, n_resamples=70)
     words = [str(folder / "venv" / "bin" / "python"), *command()[1:]]
     done = subprocess.run(words, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
