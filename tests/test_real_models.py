@@ -37,7 +37,7 @@ def relative(log_a, log_b):
 
 
 def test_ghost_equals_autograd(loaded):
-    """G is compared as in the next test, and S by itself: U_E carries twice its rounding, which a processor decides."""
+    """U_E = e^{2S} G carries twice the rounding of S, which differs from one processor to another, besides G's own."""
     name, model, tokenizer = loaded
     batch = batch_of(tokenizer)
     ghost, autograd = (
@@ -45,8 +45,10 @@ def test_ghost_equals_autograd(loaded):
     )
     for aggregation in AGGREGATIONS:
         assert ghost[aggregation].engine == "ghost"
-        assert relative(ghost[aggregation].log_gradient, autograd[aggregation].log_gradient) <= 1e-5
-        assert relative(ghost[aggregation].log_prob, autograd[aggregation].log_prob) <= 1e-5
+        rounding = relative(ghost[aggregation].log_prob, autograd[aggregation].log_prob)
+        assert rounding <= 1e-5
+        error = relative(ghost[aggregation].log_epistemic, autograd[aggregation].log_epistemic)
+        assert error <= 1e-5 + 2 * rounding
         n = sum(p.numel() for p in model.parameters())
         assert ghost[aggregation].n_parameters == autograd[aggregation].n_parameters == n == N_PARAMETERS[name]
 
