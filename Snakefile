@@ -28,7 +28,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from isouq import assets, profiles, provenance
+from isouq.pipeline import profiles
+from isouq.models import ModelError
+from isouq.studies import assets, identity, results
 
 for word in config.keys() - {"profile"}:
     raise WorkflowError(f"--config {word}: not a known name; wanted profile, as in --config profile=smoke")
@@ -42,7 +44,7 @@ try:
     SECTIONS = {name: PROFILE.parameters(name) for name in PROFILE.chapters()}
     MODELS = {name: getattr(section, "models", []) for name, section in SECTIONS.items()}
     CONTENT = {model: assets.content(model) for model in sorted({*sum(MODELS.values(), [])})}
-except (profiles.ProfileError, assets.AssetError) as error:
+except (profiles.ProfileError, ModelError) as error:
     raise WorkflowError(str(error)) from None
 
 BUILD = f"build/{PROFILE.name}"
@@ -110,14 +112,14 @@ if workflow.is_main_process:
 
 def modules(path):
     """The module files that a notebook or a module can reach, relative to the project."""
-    return [os.path.relpath(file) for file in provenance.module_files(path)]
+    return [os.path.relpath(file) for file in identity.module_files(path)]
 
 
 def shards():
     """Job name -> (model, data set): what 04_llm_qa has scored before it starts."""
     section = SECTIONS.get("04_llm_qa")
     pairs = [(model, data_set) for model in section.models for data_set in section.data_sets] if section else []
-    return {f"qa-{provenance.key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
+    return {f"qa-{results.key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
 
 
 SHARDS = shards()
@@ -173,7 +175,7 @@ if SHARDS:
 
     rule score:
         input:
-            modules("isouq/qa/study.py"),
+            modules("isouq/studies/qa/study.py"),
             "requirements.lock",
             fetched=ancient(f"{BUILD}/assets.fetched"),
         output:
@@ -194,7 +196,7 @@ if SHARDS:
         message:
             "Scoring {params.data_set} with {params.model}"
         shell:
-            "{PYTHON:q} -m isouq.qa.study --profile {PROFILE_ARGUMENT:q} --model={params.model:q}"
+            "{PYTHON:q} -m isouq.pipeline.jobs score --profile {PROFILE_ARGUMENT:q} --model={params.model:q}"
             " --data-set {params.data_set:q} --done {output:q}"
 
 
@@ -202,7 +204,7 @@ if POSTERIORS:
 
     rule sample:
         input:
-            modules("isouq/synthetic/plan.py"),
+            modules("isouq/studies/synthetic/plan.py"),
             "requirements.lock",
         output:
             f"{BUILD}/mcmc/{{shard}}.done",
@@ -220,7 +222,7 @@ if POSTERIORS:
         message:
             "Sampling posteriors of {params.problem}"
         shell:
-            "{PYTHON:q} -m isouq.synthetic.plan --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
+            "{PYTHON:q} -m isouq.pipeline.jobs sample --profile {PROFILE_ARGUMENT:q} --problem {params.problem}"
             " --workers 1 --done {output:q}"
 
 
@@ -248,7 +250,7 @@ rule notebook:
     message:
         "Running notebooks/{wildcards.chapter}.ipynb"
     shell:
-        "{PYTHON:q} -m isouq.provenance run {input.source} {output.notebook} --parameters {params.parameters:q}"
+        "{PYTHON:q} -m isouq.pipeline.runner run {input.source} {output.notebook} --parameters {params.parameters:q}"
         " --models {params.models:q} --record {output.record} --failed {BUILD}/failed"
 
 
@@ -262,5 +264,5 @@ rule collect:
     message:
         "Joining results"
     shell:
-        "{PYTHON:q} -m isouq.provenance collect {input.results} --out {output} --profile {PROFILE.name}"
+        "{PYTHON:q} -m isouq.pipeline.runner collect {input.results} --out {output} --profile {PROFILE.name}"
         " --records {input.records} --timings {input.timings}"

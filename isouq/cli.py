@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from isouq import assets
+from isouq.studies import assets
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ def _score(args: argparse.Namespace) -> int:
     its spaces, or, where it is empty or missing, what the model generates. A run that was stopped resumes from
     OUTPUT.partial by the same command; only --batch-size may differ. Exit code 1 if a row has no scores.
     """
-    from isouq.scoring import Options, score_file
+    from isouq.language.files import Options, score_file
 
-    names = ("model", "aggregation", "engine", "batch_size", "max_new_tokens")
-    done = score_file(args.input, args.output, Options(**{name: getattr(args, name) for name in names}))
+    names = ("aggregation", "engine", "batch_size", "max_new_tokens")
+    options = Options(load=lambda: assets.load_causal_lm(args.model), **{name: getattr(args, name) for name in names})
+    done = score_file(args.input, args.output, options)
     for record in done:
         if record["error"]:
             print(f"isouq: row {record['row'] + 1}: {record['error']}", file=sys.stderr)

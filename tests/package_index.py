@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from isouq import _manifest
-
 BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(folder, config_settings=None):

@@ -16,14 +16,16 @@ from pathlib import Path
 import package_index
 import pytest
 
-from isouq import _manifest, _pip, assets
+from isouq.studies import assets
+from isouq.studies.assets import manifest, pip
 
 # What a child process runs: fetch from the test's index, after a line of its own.
 CHILD = """
 import sys, time
 from pathlib import Path
-from isouq import _manifest, _pip, assets
-_manifest.FILE = Path(sys.argv[1])
+from isouq.studies import assets
+from isouq.studies.assets import manifest, pip
+manifest.FILE = Path(sys.argv[1])
 assets._dequantise = lambda source, file, folder: (folder.mkdir(parents=True), (folder / "w").write_text("w"))
 def hang(*args):
     print("here", flush=True)
@@ -55,7 +57,7 @@ def conversions(monkeypatch):
 @pytest.fixture
 def downloads(monkeypatch):
     """Count the downloads: the list grows by the package's name at each."""
-    made, real = [], _pip.download
+    made, real = [], pip.download
 
     def download(package, scratch, progress):
         made.append(package.name)
@@ -230,7 +232,7 @@ def test_bytes_that_the_manifest_does_not_name_are_not_kept(index):
     wrong = hashlib.sha256(b"other bytes").hexdigest()
     right = hashlib.sha256(package_index.NOTES).hexdigest()
     index.manifest.write_text(index.manifest.read_text().replace(right, wrong))
-    _manifest._read.cache_clear()
+    manifest._read.cache_clear()
     with pytest.raises(assets.AssetError, match=f"expected SHA-256 {wrong}, got {right}"):
         assets.fetch("notes")
     assert tree(index.cache) == set()
@@ -238,7 +240,7 @@ def test_bytes_that_the_manifest_does_not_name_are_not_kept(index):
 
 def test_a_member_that_the_archive_lacks_is_named(index):
     index.manifest.write_text(index.manifest.read_text().replace("notes/b.txt", "notes/z.txt"))
-    _manifest._read.cache_clear()
+    manifest._read.cache_clear()
     with pytest.raises(assets.AssetError, match=r"fake_notes-1\.0-py3-none-any\.whl has no member notes/z\.txt"):
         assets.fetch("notes")
 
@@ -330,12 +332,12 @@ def test_a_fetch_killed_at_a_later_step_leaves_nothing_in_the_way(index, convers
 def test_an_interrupted_fetch_ends_pip_and_cleans_up(index, monkeypatch, stalling_index):
     url, sent = stalling_index
     started, real = [], subprocess.Popen
-    monkeypatch.setattr(_pip.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[0])
+    monkeypatch.setattr(pip.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[0])
 
-    measure = _pip._bytes_on_disk
+    measure = pip._bytes_on_disk
 
     def interrupt(folder, file):
-        if sent.is_set() and 0 < measure(folder, file) < _manifest.asset("notes").size:
+        if sent.is_set() and 0 < measure(folder, file) < manifest.asset("notes").size:
             raise KeyboardInterrupt
         return 0
 
@@ -352,13 +354,13 @@ def test_an_interrupted_fetch_ends_pip_and_cleans_up(index, monkeypatch, stallin
 def test_two_processes_at_once_download_once(index, tmp_path):
     log = tmp_path / "downloads"
     count = f"""
-real = _pip.download
+real = pip.download
 def download(*args):
     with open({str(log)!r}, "a") as out:
         out.write("one\\n")
     time.sleep(1)
     return real(*args)
-_pip.download = download
+pip.download = download
 """
     children = [start(index, "notes", before=count) for _ in range(2)]
     assert [child.wait(60) for child in children] == [0, 0]

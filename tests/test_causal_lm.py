@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import isouq
-from isouq import causal_lm, forward
-from isouq.causal_lm import log_probs, score_aggregations
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import squared_norms
+from isouq.language import forward
+from isouq.language.scoring import log_probs, score_aggregations
 
 CASE = examples((9, 5, 12, 7), (3, 1, 4, 2))
 
@@ -275,7 +275,7 @@ def ids_scored(monkeypatch, model, tokenizer, prompts, answers) -> list[tuple[li
             seen.append((row[there & ~marks].tolist(), row[marks].tolist()))
         return score_tokens(model, ids, answer, present, **options)
 
-    monkeypatch.setattr("isouq.causal_lm.score_tokens", spy)
+    monkeypatch.setattr("isouq.language.scoring.score_tokens", spy)
     isouq.score_texts(model, tokenizer, prompts, answers)
     return seen
 

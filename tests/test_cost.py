@@ -12,10 +12,10 @@ import torch
 from architectures import upcasts_to
 from closeness import assert_close
 
-from isouq import assets
-from isouq.cost import cases, memory, methods, timing
-from isouq.cost.cases import Points, Texts
-from isouq.cost.methods import METHODS
+from isouq.studies import assets
+from isouq.studies.cost import cases, memory, methods, timing
+from isouq.studies.cost.cases import Points, Texts
+from isouq.studies.cost.methods import METHODS
 
 SMALL = (12, 16, 16, 4)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from isouq import covariance
-from isouq.covariance import Products, SingularCovarianceError
+from isouq.studies.isotropy import covariance
+from isouq.studies.isotropy.covariance import Products, SingularCovarianceError
 
 N, C, P = 12, 3, 20
 DAMPINGS = (1e-3, 0.1, 10.0)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from isouq import covariance, distortion
+from isouq.studies.isotropy import covariance, distortion
 
 N = 200
 

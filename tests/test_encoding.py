@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from isouq import encoding
+from isouq.language import encoding
 
 WORDS = ("▁the", "▁is", "▁Paris", "Paris", "ville", "://", "▁▁", "on", "is▁")
 SPECIAL = [("<s>", 1), ("</s>", 2)]

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from isouq import evaluation
+from isouq.studies import evaluation
 
 
 @pytest.fixture

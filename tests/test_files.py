@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from isouq import files
+from isouq.language import tables
 
 PAIR = b'{"prompt": "a", "answer": "b"}\n'
 
 
 def written(table: pd.DataFrame, path) -> bytes:
     out = io.BytesIO()
-    files.write(table, path, out)
+    tables.write(table, path, out)
     return out.getvalue()
 
 
@@ -65,14 +65,14 @@ def written(table: pd.DataFrame, path) -> bytes:
 def test_what_cannot_be_read_is_refused_by_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: ") + ".*" + re.escape(message)):
-        files.read(tmp_path / name)
+        tables.read(tmp_path / name)
 
 
 def test_a_folder_and_a_missing_file_are_no_input(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for name in ("folder.csv", "absent.csv"):
         with pytest.raises(ValueError, match=f"--input: there is no file .*{name}"):
-            files.read(tmp_path / name)
+            tables.read(tmp_path / name)
 
 
 def test_csv_cells_are_the_texts_of_the_file(tmp_path):
@@ -81,7 +81,7 @@ def test_csv_cells_are_the_texts_of_the_file(tmp_path):
     text = io.StringIO(newline="")
     csv.writer(text, quoting=csv.QUOTE_ALL).writerows(rows)
     (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
-    table = files.read(tmp_path / "in.csv")
+    table = tables.read(tmp_path / "in.csv")
     assert table["answer"].tolist() == cells
     again = list(csv.reader(io.StringIO(written(table, tmp_path / "o.csv").decode(), newline=""), strict=True))
     assert again == rows
@@ -92,21 +92,21 @@ def test_csv_cells_are_the_texts_of_the_file(tmp_path):
 def test_long_fields_and_missing_line_ends_are_read(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"prompt,answer\r\n" + b"x" * 300_000 + b",b\r\n\r\nq,c")
     limit = csv.field_size_limit()
-    assert files.read(tmp_path / "in.csv")["prompt"].map(len).tolist() == [300_000, 1]
+    assert tables.read(tmp_path / "in.csv")["prompt"].map(len).tolist() == [300_000, 1]
     assert csv.field_size_limit() == limit
     (tmp_path / "in.jsonl").write_bytes(PAIR.replace(b"\n", b"\r\n") + b"\n" + PAIR.strip())
-    assert files.read(tmp_path / "in.jsonl")["answer"].tolist() == ["b", "b"]
+    assert tables.read(tmp_path / "in.jsonl")["answer"].tolist() == ["b", "b"]
 
 
 def test_a_header_alone_is_a_table_of_no_rows(tmp_path):
     (tmp_path / "in.csv").write_text("prompt,answer\n")
-    assert len(files.read(tmp_path / "in.csv")) == 0
+    assert len(tables.read(tmp_path / "in.csv")) == 0
 
 
 @pytest.mark.parametrize("number", ["42", "1.0", "1.10", "1e3", "-0", "0.12345678901234567890", "9" * 40])
 def test_a_number_of_json_is_the_text_that_stands_there(tmp_path, number):
     (tmp_path / "in.jsonl").write_text(f'{{"prompt": {number}, "answer": {number}}}\n')
-    table = files.read(tmp_path / "in.jsonl")
+    table = tables.read(tmp_path / "in.jsonl")
     assert (table["prompt"][0], table["answer"][0]) == (number, number)
 
 
@@ -117,7 +117,7 @@ def test_json_values_keep_their_types(tmp_path):
         {"prompt": "c", "id": 3, "big": 0, "flag": False, "list": [], "mixed": {"a": "é"}, "x": None},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = files.read(tmp_path / "in.jsonl")
+    table = tables.read(tmp_path / "in.jsonl")
     again = [json.loads(line) for line in written(table, tmp_path / "o.jsonl").decode().split("\n")[:-1]]
     assert again == rows
     assert [type(row["id"]) for row in again] == [int, type(None), int]
@@ -154,7 +154,7 @@ PARQUET = pa.table(
 
 def test_parquet_columns_keep_their_types(tmp_path):
     pq.write_table(PARQUET, tmp_path / "in.parquet")
-    table = files.read(tmp_path / "in.parquet")
+    table = tables.read(tmp_path / "in.parquet")
     again = pq.read_table(io.BytesIO(written(table, tmp_path / "o.parquet")))
     assert again.schema == PARQUET.schema
     assert str(again.to_pylist()) == str(PARQUET.to_pylist())
@@ -185,7 +185,7 @@ def test_parquet_of_pandas_keeps_its_index_and_its_own_types(tmp_path):
         index=pd.Index(["k", "l"], name="key"),
     )
     table.to_parquet(tmp_path / "in.parquet")
-    read = files.read(tmp_path / "in.parquet")
+    read = tables.read(tmp_path / "in.parquet")
     read["answer"] = pd.Series(["1", "made"], dtype=object)
     (tmp_path / "o.parquet").write_bytes(written(read, tmp_path / "o.parquet"))
     again = pd.read_parquet(tmp_path / "o.parquet")
@@ -201,13 +201,13 @@ def test_the_output_is_never_the_input(tmp_path):
     os.link(source, tmp_path / "hard.csv")
     for name in ("in.csv", "link.csv", "hard.csv", f"../{tmp_path.name}/in.csv"):
         with pytest.raises(ValueError, match=r"--output: .* is the input itself"):
-            files.target(tmp_path / name, source)
+            tables.target(tmp_path / name, source)
 
 
 def test_an_output_behind_a_link_is_the_file_that_is_meant(tmp_path):
     (tmp_path / "in.csv").write_text("prompt\na\n")
     (tmp_path / "link.csv").symlink_to(tmp_path / "far" / "o.csv")
-    assert files.target(tmp_path / "link.csv", tmp_path / "in.csv") == (tmp_path / "far" / "o.csv").resolve()
+    assert tables.target(tmp_path / "link.csv", tmp_path / "in.csv") == (tmp_path / "far" / "o.csv").resolve()
     assert (tmp_path / "far").is_dir()
 
 
@@ -215,12 +215,12 @@ def test_what_may_not_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "in.csv").write_text("prompt\na\n")
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ValueError, match=r"--output: .*folder\.csv is a folder; name a file"):
-        files.target(tmp_path / "folder.csv", tmp_path / "in.csv")
+        tables.target(tmp_path / "folder.csv", tmp_path / "in.csv")
     with pytest.raises(OSError, match=r"in\.csv"):
-        files.target(tmp_path / "in.csv" / "o.csv", tmp_path / "in.csv")
+        tables.target(tmp_path / "in.csv" / "o.csv", tmp_path / "in.csv")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a test may run as root, who may write everywhere
     with pytest.raises(ValueError, match=r"--output: .*o\.csv may not be written"):
-        files.target(tmp_path / "o.csv", tmp_path / "in.csv")
+        tables.target(tmp_path / "o.csv", tmp_path / "in.csv")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -228,7 +228,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path.write_text("old")
 
     def torn() -> None:
-        with files.replacing(path) as out:
+        with tables.replacing(path) as out:
             out.write(b"half")
             raise OSError(28, "No space left on device")
 
@@ -236,17 +236,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         torn()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["o.csv"]
-    with files.replacing(path) as out:
+    with tables.replacing(path) as out:
         out.write(b"new")
     assert path.read_text() == "new"
 
 
 def test_one_holds_the_lock_and_leaves_nothing(tmp_path):
-    with files.locked(tmp_path / "o.csv"):
-        with pytest.raises(ValueError, match="another isouq score is writing it"), files.locked(tmp_path / "o.csv"):
+    with tables.locked(tmp_path / "o.csv"):
+        with pytest.raises(ValueError, match="another isouq score is writing it"), tables.locked(tmp_path / "o.csv"):
             pass
-        with pytest.raises(ValueError, match="another isouq score is writing it"), files.locked(tmp_path / "o.csv"):
+        with pytest.raises(ValueError, match="another isouq score is writing it"), tables.locked(tmp_path / "o.csv"):
             pass
-    with pytest.raises(KeyError), files.locked(tmp_path / "o.csv"):
+    with pytest.raises(KeyError), tables.locked(tmp_path / "o.csv"):
         raise KeyError
     assert os.listdir(tmp_path) == []

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from isouq import identity
+from isouq.studies import identity
 
 PACKAGE = identity.PACKAGE
-JOBS = ("isouq.qa.stages", "isouq.causal_lm")  # what computes: scored questions, inner products
+JOBS = ("isouq.studies.qa.stages", "isouq.language.scoring")  # what computes: scored questions, inner products
 
 
 def files_of(job: str) -> set[str]:
@@ -42,7 +42,7 @@ def test_what_computes_is_reached_and_what_starts_fetches_or_draws_is_not():
     }
     inner |= {"causal_lm.py", "estimate.py", "forward.py", "sequences.py"}
     questions = {f"qa/{name}.py" for name in ("data", "generation", "judge", "stages")}
-    for job, expected in (("isouq.causal_lm", inner), ("isouq.qa.stages", inner | questions)):
+    for job, expected in (("isouq.language.scoring", inner), ("isouq.studies.qa.stages", inner | questions)):
         assert expected <= files_of(job)
         assert not files_of(job) & {
             "assets.py",
@@ -56,7 +56,7 @@ def test_what_computes_is_reached_and_what_starts_fetches_or_draws_is_not():
 
 def test_a_job_whose_name_is_no_module_is_refused():
     with pytest.raises(ValueError, match=r"modules: 'isouq\.qa\.stage' given"):
-        identity.code("isouq.qa.stage")
+        identity.code("isouq.studies.qa.stage")
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -233,28 +233,28 @@ CHANGES += (the_end_of_generation, the_normaliser, a_special_token, a_word)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_of_what_a_model_computes_with_is_seen(change):
     model, tokenizer = language_model()
-    before = identity.weights(model, tokenizer)
+    before = models.weights(model, tokenizer)
     change(model, tokenizer)
-    assert identity.weights(model, tokenizer) != before
+    assert models.weights(model, tokenizer) != before
 
 
 def test_where_a_model_lies_and_how_it_was_used_is_not_seen():
     model, tokenizer = language_model()
-    before = identity.weights(model, tokenizer)
+    before = models.weights(model, tokenizer)
     model.config._name_or_path, model.config.transformers_version = "/elsewhere", "0.0"
     tokenizer.pad_token = tokenizer.eos_token
-    padded = identity.weights(model, tokenizer)
+    padded = models.weights(model, tokenizer)
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=3)
-    assert identity.weights(model, tokenizer) == padded
+    assert models.weights(model, tokenizer) == padded
     tokenizer.pad_token = None
-    assert identity.weights(copy.deepcopy(model), tokenizer) == before
+    assert models.weights(copy.deepcopy(model), tokenizer) == before
 
 
 def test_a_plain_module_has_an_identity_too():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    before = identity.weights(model)
+    before = models.weights(model)
     model[1].running_mean += 1
-    assert identity.weights(model) != before
+    assert models.weights(model) != before
 
 
 def test_a_number_that_is_none_has_no_digest():

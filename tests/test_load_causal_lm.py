@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from isouq import assets
+from isouq.studies import assets
 
 FIRST, SECOND = "1" * 40, "2" * 40  # commits of the stand-in Hub's one repository
 
@@ -96,7 +96,7 @@ def load_in_child(names: list[str], **environment: str) -> list[dict]:
     """Load each name in a new process (the Hub's address is read at import); what came of it, and in what time."""
     script = """
 import json, sys, time
-from isouq import assets
+from isouq.studies import assets
 import transformers
 for name in sys.argv[1:]:
     began = time.monotonic()

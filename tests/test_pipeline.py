@@ -23,7 +23,7 @@ import pytest
 import yaml
 from pipeline import jobs
 
-from isouq import profiles
+from isouq.pipeline import profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.book
@@ -106,7 +106,7 @@ def test_the_results_are_joined_with_the_record_of_every_run(built):
     assert {"01_derivation", "04_llm_qa", "qa-smollm2-135m-instruct-triviaqa"} == content["meta"]["durations"].keys()
     run_of = content["meta"]["runs"]["04_llm_qa"]
     assert run_of["parameters"]["n_questions"] == 5
-    assert "isouq/evaluation.py" in run_of["inputs"]
+    assert "isouq/studies/evaluation.py" in run_of["inputs"]
 
 
 def test_nothing_runs_again_when_nothing_but_times_has_changed(project):
@@ -147,8 +147,8 @@ def test_a_parameter_of_the_scoring_scores_again_and_leaves_the_other_notebook(p
 @pytest.mark.parametrize(
     ("changed", "reruns"),
     [
-        ("isouq/evaluation.py", {"Running notebooks/04_llm_qa.ipynb"}),
-        ("isouq/plotting.py", {"Running notebooks/01_derivation.ipynb"}),
+        ("isouq/studies/evaluation.py", {"Running notebooks/04_llm_qa.ipynb"}),
+        ("isouq/studies/plotting.py", {"Running notebooks/01_derivation.ipynb"}),
         ("isouq/cli.py", set()),
         ("requirements.lock", {"Running notebooks/01_derivation.ipynb", "Running notebooks/04_llm_qa.ipynb",
                                "Scoring triviaqa with smollm2-135m-instruct"}),

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from isouq import plotting
-from isouq.plotting import METHODS
+from isouq.studies import plotting
+from isouq.studies.plotting import METHODS
 
 matplotlib.use("agg")
 

@@ -5,9 +5,9 @@ import torch
 from architectures import upcasts_to
 from closeness import assert_logs_close
 
-from isouq import assets
-from isouq.causal_lm import encode, score_aggregations
 from isouq.estimate import AGGREGATIONS
+from isouq.language.scoring import encode, score_aggregations
+from isouq.studies import assets
 
 PAIRS = [("The capital of France is", " Paris."), ("Q: Who wrote Hamlet?\nA:", " William Shakespeare")]
 N_PARAMETERS = {"smollm2-135m-instruct": 134_515_008, "gemma-3-270m": 268_098_176}

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from isouq import profiles
+from isouq.pipeline import profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -63,10 +63,10 @@ def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_extra_notebooks_brings_what_a_notebook_and_its_modules_import(path):
-    from isouq import provenance
+    from isouq.studies import results
 
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    sources = ["\n".join(code), *(file.read_text() for file in provenance.module_files(path))]
+    sources = ["\n".join(code), *(file.read_text() for file in results.module_files(path))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module}

@@ -20,8 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import isouq
-from isouq import causal_lm, cli, estimate, files, gradients, scoring
-from isouq.qa import generation
+from isouq import cli, estimate, gradients
+from isouq.language import files, generation, scoring, tables
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_format_gives_the_scores_of_score_texts(model_folder, tmp_path, su
     assert score(model_folder, source, target, "--batch-size", "2") == 0
     read = {"csv": pd.read_csv, "parquet": pd.read_parquet, "jsonl": lambda p: pd.read_json(p, lines=True)}
     got = read[suffix](target)
-    model, tokenizer = isouq.assets.load_causal_lm(str(model_folder))
+    model, tokenizer = isouq.studies.assets.load_causal_lm(str(model_folder))
     wanted = isouq.score_texts(model, tokenizer, list(QUESTIONS.prompt), list(QUESTIONS.answer))
     assert list(got.id.astype(int)) == [7, 8, 9]
     for column in ("log_prob", "log_epistemic", "aleatoric"):
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     before = {json.loads(line)["row"] for line in partial.read_text().split("\n")[1:-1]}
     assert 5 <= len(before) < n
     scored = []
-    original = causal_lm.score_ids
+    original = scoring.score_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             causal_lm, "score_ids", lambda model, pairs, **o: (scored.extend(pairs), original(model, pairs, **o))[1]
@@ -145,7 +145,7 @@ def read_lines(path):
 
 def stop_after(n, error):
     """causal_lm.score_ids that raises `error` once it has scored n times."""
-    calls, original = [], causal_lm.score_ids
+    calls, original = [], scoring.score_ids
 
     def score_ids(*args, **options):
         calls.append(1)
@@ -173,7 +173,7 @@ def test_a_run_resumes_with_another_batch_size_byte_for_byte(model_folder, tmp_p
     source, target, partial = interrupted
     assert score(model_folder, source, tmp_path / "whole.csv") == 0
     seen = []
-    original = causal_lm.score_ids
+    original = scoring.score_ids
     monkeypatch.setattr(causal_lm, "score_ids", lambda m, pairs, **o: (seen.extend(pairs), original(m, pairs, **o))[1])
     assert score(model_folder, source, target, "--batch-size", "2", "--max-new-tokens", "7") == 0
     assert len(seen) == 2
@@ -241,7 +241,7 @@ def test_a_second_run_is_refused_and_takes_nothing(model_folder, tmp_path, capsy
     QUESTIONS.to_csv(source, index=False)
     QUESTIONS.iloc[::-1].to_csv(other, index=False)
     refused = []
-    original = causal_lm.score_ids
+    original = scoring.score_ids
 
     def meanwhile(*args, **options):
         refused.extend(score(model_folder, name, target) for name in (source, other))
@@ -295,7 +295,7 @@ def test_an_input_that_may_not_be_read_is_one_line(tmp_path, capsys, monkeypatch
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     QUESTIONS.to_csv(tmp_path / "in.csv", index=False)
-    monkeypatch.setattr(files.Path, "read_bytes", refuse)
+    monkeypatch.setattr(tables.Path, "read_bytes", refuse)
     assert score("no-model", tmp_path / "in.csv", tmp_path / "out.csv") == 1
     assert capsys.readouterr().err == f"isouq: [Errno 13] Permission denied: '{tmp_path / 'in.csv'}'\n"
 
@@ -308,7 +308,7 @@ def test_a_cell_is_scored_as_written_or_says_why_not(model_folder, tmp_path, cap
     rows = read_lines(target)
     assert [row["id"] for row in rows] == list(range(10))
     assert [row["answer"] for row in rows[:6]] == ["42", "1.50", "1e3", "true", '["1"]', '{"a": "1"}']
-    model, tokenizer = isouq.assets.load_causal_lm(str(model_folder))
+    model, tokenizer = isouq.studies.assets.load_causal_lm(str(model_folder))
     wanted = isouq.score_texts(model, tokenizer, ["Is it?"] * 4, ["42", "1.50", "1e3", " no "])
     got = [rows[i]["log_prob"] for i in (0, 1, 2, 8)]
     assert got == pytest.approx(wanted.log_prob.to_numpy(), rel=1e-6)
@@ -340,7 +340,7 @@ def test_columns_of_any_name_are_kept_or_refused_before_the_model(model_folder, 
         row = next(csv.DictReader(file))
     assert list(row)[:5] == ["row", "answer", "index", "prompt", ""]
     assert list(row.values())[:5] == ["id-7", "yes", "007", "Is it?", "NA"]
-    for name in scoring.COLUMNS:
+    for name in tables.COLUMNS:
         source.write_text(f"prompt,answer,{name}\na,b,mine\n")
         assert score("no-model", source, target) == 1
         assert (
@@ -362,7 +362,7 @@ def test_what_the_output_cannot_hold_is_said_before_the_model(tmp_path, capsys):
 def test_a_header_alone_gives_a_header_alone(tmp_path, capsys):
     (tmp_path / "in.csv").write_text("prompt,answer,id\n")
     assert score("no-model", tmp_path / "in.csv", tmp_path / "o.csv") == 0
-    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(scoring.COLUMNS) + "\n"
+    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(tables.COLUMNS) + "\n"
 
 
 def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import VOCAB, build
 
-from isouq.sequences import TOKENS_PER_BATCH, Batch, batches, checked
+from isouq.language.examples import TOKENS_PER_BATCH, Batch, batches, checked
 
 IDS = torch.tensor([[0, 5, 6, 7, 8], [9, 10, 11, 0, 0]])
 ANSWER = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]).bool()

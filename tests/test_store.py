@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isouq.store import Store, StoreError, store_path
+from isouq.studies.store import Store, StoreError, store_path
 
 RUN = {"model": "m", "settings": {"seed": 0}}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,17 @@ from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, w
 from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
 from isouq.gradients.graph import NotCovered
 from isouq.gradients.room import Sizes, cut, groups, n_bytes, room
-from isouq.store import Store
+
+
+class Checkpoint(Protocol):
+    """Where sums are kept while they grow, such as `isouq.studies.store.Store`: one record of an item in each stage."""
+
+    def get(self, stage: str) -> dict[str, Any]:
+        """The records of a stage by item."""
+
+    def put(self, item_id: str, records: dict[str, Any], *, replace: bool) -> None:
+        """Write one item's records, {stage: plain JSON or bytes}, all of them or none."""
+
 
 Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
 Batches = Sequence[tuple[Objective, int]]
@@ -124,7 +134,7 @@ def inner_products(
     memory: float = 4e9,
     in_pass: float = 0.0,
     progress: bool = False,
-    checkpoint: Store | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Gram:
     """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
 
@@ -162,7 +172,7 @@ def _by_factors(
     chosen: dict[str, nn.Parameter],
     sums: Sums,
     progress: bool,
-    checkpoint: Store | None,
+    checkpoint: Checkpoint | None,
 ) -> Gram:
     # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
     taken = sums.in_pass + max(sums.in_pass, sums.buffer_bytes) + sums.block.nbytes
@@ -185,7 +195,7 @@ def _by_factors(
     return sums.gram()
 
 
-def _resume(checkpoint: Store | None, groups: list[list[str]], sums: Sums) -> int:
+def _resume(checkpoint: Checkpoint | None, groups: list[list[str]], sums: Sums) -> int:
     """How many groups an earlier run has done; their products are put into `sums`."""
     progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
     if checkpoint is None or progress.get("groups") != groups:
@@ -196,7 +206,7 @@ def _resume(checkpoint: Store | None, groups: list[list[str]], sums: Sums) -> in
     return progress["done"]
 
 
-def _keep(checkpoint: Store | None, groups: list[list[str]], done: int, sums: Sums) -> None:
+def _keep(checkpoint: Checkpoint | None, groups: list[list[str]], done: int, sums: Sums) -> None:
     if checkpoint is not None:
         arrays = {name: getattr(sums, name).numpy().tobytes() for name in ("block", "squares")}
         checkpoint.put("sums", {"progress": {"groups": groups, "done": done}, **arrays}, replace=True)

@@ -10,9 +10,9 @@ from closeness import assert_close, assert_logs_close
 from comparison import is_exact
 from reference import Scores, pad, score
 
-from isouq.causal_lm import score_aggregations
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import NotCovered
+from isouq.language.scoring import score_aggregations
 
 EXAMPLES = {
     "even": examples((8, 8, 8), (3, 1, 4)),

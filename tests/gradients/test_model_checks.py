@@ -10,8 +10,8 @@ from reference import pad
 from torch import nn
 
 import isouq
-from isouq.causal_lm import log_probs, score_aggregations
 from isouq.gradients.checks import check_model
+from isouq.language.scoring import log_probs, score_aggregations
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 CASE = [(torch.tensor([3, 4, 5, 6]), 2)]

@@ -15,12 +15,13 @@ from closeness import RELATIVE
 from reference import pad, token_log_probs
 from torch import nn
 
-from isouq import causal_lm, identity
 from isouq.gradients import products, room
 from isouq.gradients.factors import Dense, Outer, Rows, inner
 from isouq.gradients.graph import NotCovered
 from isouq.gradients.room import cut
-from isouq.store import StoreError
+from isouq.language import scoring
+from isouq.studies import identity
+from isouq.studies.store import StoreError
 
 ROWS = examples((9, 5, 7, 8), (3, 1, 2, 5), seed=1)
 OTHERS = examples((6, 9, 4), (2, 4, 1), seed=2)
@@ -46,7 +47,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, 
 def check(model: nn.Module, dtype: torch.dtype, sequences=ROWS, others=OTHERS, **options) -> None:
     with upcasts_to(dtype):
         X, Y = gradients(model, sequences), gradients(model, others)
-        found = causal_lm.gram(model, pad(sequences, "left"), pad(others, "right"), **options)
+        found = scoring.gram(model, pad(sequences, "left"), pad(others, "right"), **options)
     x, y = X.norm(dim=1), Y.norm(dim=1)
     assert_near(found.rows, X @ X.T, x[:, None] * x, dtype)
     assert_near(found.between, X @ Y.T, x[:, None] * y, dtype)
@@ -111,7 +112,7 @@ def test_the_parts_of_parameters_add_up(monkeypatch, name, tied):
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])
 def test_the_least_memory_asked_for_is_enough(engine):
     model = build("gemma3", tied=True)
-    least = least_memory(partial(causal_lm.gram, model, pad(ROWS, "left"), pad(OTHERS, "right"), engine=engine))
+    least = least_memory(partial(scoring.gram, model, pad(ROWS, "left"), pad(OTHERS, "right"), engine=engine))
     check(model, torch.float64, engine=engine, memory=least)
 
 
@@ -129,7 +130,7 @@ def test_what_fits_stands_together_and_what_does_not_is_cut_into_as_few_parts_as
 def test_too_little_memory_is_said_before_any_product_is_taken(monkeypatch, engine):
     monkeypatch.setattr(products.Sums, "add_pair", None)
     monkeypatch.setattr(products.Sums, "add_gradients", None)
-    call = partial(causal_lm.inner_products, build("llama", tied=True), *pad(ROWS, "left"), engine=engine)
+    call = partial(scoring.inner_products, build("llama", tied=True), *pad(ROWS, "left"), engine=engine)
     assert least_memory(call) > 1e4
     for nothing in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=r"memory: .* given, a number of bytes above 0 wanted"):
@@ -163,7 +164,7 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from isouq import causal_lm
+from isouq.language import scoring
 torch.set_num_threads(1)
 torch.manual_seed(0)
 shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -173,14 +174,14 @@ def texts(n):
     return ids, (torch.arange(16) >= 8).expand(n, 16), None
 def peak():  # of this process alone: ru_maxrss begins with that of the process that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-causal_lm.gram(model, texts(2), texts(2), memory=1e9)
-causal_lm.score_tokens(model, *texts(3))
+scoring.gram(model, texts(2), texts(2), memory=1e9)
+scoring.score_tokens(model, *texts(3))
 before = peak()
 what, memory = sys.argv[1], float(sys.argv[2])
 if what == "gram":
-    causal_lm.gram(model, texts(90), texts(60), memory=memory)
+    scoring.gram(model, texts(90), texts(60), memory=memory)
 else:
-    causal_lm.score_tokens(model, *texts(150), memory=memory, aggregation=what)
+    scoring.score_tokens(model, *texts(150), memory=memory, aggregation=what)
 print(peak() - before)
 """
 
@@ -197,8 +198,8 @@ def test_a_process_never_takes_more_than_a_tenth_above_the_memory_asked_for(what
 def test_one_set_gives_its_own_products_and_two_give_those_between():
     model = build("llama", tied=True)
     with upcasts_to(torch.float64):
-        both = causal_lm.inner_products(model, *pad([*ROWS, *OTHERS], "right", 9))
-        between = causal_lm.inner_products(model, *pad(ROWS, "left"), others=pad(OTHERS, "left"))
+        both = scoring.inner_products(model, *pad([*ROWS, *OTHERS], "right", 9))
+        between = scoring.inner_products(model, *pad(ROWS, "left"), others=pad(OTHERS, "left"))
     torch.testing.assert_close(between, both[:4, 4:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(both, both.T, rtol=1e-12, atol=1e-12)
 
@@ -215,11 +216,11 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
     seen = passes(monkeypatch)
     call = (model, pad(ROWS, "left"), pad(OTHERS, "left"))
     with upcasts_to(torch.float64):
-        whole = causal_lm.gram(*call)
+        whole = scoring.gram(*call)
         options = {"checkpoint": file}
         into_parts(monkeypatch, 1)
         seen.clear()
-        causal_lm.gram(*call)
+        scoring.gram(*call)
         n_whole = len(seen)
         keep, kept = products._keep, itertools.count(1)
 
@@ -230,13 +231,13 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
 
         monkeypatch.setattr(products, "_keep", killed)
         with pytest.raises(KeyboardInterrupt):
-            causal_lm.gram(*call, **options)
+            scoring.gram(*call, **options)
         monkeypatch.setattr(products, "_keep", keep)
         seen.clear()
-        resumed = causal_lm.gram(*call, **options)
+        resumed = scoring.gram(*call, **options)
         n_resumed = len(seen)
         seen.clear()
-        again = causal_lm.gram(*call, **options)
+        again = scoring.gram(*call, **options)
     assert n_resumed == n_whole - 3 * 2  # a pass for the rows and one for the others in each of three groups
     assert len(seen) < n_resumed
     [kept] = file.parent.iterdir()
@@ -250,7 +251,7 @@ def test_a_killed_run_goes_on_after_its_last_group(tmp_path, monkeypatch):
 def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, monkeypatch, change):
     model, file = build("llama", tied=True), tmp_path / "products.sqlite"
     with upcasts_to(torch.float64):
-        causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
+        scoring.gram(model, pad(ROWS, "left"), checkpoint=file)
         if change == "model":
             with torch.no_grad():
                 model.model.norm.weight[0] += 1
@@ -259,7 +260,7 @@ def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, monkeypatch, chan
         sequences = OTHERS if change == "examples" else ROWS
         seen = []
         monkeypatch.setattr(products, "_gather", lambda *work, plain=products._gather: seen.append(1) or plain(*work))
-        found = causal_lm.gram(model, pad(sequences, "left"), checkpoint=file)
+        found = scoring.gram(model, pad(sequences, "left"), checkpoint=file)
         X = gradients(model, sequences)
     assert bool(seen) == (change != "nothing")
     torch.testing.assert_close(found.rows, X @ X.T, rtol=1e-8, atol=1e-8)
@@ -267,12 +268,12 @@ def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, monkeypatch, chan
 
 def test_a_checkpoint_in_use_is_refused_by_its_name(tmp_path):
     model, file = build("llama", tied=True), tmp_path / "products.sqlite"
-    causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
+    scoring.gram(model, pad(ROWS, "left"), checkpoint=file)
     [kept] = tmp_path.iterdir()
     connection = sqlite3.connect(kept, isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreError, match=f"{kept.name} is in use by another process; wait for it to end"):
-        causal_lm.gram(model, pad(ROWS, "left"), checkpoint=file)
+        scoring.gram(model, pad(ROWS, "left"), checkpoint=file)
     connection.close()
 
 
@@ -280,7 +281,7 @@ def test_a_model_is_left_as_it_was(tmp_path):
     model = build("llama", tied=True)
     model.requires_grad_(False)
     with upcasts_to(torch.float64):
-        causal_lm.gram(model, pad(ROWS, "left"))
+        scoring.gram(model, pad(ROWS, "left"))
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
@@ -292,13 +293,13 @@ def test_no_rows_is_an_error():
 @pytest.mark.assets
 def test_products_on_a_real_model_agree_with_autograd():
     """The issue's number: at most 1e-4 relative in float32, here of ‖x‖‖y‖."""
-    from isouq import assets
+    from isouq.studies import assets
 
     model, tokenizer = assets.load_causal_lm("smollm2-135m-instruct")
     texts = ["The capital of France is Paris", "Water boils at 100", "A tale of two cities was written by Dickens"]
     sequences = [(torch.tensor(tokenizer(text)["input_ids"]), 2) for text in texts]
     X = gradients(model, sequences)
-    found = causal_lm.gram(model, pad(sequences[:2], "left"), pad(sequences[2:], "left"), engine="ghost", memory=1e8)
+    found = scoring.gram(model, pad(sequences[:2], "left"), pad(sequences[2:], "left"), engine="ghost", memory=1e8)
     norms = X.norm(dim=1)
     error = (torch.cat([found.rows, found.between], 1) - X[:2] @ X.T).abs() / (norms[:2, None] * norms)
     assert error.max() <= 1e-4

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.isotropy import language
-from isouq.isotropy.language import Study, Texts
+from isouq.studies.isotropy import language
+from isouq.studies.isotropy.language import Study, Texts
 
 KINDS = list(language.PROXIES)
 
@@ -109,7 +109,8 @@ def test_padding_puts_prompt_and_answer_in_place():
 
 @pytest.mark.assets
 def test_on_the_real_model(tmp_path):
-    from isouq import assets, causal_lm
+    from isouq.language import scoring
+    from isouq.studies import assets
 
     model, tokenizer = assets.load_causal_lm("smollm2-135m-instruct")
     asked = language.queries(model, tokenizer, 4, seed=1)
@@ -122,7 +123,7 @@ def test_on_the_real_model(tmp_path):
     longest = max(len(p) + len(a) for some in (made, asked) for p, a in zip(some.prompts, some.answers, strict=True))
     assert longest <= 64
     study = language.measure(model, made, asked, checkpoint=tmp_path / "gram.sqlite")
-    scores = causal_lm.score_tokens(model, *asked.padded())
+    scores = scoring.score_tokens(model, *asked.padded())
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)
     assert (study.form("all", damping=0.1) > 0).all()

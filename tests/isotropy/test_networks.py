@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import covariance
-from isouq.isotropy import networks
-from isouq.isotropy.networks import Case, Recipe
-from isouq.synthetic import point, problems
+from isouq.studies.isotropy import covariance, networks
+from isouq.studies.isotropy.networks import Case, Recipe
+from isouq.studies.synthetic import point, problems
 
 
 def small(name: str, seed: int = 0):

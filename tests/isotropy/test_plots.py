@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import plotting
-from isouq.isotropy import plots, spectra
-from isouq.synthetic import problems
+from isouq.studies import plotting
+from isouq.studies.isotropy import plots, spectra
+from isouq.studies.synthetic import problems
 
 
 @pytest.fixture(autouse=True)

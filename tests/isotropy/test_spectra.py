@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from isouq.isotropy import spectra
-from isouq.synthetic import point, problems
+from isouq.studies.isotropy import spectra
+from isouq.studies.synthetic import point, problems
 
 
 def make(name: str, width: int):

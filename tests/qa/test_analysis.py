@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.provenance import Result
-from isouq.qa import analysis
-from isouq.qa.analysis import Analysis
+from isouq.studies.qa import analysis
+from isouq.studies.qa.analysis import Analysis
+from isouq.studies.results import Result
 
 QUICK = Analysis(n_resamples=40)
 

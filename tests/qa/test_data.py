@@ -5,9 +5,9 @@ import json
 import pyarrow as pa
 import pytest
 
-from isouq import assets
-from isouq.qa import data, study
-from isouq.qa.data import DataSet, Question
+from isouq.studies import assets
+from isouq.studies.qa import data, study
+from isouq.studies.qa.data import DataSet, Question
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from isouq.qa import generation
+from isouq.language import generation
 
 SHARED = list(range(10, 34))
 PROMPTS = [SHARED + rest for rest in ([40], [41, 42, 43, 44, 45], [46, 47, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9])]

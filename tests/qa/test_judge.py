@@ -2,7 +2,7 @@
 
 import pytest
 
-from isouq.qa import judge
+from isouq.studies.qa import judge
 
 
 @pytest.mark.parametrize(

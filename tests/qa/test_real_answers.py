@@ -2,10 +2,11 @@
 
 import pytest
 
-from isouq import assets, causal_lm
-from isouq.qa import data, generation, judge, study
-from isouq.qa.study import Settings
-from isouq.sequences import pad
+from isouq.language import generation, scoring
+from isouq.language.examples import pad
+from isouq.studies import assets
+from isouq.studies.qa import data, judge, study
+from isouq.studies.qa.study import Settings
 
 pytestmark = pytest.mark.assets
 
@@ -41,6 +42,6 @@ def test_shared_candidates_equal_plain_log_probs(smollm2) -> None:
     ids = [[generation.encode_answer(tokenizer, text) for text in group] for group in texts]
     shared = generation.candidate_log_probs(model, subject.prompts, ids)
     for prompt, group, found in zip(subject.prompts, ids, shared, strict=True):
-        plain, n_tokens = causal_lm.log_probs(model, *pad([prompt] * len(group), group))
+        plain, n_tokens = scoring.log_probs(model, *pad([prompt] * len(group), group))
         # A float32 log-softmax over 49,152 words is itself off by up to 1e-5 per token; ours is summed in float64.
         assert ((plain - found).abs() < 2e-5 * n_tokens).all()

@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import assets, causal_lm, identity
-from isouq.qa import data, generation, study
-from isouq.qa.data import DataSet, Question
-from isouq.qa.study import Settings
-from isouq.sequences import pad
-from isouq.store import Store
+from isouq.language import generation, scoring
+from isouq.language.examples import pad
+from isouq.studies import assets, identity
+from isouq.studies.qa import data, study
+from isouq.studies.qa.data import DataSet, Question
+from isouq.studies.qa.study import Settings
+from isouq.studies.store import Store
 
 RUN = {"study": "test"}
 
@@ -50,7 +51,7 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
     for row, (prompt, answer) in enumerate(zip(subject.prompts, ids, strict=True)):
         if not answer:
             continue
-        one = causal_lm.score_aggregations(
+        one = scoring.score_aggregations(
             llama,
             *pad([prompt], [answer]),
             aggregations=("sequence", "geometric", "token_mean"),
@@ -70,7 +71,7 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
 def test_a_larger_run_extends_a_smaller_and_scores_nothing_again(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
     small = run_small(tmp_path / "s.sqlite", llama, tokenizer, n=5)
     scored: list[int] = []
-    plain = causal_lm.score_aggregations
+    plain = scoring.score_aggregations
 
     def count(model, input_ids, *rest, **options):
         scored.append(len(input_ids))
@@ -109,7 +110,7 @@ def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path
         ]
         texts = [row.reference, "y", "zz", "a long one"]
         ids = [generation.encode_answer(tokenizer, text) for text in texts]
-        log_p, n_tokens = causal_lm.log_probs(llama, *pad([prompt] * 4, ids))
+        log_p, n_tokens = scoring.log_probs(llama, *pad([prompt] * 4, ids))
         assert row.answer == texts[int(log_p.argmax())]
         assert row.right == (int(log_p.argmax()) < 2)
         assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
@@ -122,7 +123,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import conftest, test_study
-from isouq.qa import study
+from isouq.studies.qa import study
 torch.set_num_threads(1)
 llama, tokenizer = (getattr(conftest, name).__wrapped__() for name in ("llama", "tokenizer"))
 plain = study.Store.put
@@ -169,7 +170,7 @@ def test_a_study_is_scored_again_exactly_where_something_that_decides_it_changed
 ) -> None:
     source = tmp_path / "data.json"
     source.write_text("one")
-    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, identity.weights(llama, tokenizer)))
+    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, models.weights(llama, tokenizer)))
     monkeypatch.setattr(assets, "path", lambda asset, file: source)
     monkeypatch.setattr(data, "load", lambda name, path: small_set(40))
     options = {"n_shots": 2, "n_token_mean": 0, "max_new_tokens": 3, "store_dir": str(tmp_path / "store")}
@@ -201,10 +202,10 @@ def test_a_study_is_scored_again_exactly_where_something_that_decides_it_changed
 
 
 def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:
-    before = identity.weights(llama, tokenizer)
+    before = models.weights(llama, tokenizer)
     weight = llama.model.layers[1].mlp.up_proj.weight
     with_change = weight.data[3, 4].item()
     weight.data[3, 4] += 1e-3
-    assert identity.weights(llama, tokenizer) != before
+    assert models.weights(llama, tokenizer) != before
     weight.data[3, 4] = with_change
-    assert identity.weights(llama, tokenizer) == before
+    assert models.weights(llama, tokenizer) == before

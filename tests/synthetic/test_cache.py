@@ -6,10 +6,10 @@ import arviz
 import numpy as np
 import pytest
 
-from isouq.synthetic import cache, posterior
-from isouq.synthetic.cache import PosteriorError
-from isouq.synthetic.jobs import Job
-from isouq.synthetic.posterior import Settings
+from isouq.studies.synthetic import cache, posterior
+from isouq.studies.synthetic.cache import PosteriorError
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
 
 SETTINGS = Settings(n_chains=4, n_warmup=200, n_draws=400)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq import plotting
-from isouq.synthetic import problems
+from isouq.studies import plotting
+from isouq.studies.synthetic import problems
 
 matplotlib.use("agg")
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isouq.synthetic import jobs, posterior
-from isouq.synthetic.jobs import Job
-from isouq.synthetic.posterior import Settings
+from isouq.studies.synthetic import jobs, posterior
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
 
 FILE = Path(__file__).parents[1] / "data" / "golden_records.json"
 SHORT = Settings(n_chains=4, n_warmup=8, n_draws=20, max_tree_depth=3)

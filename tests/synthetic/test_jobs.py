@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from isouq.identity import digest
-from isouq.synthetic import jobs, posterior
-from isouq.synthetic.jobs import Job
-from isouq.synthetic.posterior import Settings
+from isouq.studies.identity import digest
+from isouq.studies.synthetic import jobs, posterior
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
 
 SMALL = Job(
     problem="regression_linear",

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from isouq import profiles
-from isouq.synthetic import jobs, plan, problems
+from isouq.pipeline import jobs as pipeline_jobs
+from isouq.pipeline import profiles
+from isouq.studies.synthetic import jobs, plan, problems
 
 
 @pytest.mark.parametrize("name", ["smoke", "embedded", "published"])
@@ -39,7 +40,7 @@ def test_the_command_line_runs_one_problem(tmp_path, capsys):
     profile = {"name": "tiny", "description": "one job", "minutes": 1, "memory_gb": 1}
     (tmp_path / "tiny.yml").write_text(json.dumps(profile | {"notebooks": {"03_mcmc": section}}))
     arguments = ["--profile", str(tmp_path / "tiny.yml"), "--problem", "regression_linear"]
-    plan.main([*arguments, "--done", str(tmp_path / "a" / "one.done")])
+    pipeline_jobs.main(["sample", *arguments, "--done", str(tmp_path / "a" / "one.done")])
     (record,) = (tmp_path / "records").iterdir()
     assert record.name.startswith("regression_linear-w8-d0")
     assert (tmp_path / "a" / "one.done").read_text().startswith("1 records")
@@ -51,10 +52,10 @@ def test_the_committed_records_are_those_that_published_asks_for_and_the_code_ma
     section = profiles.load("published").parameters("03_mcmc")
     wanted = [*plan.table(section), *plan.data_sizes(section), *plan.sizes(section)]
     files = {file.name: file for file in jobs.COMMITTED.glob("*.json")}
-    assert files, "no record is committed: python -m isouq.synthetic.plan --profile published"
+    assert files, "no record is committed: python -m isouq.pipeline.jobs sample --profile published"
     assert files.keys() <= {job.file() for job in wanted}, "records that no job of published asks for"
     stale = [job.file() for job in wanted if job.file() in files and jobs.find(job, [jobs.COMMITTED]) is None]
-    assert not stale, "made by other code of isouq.synthetic: remove them and sample again"
+    assert not stale, "made by other code of isouq.studies.synthetic: remove them and sample again"
     assert sum(file.stat().st_size for file in files.values()) < 2_500_000
 
 
@@ -72,5 +73,5 @@ def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, sectio
     profile = {"name": "tiny", "description": "none", "minutes": 1, "memory_gb": 1, "notebooks": {"03_mcmc": section}}
     (tmp_path / "tiny.yml").write_text(json.dumps(profile))
     with pytest.raises(ValueError, match=message):
-        plan.main(["--profile", str(tmp_path / "tiny.yml")])
+        pipeline_jobs.main(["sample", "--profile", str(tmp_path / "tiny.yml")])
     assert not (tmp_path / "records").exists()

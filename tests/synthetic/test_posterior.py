@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isouq.synthetic import point, posterior
-from isouq.synthetic.jobs import Job
-from isouq.synthetic.posterior import Settings
+from isouq.studies.synthetic import point, posterior
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
 
 SETTINGS = Settings(n_chains=4, n_warmup=200, n_draws=500)
 

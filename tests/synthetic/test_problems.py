@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isouq.synthetic import problems
-from isouq.synthetic.jobs import Job
-from isouq.synthetic.posterior import Settings
-from isouq.synthetic.problems import Model, Network
+from isouq.studies.synthetic import problems
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
+from isouq.studies.synthetic.problems import Model, Network
 
 
 @pytest.mark.parametrize("name", problems.SPECS)

@@ -12,7 +12,7 @@ matplotlib.use("agg")  # a book is built where no screen is
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from isouq import plotting
+from isouq.studies import plotting
 
 from .results import Entry, format_interval
 

@@ -15,8 +15,8 @@ from torch import nn
 from toy import N_WORDS, Toy, random_ids
 
 import isouq
-from isouq.causal_lm import score_aggregations
 from isouq.estimate import AGGREGATIONS
+from isouq.language.scoring import score_aggregations
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,216 @@
+"""A file of questions → a file of scores: what `isouq score` does.
+
+Finished rows are appended to `OUTPUT.partial`, a JSON line each, so that a killed run resumes where it stopped; the
+output itself appears whole or not at all. A run resumes only with the same texts, options and weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm import tqdm
+
+from isouq import models
+from isouq.estimate import Aggregation
+from isouq.gradients import Engine
+from isouq.gradients.checks import ExampleError
+from isouq.language import encoding, generation, scoring, tables
+
+SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
+COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
+# What a library may raise about a row: the row says so, and the others are scored.
+ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to score."""
+
+    load: Callable[[], tuple[Any, Any]]  # gives (model, tokenizer), once the files are known to be right
+    aggregation: Aggregation = "sequence"
+    engine: Engine = "auto"
+    batch_size: int = 8
+    max_new_tokens: int = 32
+
+
+class Question(NamedTuple):
+    """A row's texts, and why it cannot be scored; without an answer, one is generated."""
+
+    prompt: str
+    answer: str
+    error: str | None
+
+
+def score_file(source: Path, target: Path, options: Options) -> list[Record]:
+    """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
+
+    A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
+    written as they are: before the model is loaded, where it can be known by then.
+    """
+    table = tables.read(source)
+    if taken := [name for name in COLUMNS if name in table]:
+        raise ValueError(f"{source}: column {taken[0]!r} is there, and a result is written under this name; rename it")
+    path = tables.target(target, source)
+    answers = table["answer"].tolist() if "answer" in table else [None] * len(table)
+    questions = [_question(*cells) for cells in zip(table["prompt"].tolist(), answers, strict=True)]
+    with tables.locked(path):
+        with open(os.devnull, "wb") as nowhere:
+            tables.write(_scored(table, questions, [{}] * len(questions)), path, nowhere)
+        partial = path.with_name(path.name + ".partial")
+        done = _finish(partial, questions, options)
+        with tables.replacing(path) as out:
+            tables.write(_scored(table, questions, done), path, out)
+        partial.unlink(missing_ok=True)
+    return done
+
+
+def _question(prompt: Any, answer: Any) -> Question:
+    """The texts of two cells; a whole number is its digits, and nothing else passes for a text."""
+    texts, errors = [], []
+    for name, cell in (("prompt", prompt), ("answer", answer)):
+        cell = "" if cell is None or cell is pd.NA else cell
+        texts.append(str(cell) if isinstance(cell, str | Decimal) else json.dumps(cell, default=str))
+        if isinstance(cell, bool) or not isinstance(cell, str | int | Decimal):
+            errors.append(f"{name}: {texts[-1]:.40} given, a text wanted; write it as the text to be scored")
+    errors += [] if texts[0] else ["prompt: empty, a text wanted"]
+    return Question(texts[0], texts[1], errors[0] if errors else None)
+
+
+def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) -> pd.DataFrame:
+    """The table with its answers, given or generated, and the results."""
+    answers = [row.get("answer") or question.answer or None for row, question in zip(done, questions, strict=True)]
+    results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in COLUMNS.items()}
+    return table.assign(answer=pd.Series(answers, dtype="string"), **results)
+
+
+# ---- what an interrupted run left ------------------------------------------------------------------------------------
+
+
+def _finish(partial: Path, questions: list[Question], options: Options) -> list[Record]:
+    """Every row's record: those that an interrupted run left, and the others, scored now."""
+    missing = sum(not (question.answer or question.error) for question in questions)
+    run = _identity(questions, options, generates=missing > 0)
+    _kept(partial, run)  # what can be refused by now is refused before the model is loaded
+    if not questions:
+        return []
+    subject = _Subject(options)
+    run["model"] = subject.content()
+    done = _kept(partial, run)
+    todo = [row for row in range(len(questions)) if row not in done]
+    records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
+    try:
+        with tables.replacing(partial) as out:
+            out.writelines(json.dumps(line).encode() + b"\n" for line in [{"isouq score": run}, *done.values()])
+        with partial.open("ab") as out:
+            for record in records:
+                out.write(json.dumps(record).encode() + b"\n")
+                out.flush()
+                done[record["row"]] = record
+    except OSError as error:
+        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command goes on") from error
+    finally:
+        if not done:
+            partial.unlink(missing_ok=True)
+    return [done[row] for row in range(len(questions))]
+
+
+def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
+    """What decides the numbers, except what the model holds, which is known when it is loaded."""
+    run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
+    run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
+    names = ("aggregation", "engine", *["max_new_tokens"] * generates)
+    return run | {name: getattr(options, name) for name in names}
+
+
+def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
+    """The rows that an interrupted run left, if it was this one; a torn last line is dropped."""
+    if not partial.exists():
+        return {}
+    try:
+        header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
+        there, done = header["isouq score"], {row["row"]: row for row in rows}
+        other = [f"{k} {there[k]!r} there, {v!r} here" for k, v in run.items() if there[k] != v]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
+    if other and done:
+        ways = "finish that one by its own command, delete this file to start afresh, or name another --output"
+        raise ValueError(f"{partial}: {len(done)} rows of another run ({', '.join(other)}); {ways}")
+    return {} if other else done
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+class _Subject:
+    """A model that answers and scores."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.model, self.tokenizer = options.load()
+        self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
+
+    def content(self) -> str:
+        """12 hex digits of the weights, the model's configuration and the tokenizer, whatever their names."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = [models.weights(self.model, self.tokenizer), self.model.config.to_json_string()]
+        return hashlib.sha256("".join([*parts, backend.to_str() if backend else ""]).encode()).hexdigest()[:12]
+
+    def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
+        """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
+        for start in range(0, len(todo), self.options.batch_size):
+            batch = {row: questions[row] for row in todo[start : start + self.options.batch_size]}
+            errors = {row: question.error for row, question in batch.items() if question.error}
+            asked = {row: question for row, question in batch.items() if not question.error}
+            pairs = _each(self._encode, asked, errors)
+            prompts = {row: pair.prompt for row, pair in pairs.items() if not asked[row].answer}
+            made = _each(self._generate, prompts, errors)
+            pairs |= {row: pairs[row]._replace(answer=list(new.token_ids)) for row, new in made.items()}
+            scores = _each(self._score, {row: pair for row, pair in pairs.items() if row not in errors}, errors)
+            for row in batch:
+                record = {"row": row, "answer": made[row].text if row in made else None, **dict.fromkeys(COLUMNS)}
+                yield record | scores.get(row, {}) | {"error": errors.get(row)}
+
+    def _encode(self, questions: list[Question]) -> list[encoding.Pair]:
+        def waiting(prompt: str) -> encoding.Pair:
+            return encoding.Pair(encoding.prompt_ids(self.tokenizer, prompt), [], False)
+
+        return [encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else waiting(q.prompt) for q in questions]
+
+    def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
+        n = self.options.max_new_tokens
+        return generation.generate(self.model, self.tokenizer, prompts, stops=self.stops(), max_new_tokens=n)
+
+    def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
+        if not all(pair.answer for pair in pairs):
+            raise ValueError("answer: the model wrote none, its first token ends the text; give one")
+        options = {name: getattr(self.options, name) for name in ("aggregation", "engine", "batch_size")}
+        found = scoring.score_ids(self.model, pairs, **options)
+        rows = zip(*(getattr(found, name).tolist() for name in SCORES), [pair.straddles for pair in pairs], strict=True)
+        return [{k: v if math.isfinite(v) else None for k, v in zip(COLUMNS, row, strict=False)} for row in rows]
+
+
+def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
+    """`work` of all items, together or, where that is refused, one by one: only the bad rows end in `errors`."""
+    if not items:
+        return {}
+    try:
+        return dict(zip(items, work(list(items.values())), strict=True))
+    except ROW_ERRORS as error:
+        if len(items) > 1:
+            return {k: v for row, item in items.items() for k, v in _each(work, {row: item}, errors).items()}
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        text = error.about("the row") if isinstance(error, ExampleError) else str(error)
+        errors[next(iter(items))] = kind + " ".join(text.split())
+        return {}

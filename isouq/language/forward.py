@@ -1,0 +1,201 @@
+"""One forward pass over answers: log p of their tokens, with every digit, and how many sequences a pass may take."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from isouq.gradients.checks import ExampleError, check_model, repeatable, run
+from isouq.gradients.common import check_differentiable, differentiable, select_parameters
+from isouq.gradients.isolation import is_decoder
+from isouq.language.examples import Batch, limits
+from isouq.language.examples import checked as sequences_without_padding
+
+
+def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """log p of each answer token, (example, answer token), zero beyond an answer's end.
+
+    The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
+    predict an answer token where the model can be asked to (`logits_to_keep`).
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    if device.type == "meta":
+        device = torch.device("cpu")
+    inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
+    keep = _by_fours(scored.any(0))
+    options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
+    if _takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = keep.to(device)
+    output = run(model, "input_ids", input_ids=inputs.to(device), **options)
+    logits = getattr(output, "logits", output)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else (type(logits).__name__,)
+    if "logits_to_keep" not in options and shape[:2] == inputs.shape:
+        logits, shape = logits[:, keep.to(logits.device)], (len(inputs), len(keep), *shape[2:])
+    if len(shape) != 3 or shape[:2] != (len(inputs), len(keep)):
+        raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
+    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
+    if len(unknown):
+        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
+        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
+    order = _answer_order(scored[:, keep]).to(logits.device)
+    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    picked = LogProb.apply(wide, wanted.unsqueeze(2))
+    return picked.gather(1, order).masked_fill(~exists, 0)
+
+
+def _by_fours(wanted: Tensor) -> Tensor:
+    """The places wanted and up to three more: on one to three rows, kernels add up the vocabulary less exactly."""
+    places = wanted.nonzero().flatten()
+    more = -len(places) % 4
+    return torch.cat([places, (~wanted).nonzero().flatten()[-more:]]).sort().values if more else places
+
+
+class LogProb(torch.autograd.Function):
+    """log softmax(logits)[wanted], float64, with every digit of p and of 1 − p.
+
+    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: nothing is subtracted from
+    1. Of the logits' size only they themselves are saved.
+    """
+
+    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here,
+    row_by_row = True  # and each row of logits by itself
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
+        lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
+        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces, and one in float64: glibc leaves holes
+        wide = part.double()
+        for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
+            others = part[: len(piece)].copy_(piece).scatter_(-1, word, -torch.inf)
+            tops.append(others.amax(-1, keepdim=True).clamp(min=lowest))  # finite where all others are ruled out
+            # In float32 this sum over the vocabulary would cost every norm a digit.
+            sums.append(wide[: len(piece)].copy_(others.sub_(tops[-1]).exp_()).sum(-1, keepdim=True))
+        top, total = torch.cat(tops).view_as(wanted), torch.cat(sums).view_as(wanted)
+        own = logits.gather(-1, wanted).double()
+        odds = own.masked_fill(own == torch.inf, torch.nan) - top - total.log()
+        ctx.save_for_backward(logits, wanted, top, total, odds)
+        return nn.functional.logsigmoid(odds).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """(δ_wanted − p)·grad, formed in one tensor; the wanted entry is 1 − p, and the others add up to minus that."""
+        logits, wanted, top, total, odds = ctx.saved_tensors
+        rest = grads[0].unsqueeze(-1) * torch.sigmoid(-odds)
+        minus_p = (logits - top).exp_().mul_((-rest / total.clamp(min=1)).to(logits.dtype))
+        return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
+
+
+Sequences = Sequence[tuple[Tensor, Tensor]]  # (ids, answer) of each
+
+
+def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] | None) -> Callable[[Sequences], float]:
+    """A function giving the bytes above the model's weights that forward and backward pass of a batch take.
+
+    A forward pass of the longest sequence tells: the storages that its graph holds, those of the logits by themselves,
+    since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph shows:
+    temporary copies, the trial that examples stay apart, holes in the heap.
+    """
+    ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1] if x.dim() else 1
+        return x.detach()  # without the graph, which an output would otherwise hold and be held by
+
+    with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
+        values = token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
+        check_differentiable(values)
+        node: Any = values.grad_fn
+        while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
+            node = node.next_functions[0][0]
+        logits = node.saved_tensors[0].to("meta")  # its shape and type
+    head = sum(size for size, width in kept.values() if width == logits.shape[-1])
+    body = sum(size for size, _ in kept.values()) - head
+    # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
+    head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
+    if not _takes(model, "logits_to_keep"):  # the head runs at every token
+        body, head = body + head, 0
+
+    def cost(batch: Sequences) -> float:
+        width = max(len(tokens) for tokens, _ in batch)
+        n_kept = len({place for _, answer in batch for place in answer.nonzero().flatten().tolist()})
+        n_kept = min(width, n_kept + -n_kept % 4)
+        return 1.2 * len(batch) * (body * width / len(ids) + head * n_kept / logits.shape[1])
+
+    return cost
+
+
+def _answer_order(scored: Tensor) -> Tensor:
+    """For each example the places of its answer tokens, first ones first: (example, longest answer)."""
+    return (~scored).to(torch.int8).argsort(dim=1, stable=True)[:, : int(scored.sum(1).max())]
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        return argument in inspect.signature(model.forward).parameters
+    return False
+
+
+def checked(
+    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids, answer) of each example without its padding, after every check; what each door for sequences begins with.
+
+    Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
+    """
+    check_model(model)
+    sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, sequences[0][0]):
+        raise ValueError(
+            "model: not causal, as tokens that follow change the log p of those before (an encoder sees them all); a "
+            "causal, decoder-only language model wanted"
+        )
+    return sequences
+
+
+def _is_causal(model: nn.Module, ids: Tensor) -> bool:
+    """Whether log p of a text's tokens is the same whatever follows the text; a decoder known as such is not tried."""
+    context = limits(model)[1] or 10**9
+    n_after = min(8, context // 2)
+    if n_after == 0 or is_decoder(model):
+        return True
+    text = ids[: min(16, context - n_after + 1)]
+    batch = Batch(text[None], torch.arange(len(text))[None] > 0, [0]).padded(n_after)
+    other = Batch(batch.ids.clone(), batch.answer, [0])
+    other.ids[:, len(text) :] = ids.max().clamp(min=1)
+    slack = 0.1 if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) else 1e-5
+    with torch.no_grad(), repeatable():
+        one, two = (token_log_probs(model, part) for part in (batch, other))  # same shapes, by which kernels round
+    return torch.allclose(one, two, rtol=slack, atol=slack, equal_nan=True)
+
+
+def padding(model: nn.Module, batch: Batch) -> int:
+    """How many tokens to append, which a decoder does not see, for matrix products whose kernels go by eights.
+
+    At most one in 16, within the model's context, and only where the model's class is known to see no padding.
+    """
+    width, context = batch.ids.shape[1] - 1, limits(model)[1]
+    n = -width % 8
+    fits = 16 * n <= width and (context is None or width + n <= context)
+    return n if fits and is_decoder(model) else 0
+
+
+def check_finite(values: Tensor, batch: Batch) -> None:
+    """Raise ExampleError naming the first example of which a log p is NaN or infinite."""
+    wrong = (~values.isfinite()).any(1).nonzero().flatten()
+    if len(wrong):
+        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])

@@ -1,0 +1,125 @@
+"""Language models by name: a local folder or a Hugging Face Hub id → model and tokenizer, and what identifies them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+
+
+class ModelError(ValueError):
+    """A model that cannot be had; the message names the cause and the way out."""
+
+
+def load_causal_lm(name: str) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a local folder or a Hugging Face Hub id: `owner/name` or `owner/name@revision`.
+
+    The model is in float32, in evaluation mode, on the CPU. A Hub id's model and tokenizer are of one commit.
+
+    Raises ModelError when there is no such model, and when there is no network to fetch it with.
+    """
+    if name and (folder := Path(name).expanduser()).is_dir():
+        return from_pretrained(folder, name, local_files_only=True)
+    if not HUB_ID.fullmatch(name):
+        raise ModelError(f"{name!r} is no folder and no Hub id (owner/name@revision)")
+    commit, offline = _commit(name)
+    try:
+        return from_pretrained(name.partition("@")[0], name, revision=commit, local_files_only=offline is not None)
+    except ModelError as error:
+        raise (_no_copy(name, offline) if offline else error) from error.__cause__
+
+
+def content(name: str) -> str:
+    """Return what a model's name stands for now: a Hub id's commit, or 12 hex digits over the bytes of a folder.
+
+    Raises ModelError for an id that the Hub does not have, or that neither it nor the local cache can resolve.
+    """
+    if name and (folder := Path(name).expanduser()).is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return _commit(name)[0]
+
+
+def _commit(name: str) -> tuple[str, Exception | None]:
+    """Return the commit of a Hub id, and why the Hub could not be asked where its local cache had to tell."""
+    from huggingface_hub import HfApi, constants, errors
+
+    repository, _, revision = name.partition("@")
+    ref = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "refs", revision or "main")
+    try:  # one short request, since transformers tries for long before it gives up
+        commit = HfApi().model_info(repository, revision=revision or "main", timeout=10).sha or revision
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        advice = "check the id and the revision; a gated model needs its terms accepted there, then `hf auth login`"
+        raise ModelError(f"the Hub has no {name!r} for you: {' '.join(str(error).split())}; {advice}") from error
+    except Exception as error:  # errors of the HTTP client, by whatever name its version gives them
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            return revision, error
+        if ref.is_file():
+            return ref.read_text().strip(), error
+        raise _no_copy(name, error) from error
+    if commit != revision:
+        with contextlib.suppress(OSError):  # where it cannot be noted, it cannot be found without a network
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
+    return commit, None
+
+
+def _no_copy(name: str, cause: Exception) -> ModelError:
+    what = f"cannot reach the Hub for {name!r} ({cause}) and its local cache has no copy"
+    return ModelError(f"no network: {what}; a local folder or an asset (`isouq assets list`) works without one")
+
+
+def from_pretrained(source: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
+    """Load what transformers calls `source`; `name` is what the user called it. Raises ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"transformers cannot load {name!r} as a causal language model: {error}") from error
+    model.config._commit_hash = options.get("revision")  # of a Hub id; transformers no longer keeps it
+    return model.eval(), tokenizer
+
+
+def weights(model: Any, tokenizer: Any = None) -> str:
+    """Return 12 hex digits of what a model computes with: two models with the same digits give the same numbers.
+
+    All parameters and buffers by their names, types and bytes; the configuration, with the implementation of attention;
+    the end-of-sequence ids that generation stops at; and all that a tokenizer does with a text.
+    """
+    import torch
+
+    config: Any = getattr(model, "config", None)
+    about: dict[str, Any] = {
+        "class": type(model).__qualname__,
+        "config": config.to_dict() if hasattr(config, "to_dict") else {"config": str(config)},
+        "attention": getattr(config, "_attn_implementation", None),
+        "eos": getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        "tokenizer": _tokenizer(tokenizer),
+    }
+    for name in ("_name_or_path", "transformers_version"):  # where it lies, and what wrote it
+        about["config"].pop(name, None)
+    found = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=6)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """A tokenizer as plain JSON: vocabulary, merges, normalisation, special tokens, how it joins tokens to a text."""
+    names = ("special_tokens_map", "clean_up_tokenization_spaces")
+    about = {"class": type(tokenizer).__name__} | {name: getattr(tokenizer, name, None) for name in names}
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        about |= json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # left over from the last call
+    elif tokenizer is not None:
+        about["vocabulary"] = tokenizer.get_vocab()
+    return about

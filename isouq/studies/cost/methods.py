@@ -1,0 +1,251 @@
+"""The ways to an uncertainty that are measured, each as one would use it.
+
+A method is a context: entered untimed, it yields the function that is timed, one pass over a case's examples. Where
+the method computes ‖∇S‖² the function returns it, (example,), so that its exactness can be checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isouq.gradients.common import differentiable, select_parameters
+from isouq.studies import assets
+from isouq.studies.cost.cases import Case, Texts
+
+Run = Callable[[], Tensor | None]
+Method = Callable[[Any], AbstractContextManager[Run]]
+
+SAME_MEANING = 0.8  # cosine similarity from which two answers count as one; it does not change the cost
+N_SAMPLES = 10  # answers drawn per question for the entropies
+
+
+def _plain(function: Callable[..., Tensor | None], **options: Any) -> Method:
+    @contextmanager
+    def method(case: Case) -> Iterator[Run]:
+        yield partial(function, case, **options)
+
+    return method
+
+
+# ── Ours, and what a forward and a backward pass cost ──────────────────────────────────────────────────────────
+
+
+def _isouq(case: Case, engine: str) -> Tensor:
+    found = case.scores(engine=engine)
+    return (found.log_epistemic - 2 * found.log_prob).exp()
+
+
+def _token_mean(case: Texts) -> None:
+    case.scores(engine="ghost", aggregation="token_mean")
+
+
+@torch.no_grad()
+def _forward(case: Case) -> None:
+    if isinstance(case, Texts):
+        case.model(input_ids=case.ids[:, :-1], use_cache=False)
+    else:
+        case.objective(case.model, *case.inputs)
+
+
+@torch.no_grad()
+def _forward_answer(case: Case) -> None:
+    case.objective(case.model, *case.inputs)
+
+
+def _backward(case: Case) -> Tensor:
+    """What one writes first: .backward() for each example, then the sum of the squares of every .grad."""
+    found = []
+    for i in range(len(case)):
+        case.objective(case.model, *(x[i : i + 1] for x in case.inputs)).sum().backward()
+        found.append(sum(p.grad.square().sum() for p in case.model.parameters()))
+        case.model.zero_grad()
+    return torch.stack(found)
+
+
+@contextmanager
+def _activations(case: Case) -> Iterator[Run]:
+    """A forward pass that keeps its activations: what every backward pass starts from."""
+    with differentiable(case.model, select_parameters(case.model)):
+
+        def run() -> None:
+            case.objective(case.model, *case.inputs)
+
+        yield run
+
+
+@contextmanager
+def _activation_gradient(case: Texts) -> Iterator[Run]:
+    """The way back through the activations and no parameter's gradient or norm: the least that is needed."""
+    with differentiable(case.model, {}):
+        embedded = case.model.get_input_embeddings()(case.ids[:, :-1]).detach().requires_grad_()
+        value = case.objective(case.model, case.ids, inputs_embeds=embedded).sum()
+
+        def run() -> None:
+            torch.autograd.grad(value, embedded)
+
+        yield run
+
+
+# ── Peers: gradients or norms per example by other libraries ───────────────────────────────────────────────────
+
+
+def _vmap(case: Case) -> Tensor:
+    parameters = {name: p.detach() for name, p in case.model.named_parameters()}
+
+    def one(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        def module(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(case.model, parameters, args, kwargs)
+
+        return case.objective(module, *(x[None] for x in inputs)).sum()
+
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, *(0 for _ in case.inputs)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the chapter says it once
+        gradients = each(parameters, *case.inputs)
+    return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+
+
+def _peer(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"{name.split('.')[0]} is not installed: pip install 'isouq[peers]'") from None
+
+
+@contextmanager
+def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
+    """Opacus captures in training mode only; these models have no dropout, so that mode changes nothing else."""
+    kind = "GradSampleModuleFastGradientClipping" if ghost else "GradSampleModule"
+    was_training = case.model.training
+    wrapped = getattr(_peer("opacus.grad_sample"), kind)(case.model.train(), loss_reduction="sum")
+
+    def run() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # ids have no gradient, as they should
+            case.objective(wrapped, *case.inputs).sum().backward()
+        if ghost:
+            return wrapped.get_norm_sample().square()
+        found = [p.grad_sample.flatten(1).square().sum(1) for p in case.model.parameters()]
+        wrapped.zero_grad(set_to_none=True)
+        return torch.stack(found).sum(0)
+
+    try:
+        yield run
+    finally:
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.to_standard_module().train(was_training)
+
+
+@contextmanager
+def _backpack(case: Case, *, extension: str, attribute: str) -> Iterator[Run]:
+    """BackPACK stays on a model that it has extended: use one on which nothing else is measured afterwards."""
+    backpack, extensions = _peer("backpack"), _peer("backpack.extensions")
+    backpack.extend(case.model)
+
+    def run() -> Tensor:
+        with warnings.catch_warnings(record=True) as said, backpack.backpack(getattr(extensions, extension)()):
+            warnings.simplefilter("always")
+            case.objective(case.model, *case.inputs).sum().backward()
+        case.model.zero_grad()
+        found = [vars(p).pop(attribute, None) for p in case.model.parameters()]
+        if any(f is None for f in found):
+            raise RuntimeError(next((str(w.message) for w in said if attribute in str(w.message)), "no norm"))
+        return torch.stack([f if f.dim() == 1 else f.flatten(1).square().sum(1) for f in found]).sum(0)
+
+    yield run
+
+
+# ── Rivals: other uncertainties of the same answer ─────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def sampled(case: Texts, n_samples: int = N_SAMPLES, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Answers as long as the case's own, drawn at temperature 1: ids (example, sample, token), log p (example, sample).
+
+    Each prompt is read once for all its samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    out = case.model(case.ids[:, : -case.n_answer], use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n_samples, 0)
+    cache.batch_repeat_interleave(n_samples)
+    chosen, log_p = [], torch.zeros(len(logits))
+    for step in range(case.n_answer):
+        log_probs = logits.log_softmax(-1)
+        chosen.append(log_probs.exp().multinomial(1, generator=generator))
+        log_p += log_probs.gather(1, chosen[-1]).squeeze(1)
+        if step + 1 < case.n_answer:
+            logits = case.model(chosen[-1], past_key_values=cache, use_cache=True).logits[:, -1]
+    return torch.cat(chosen, 1).unflatten(0, (-1, n_samples)), log_p.unflatten(0, (-1, n_samples))
+
+
+def _naive_entropy(case: Texts) -> None:
+    """−(1/n) Σ log p of n sampled answers."""
+    sampled(case)[1].mean(1).neg()
+
+
+@contextmanager
+def _semantic_entropy(case: Texts) -> Iterator[Run]:
+    """The entropy over meanings: the samples' sentence embeddings are grouped by similarity.
+
+    The original compares each pair of answers by an entailment model, which costs more; this is the cheap variant.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = assets.path("all-minilm-l6-v2")
+    encoder, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def run() -> None:
+        for answers in sampled(case)[0]:
+            batch = tokenizer(case.tokenizer.batch_decode(answers), padding=True, return_tensors="pt")
+            mask = batch["attention_mask"].unsqueeze(2)
+            means = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            directions = torch.nn.functional.normalize(means)
+            meaning = ((directions @ directions.T) >= SAME_MEANING).to(torch.int8).argmax(1)  # the first alike
+            shares = meaning.unique(return_counts=True)[1] / len(answers)
+            torch.special.entr(shares).sum()
+
+    yield run
+
+
+@torch.no_grad()
+def _p_true(case: Texts) -> None:
+    """One more forward pass, over question, answer and the question whether the answer is true; one logit row."""
+    question = case.tokenizer("\nIs this answer true? Answer yes or no:", add_special_tokens=False)["input_ids"]
+    ids = torch.cat([case.ids, torch.tensor(question).expand(len(case), -1)], 1)
+    words = [case.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" yes", " no")]
+    case.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, words].softmax(-1)
+
+
+METHODS: dict[str, Method] = {
+    "forward": _plain(_forward),
+    "forward_answer": _plain(_forward_answer),
+    "activations": _activations,
+    "activation_gradient": _activation_gradient,
+    "ghost": _plain(_isouq, engine="ghost"),
+    "ghost_first": _plain(_isouq, engine="ghost"),
+    "token_mean": _plain(_token_mean),
+    "autograd": _plain(_isouq, engine="autograd"),
+    "backward": _plain(_backward),
+    "vmap": _plain(_vmap),
+    "opacus": _opacus,
+    "opacus_ghost": partial(_opacus, ghost=True),
+    "backpack": partial(_backpack, extension="BatchL2Grad", attribute="batch_l2"),
+    "backpack_grad": partial(_backpack, extension="BatchGrad", attribute="grad_batch"),
+    "naive_entropy": _plain(_naive_entropy),
+    "semantic_entropy": _semantic_entropy,
+    "p_true": _plain(_p_true),
+}
+
+ONE_BY_ONE = ("autograd", "backward")
+A_FEW = (*ONE_BY_ONE, "token_mean")  # no gain from a batch, or long: a few examples tell the cost of each
+GRADIENT_EACH = ("vmap", "opacus", "backpack_grad")  # as many examples at once as their gradients fit the memory
+CHECKED_FIRST = ("ghost", "token_mean")  # the first batch of each kind is also checked for examples that meet

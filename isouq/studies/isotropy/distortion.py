@@ -1,0 +1,156 @@
+"""How an estimate of the variance gᵀΣg bends a reference, once the scale that nobody knows is taken out.
+
+The *field* is log(estimate/reference) at every point minus its mean: zero everywhere when the two agree up to a factor.
+Its spread is the size of the distortion; its *structure* is the part that nearness to the proxy data explains, the data
+from which a covariance was estimated. Unstructured error averages out over questions, structure does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import cdist
+
+from isouq.studies import require
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Distortion:
+    """log(estimate/reference): `scale` (the best factor, a geometric mean) and what remains, `field` (point,) in nats.
+
+    `spread` is the field's standard deviation; e^spread is the typical factor by which points are bent apart.
+    """
+
+    field: Float[np.ndarray, " point"]
+    scale: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """How much of a field nearness explains: R² of the fit, its mean under permutation, and the permutation's p-value.
+
+    `beyond_chance` = (R² − mean)/(1 − mean): 0 where nearness explains what it would explain by chance, 1 where all.
+    """
+
+    explained: float
+    by_chance: float
+    p_value: float
+    n_permutations: int
+
+    @property
+    def beyond_chance(self) -> float:
+        """R² with what chance gives taken out."""
+        return (self.explained - self.by_chance) / (1 - self.by_chance)
+
+
+def distortion(estimate: ArrayLike, reference: ArrayLike) -> Distortion:
+    """Compare two variances point by point after the best common factor, in the sense of least squares of logs.
+
+    Raises ValueError where one of them is not a positive number: a variance of zero has no ratio, a NaN no meaning.
+    """
+    require.same_rows(estimate=estimate, reference=reference)
+    logs = []
+    for name, value in (("estimate", estimate), ("reference", reference)):
+        value = require.numbers(name, value, least=2)
+        if not (value > 0).all():
+            what = "negative" if (value < 0).any() else "zero"
+            raise ValueError(f"{name}: a variance is {what} at {int((value <= 0).sum())} of {len(value)} points")
+        logs.append(np.log(value))
+    ratio = logs[0] - logs[1]
+    if abs(ratio.mean()) > 700:
+        raise ValueError(f"estimate: e^{ratio.mean():.0f} times the reference, a factor that float64 holds wanted")
+    field = ratio - ratio.mean()
+    return Distortion(field=field, scale=float(np.exp(ratio.mean())), spread=float(field.std()))
+
+
+def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 2"]:
+    """How near each point lies to the proxies in feature space: distance to the nearest one, and to all of them.
+
+    The second is the mean of exp(−d²/2h²) with h the proxies' median distance from each other, between 0 and 1.
+    """
+    proxies = require.numbers("proxies", proxies, 2, least=2)
+    points = require.numbers("points", points, 2, width=proxies.shape[1])
+    between = cdist(proxies, proxies)[np.triu_indices(len(proxies), 1)]
+    width = np.median(between)
+    if not 0 < width < np.inf:
+        raise ValueError("proxies: more than half of them coincide or lie out of reach, so nearness has no scale")
+    distances = cdist(points, proxies)
+    return np.stack([distances.min(1), np.exp(-0.5 * np.square(distances / width)).mean(1)], 1)
+
+
+def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_]) -> Structure:
+    """R² of the field's linear fit on `features`, against the same after each permutation of the field's points.
+
+    p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations have to leave alone what the null hypothesis
+    leaves alone: `shuffles` for points that could be exchanged, `grid_shifts` for a map, whose neighbours are alike.
+    A field that is zero up to rounding has no structure: R² = 0, p = 1.
+    """
+    require.same_rows(field=field, features=features)
+    features = require.numbers("features", features, 2)
+    field = require.numbers("field", field, least=features.shape[1] + 2)
+    permutations = require.numbers("permutations", permutations, 2, width=len(field)).astype(int)
+    if (np.sort(permutations) != np.arange(len(field))).any():
+        raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
+    basis = features - features.mean(0)
+    if (features == features[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
+        raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
+    if field.std() < 1e-9:
+        return Structure(explained=0.0, by_chance=0.0, p_value=1.0, n_permutations=len(permutations))
+    basis = np.linalg.qr(basis)[0]
+    standard = (field - field.mean()) / (field.std() * np.sqrt(len(field)))
+    found = float(np.square(standard @ basis).sum())
+    null = np.square(standard[permutations] @ basis).sum(1)
+    p_value = (1 + int((null >= found).sum())) / (1 + len(null))
+    return Structure(explained=found, by_chance=float(null.mean()), p_value=p_value, n_permutations=len(null))
+
+
+def shuffles(
+    n_points: int, n_permutations: int, *, seed: int, groups: NDArray | None = None
+) -> Int[np.ndarray, "permutation point"]:
+    """Random permutations, within `groups` (point,) where given (points of two data sets cannot be exchanged)."""
+    rng = np.random.default_rng(require.seed("seed", seed))
+    order = np.arange(require.count("n_points", n_points))
+    groups = 0 * order if groups is None else require.groups("groups", groups)
+    require.same_rows(n_points=order, groups=groups)
+    rows = np.tile(order, (require.count("n_permutations", n_permutations), 1))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        rows[:, members] = rng.permuted(rows[:, members], axis=1)
+    return rows
+
+
+def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> Int[np.ndarray, "permutation point"]:
+    """Random shifts around a grid's edges, some mirrored: unlike shuffles they leave neighbours alike."""
+    rng = np.random.default_rng(require.seed("seed", seed))
+    shape = tuple(require.count("shape", size) for size in shape)
+    indices = np.arange(int(np.prod(shape))).reshape(shape)
+    rows = np.empty((require.count("n_permutations", n_permutations), indices.size), dtype=int)
+    for row in rows:
+        moved = np.roll(indices, [int(rng.integers(size)) for size in shape], axis=tuple(range(len(shape))))
+        for axis in range(len(shape)):
+            moved = np.flip(moved, axis) if rng.integers(2) else moved
+        row[:] = moved.ravel()
+    return rows
+
+
+def overlap(first: ArrayLike, second: ArrayLike, between: ArrayLike, k: int) -> float:
+    """‖UₖᵀVₖ‖²_F / k, the overlap of the leading k eigenspaces of XᵀX and YᵀY: 1 for the same, k/P for random ones.
+
+    `first` = XXᵀ, `second` = YYᵀ, `between` = XYᵀ: inner products suffice, whatever the number P of parameters.
+    Raises ValueError where a matrix has fewer than k directions.
+    """
+    sides, k = [], require.count("k", k)
+    for name, gram in (("first", first), ("second", second)):
+        values, vectors = np.linalg.eigh(require.symmetric(name, gram, 1e-4))
+        if k > len(values) or values[-k] <= 1e-6 * values[-1]:
+            raise ValueError(f"k: {k} given, but {name} has {int((values > 1e-6 * values[-1]).sum())} directions")
+        sides.append(vectors[:, -k:] / np.sqrt(values[-k:]))
+    between = require.numbers("between", between, 2, width=len(sides[1]))
+    require.same_rows(first=sides[0], between=between)
+    return float(np.square(sides[0].T @ between @ sides[1]).sum() / k)

@@ -1,0 +1,119 @@
+"""Draws on disk, as ArviZ InferenceData (netCDF) with their seed, versions and diagnostics.
+
+A file belongs to one problem, one set of settings and one version of the sampler. Loading refuses any other, draws
+that changed on the disk, and draws that failed the gate.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import arviz
+import numpy as np
+
+from isouq.studies.identity import digest, versions
+from isouq.studies.synthetic import posterior as sampling
+from isouq.studies.synthetic.posterior import Diagnostics, Posterior, Settings
+from isouq.studies.synthetic.problems import Problem
+
+PACKAGES = ("arviz", "jax", "numpy", "numpyro")  # that the draws depend on
+
+
+class PosteriorError(ValueError):
+    """A file of draws that is damaged, of another problem, or failed the gate."""
+
+
+def identity(problem: Problem, settings: Settings) -> dict[str, str]:
+    """Return what a file must agree with to be taken for draws of `problem` under `settings`."""
+    return {
+        "problem": problem.fingerprint(),
+        "settings": json.dumps(settings.identity(), sort_keys=True),
+        "version": str(sampling.VERSION),
+    }
+
+
+def path(folder: str | Path, problem: Problem, settings: Settings) -> Path:
+    """Return where the draws of `problem` under `settings` are kept in `folder`."""
+    return Path(folder) / f"{problem.name}-{problem.seed}-{digest(identity(problem, settings))}.nc"
+
+
+def save(drawn: Posterior, file: str | Path) -> None:
+    """Write the draws, also failed ones, which say so; the file appears whole or not at all."""
+    file = Path(file)
+    attributes = {
+        **identity(drawn.problem, drawn.settings),
+        "content": _content(drawn),
+        "versions": json.dumps(versions(*PACKAGES)),
+        "diagnostics": json.dumps(asdict(drawn.diagnostics)),
+        "failures": "; ".join(drawn.diagnostics.failures),
+    }
+    statistics = {"diverging": drawn.divergent, "energy": drawn.energy, "n_steps": drawn.n_steps}
+    data = arviz.from_dict(posterior={"theta": drawn.draws}, sample_stats=statistics)
+    data.posterior.attrs.update(attributes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    data.to_netcdf(str(partial), engine="h5netcdf")
+    os.replace(partial, file)
+
+
+def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed: bool = False) -> Posterior:
+    """Read draws of `problem` under `settings`.
+
+    Raises PosteriorError when the file is damaged, holds other draws than these, or draws that failed the gate
+    (unless `allow_failed`).
+    """
+    file = Path(file)
+    try:
+        data = arviz.from_netcdf(str(file), engine="h5netcdf").load()
+        found = data.posterior.attrs
+        diagnostics = Diagnostics(**json.loads(found["diagnostics"]))
+        statistics = data.sample_stats
+        arrays = {name: statistics[name].to_numpy() for name in ("diverging", "energy", "n_steps")}
+        draws = data.posterior["theta"].to_numpy()
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise PosteriorError(f"{file} is not a readable file of draws: {error}; delete it") from error
+    for name, wanted in identity(problem, settings).items():
+        if found.get(name) != wanted:
+            raise PosteriorError(
+                f"{file} holds draws of another {name}: {str(found.get(name))[:60]!r}, wanted "
+                f"{wanted[:60]!r}; delete it or ask for what it holds"
+            )
+    drawn = Posterior(
+        problem=problem,
+        settings=settings,
+        draws=draws,
+        divergent=arrays["diverging"].astype(bool),
+        energy=arrays["energy"],
+        n_steps=arrays["n_steps"].astype(np.int64),
+        diagnostics=diagnostics,
+    )
+    if found.get("content") != _content(drawn):
+        raise PosteriorError(f"{file} does not hold the draws that were written to it; delete it")
+    if not diagnostics.passed and not allow_failed:
+        raise PosteriorError(f"{file} holds draws that failed the gate: {'; '.join(diagnostics.failures)}")
+    return drawn
+
+
+def _content(drawn: Posterior) -> str:
+    """12 hex digits of all arrays, with their shapes, and of the diagnostics: what the file was written with."""
+    arrays = (drawn.draws, drawn.divergent, drawn.energy, drawn.n_steps.astype(np.int64))
+    hashes = [[array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for array in arrays]
+    return digest([hashes, json.dumps(asdict(drawn.diagnostics))])
+
+
+def draw(problem: Problem, settings: Settings, folder: str | Path | None = None) -> Posterior:
+    """Return the draws of `problem`: from `folder` if they are there, else sampled and, with a folder, kept.
+
+    A posterior that failed the gate comes back too (`diagnostics.passed` is False): sampling again with the
+    same seed would fail again.
+    """
+    if folder is None:
+        return sampling.sample(problem, settings)
+    file = path(folder, problem, settings)
+    if file.exists():
+        return load(file, problem, settings, allow_failed=True)
+    drawn = sampling.sample(problem, settings)
+    save(drawn, file)
+    return drawn

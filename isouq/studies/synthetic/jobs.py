@@ -1,0 +1,312 @@
+"""One job: a problem, a data seed and a network; its reference, its estimates and how they correlate.
+
+`analyse` keeps the arrays for figures; `record` is the small JSON that a job leaves behind, so that a study of
+hundreds of jobs goes on where it stopped, on any machine. `run_all` runs what is missing, several at a time.
+`plan` lists a profile's jobs.
+"""
+
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+from tqdm import tqdm
+
+from isouq.studies import require
+from isouq.studies.evaluation import Interval, UndefinedStatisticError, pearson, spearman
+from isouq.studies.identity import digest, versions
+from isouq.studies.synthetic import cache, point, posterior, problems
+from isouq.studies.synthetic.posterior import Posterior, Reference, Settings
+from isouq.studies.synthetic.problems import Problem
+
+PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process that ran 130 of them crashed
+LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
+COMMITTED = Path(__file__).resolve().parents[2] / "results" / "published" / "mcmc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to sample and how; what is None is as in ``problems.SPECS``."""
+
+    problem: str
+    seed: int = 0
+    width: int | None = None
+    depth: int | None = None
+    activation: str | None = None
+    prior_scale: float | None = None
+    prior_scaling: str | None = None
+    n_examples: int | None = None
+    resolution: int | None = None
+    n_starts: int = 16
+    settings: Settings = field(default_factory=Settings)
+
+    def make(self) -> Problem:
+        """Make the problem. Raises ValueError for what is unknown or impossible, before anything is sampled."""
+        require.one_of("problem", self.problem, problems.SPECS)
+        require.count("n_starts", self.n_starts)
+        model = problems.SPECS[self.problem].model
+        network = replace(model.network, **self._given("width", "depth", "activation"))
+        model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
+        given = self._given("n_examples", "resolution")
+        problem = problems.make(self.problem, seed=self.seed, model=model, **given)
+        self.settings.require_memory(problem)
+        return problem
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def file(self) -> str:
+        """Return the name of the job's record: readable, and unique to the data, the model and the settings."""
+        problem = self.make()
+        network = problem.model.network
+        key = digest([problem.fingerprint(), self.settings.identity(), self.n_starts])[:8]
+        size = f"w{network.width}-d{network.depth}-{network.activation}-{problem.model.prior_scaling}"
+        return f"{self.problem}-{size}-n{len(problem.inputs)}-s{self.seed}-{key}.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Everything about one job that a figure may want; arrays of `estimates` are (point,)."""
+
+    job: Job
+    problem: Problem
+    best: point.Point
+    classes: np.ndarray
+    posterior: Posterior
+    reference: Reference
+    estimates: dict[str, np.ndarray]
+
+    def target(self, method: str) -> np.ndarray:
+        """Return what the method is held against: E[p(1−p)] for the aleatoric estimate, else Var[p]."""
+        if method == "aleatoric":
+            assert self.reference.aleatoric is not None  # a regression has no such estimate either
+            return self.reference.aleatoric
+        return self.reference.variance
+
+
+def analyse(job: Job, folder: str | Path | None = None) -> Case:
+    """Sample (or load from `folder`) the posterior of a job and compute every estimate at its grid."""
+    problem = job.make()
+    best = point.find_map(problem, n_starts=job.n_starts, seed=job.seed)
+    classes = point.predicted_classes(problem, best.theta)
+    drawn = cache.draw(problem, job.settings, folder)
+    large = problem.model.network.n_parameters > LARGEST_HESSIAN
+    estimates = point.estimates(problem, best.theta, classes, laplace=not large)
+    # Not estimates that one could have without the posterior, but they tell the approximations apart.
+    g = point.gradients(problem, best.theta, classes)
+    estimates["delta"] = (drawn.draws.reshape(-1, g.shape[1]) @ g.T).var(axis=0)
+    some = drawn.draws[:, :: max(1, drawn.draws.shape[1] // 4)].reshape(-1, g.shape[1])[:16]
+    at_draws = [np.square(point.gradients(problem, theta, classes)).sum(axis=1) for theta in some]
+    estimates["gn_draws"] = np.mean(at_draws, axis=0)
+    return Case(
+        job=job,
+        problem=problem,
+        best=best,
+        classes=classes,
+        posterior=drawn,
+        reference=posterior.reference(drawn, classes),
+        estimates=estimates,
+    )
+
+
+def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> dict[str, float | None]:
+    """Return Pearson's r and Spearman's ρ over the points `where`; None where one side is constant."""
+    where = np.ones(np.shape(a), dtype=bool) if where is None else require.labels("where", where)
+    require.same_rows(a=a, b=b, where=where)
+    found: dict[str, float | None] = {}
+    for name, statistic in (("pearson", pearson), ("spearman", spearman)):
+        try:
+            found[name] = statistic(a[where], b[where])
+        except UndefinedStatisticError:
+            found[name] = None
+    return found
+
+
+def record(case: Case) -> dict[str, Any]:
+    """Return the small result of a job: correlations, noise ceiling, scale and diagnostics, no arrays.
+
+    `scale`: the geometric mean of Var[p]/‖g‖², the σ² that suits the grid best, and the ratio of its 95 % to its
+    5 % quantile: 1 would mean that one σ² serves all inputs.
+    """
+    reference, near = case.reference, case.problem.near_data()
+    diagnostics = case.posterior.diagnostics
+    pairs = {name: (value, case.target(name)) for name, value in case.estimates.items()}
+    ceiling = {"epistemic": correlations(*reference.halves)}
+    if reference.aleatoric_halves is not None:
+        ceiling["aleatoric"] = correlations(*reference.aleatoric_halves)
+    return {
+        "job": asdict(case.job),
+        "n_parameters": case.problem.model.network.n_parameters,
+        "n_examples": len(case.problem.inputs),
+        "passed": diagnostics.passed,
+        "failures": list(diagnostics.failures),
+        "diagnostics": asdict(diagnostics),
+        "map": _search(case.best),
+        "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
+        "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
+        "ceiling": ceiling,
+        "scale": _scale(reference.variance, case.estimates["gn"]),
+        "between_share": float((reference.between / reference.variance).max()),
+        "relative_mcse": float(np.median(reference.mcse / reference.variance)),
+        "isotropy": posterior.isotropy(case.posterior.draws),
+        "version": posterior.VERSION,
+        "versions": versions(*cache.PACKAGES),
+    }
+
+
+def _search(best: point.Point) -> dict[str, float]:
+    at_best = float(np.mean(best.energies < best.energy + 0.1))  # share of the starts that ended within 0.1 nats of it
+    return {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": at_best}
+
+
+def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
+    if not (squared_norm > 0).all():
+        return None  # a constant network: no σ² gives its variance
+    ratio = variance / squared_norm
+    low, high = np.quantile(ratio, [0.05, 0.95])
+    return {"sigma2": float(np.exp(np.log(ratio).mean())), "spread": float(high / low)}
+
+
+def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
+    """Return the job's record from the first of `folders` that has it, or None.
+
+    A record of another `posterior.VERSION` is not taken. Raises ValueError for a file that cannot be read, that is not
+    as it was written, or that holds another job.
+    """
+    name = job.file()
+    for file in (Path(folder) / name for folder in folders):
+        if file.exists() and (found := _read(file, job)).get("version") == posterior.VERSION:
+            return found
+    return None
+
+
+def _read(file: Path, job: Job) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("content") != digest({name: value for name, value in found.items() if name != "content"}):
+            raise ValueError("what it holds is not what was written")
+        own = Job(**{**found["job"], "settings": Settings(**found["job"]["settings"])})
+        if own != job and own.file() != job.file():
+            raise ValueError(f"it belongs to {own.file()}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
+        raise ValueError(f"{file} is not a record of a job, or not of this one ({error}); {advice}") from error
+    return found
+
+
+def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[str, Any]:
+    """Run one job and leave its record in `folder`; the file appears whole or not at all.
+
+    `cpu_seconds` is what the job took of one core, compilation included; waiting for a busy machine does not count.
+    """
+    begun = time.process_time()
+    made = record(analyse(job, draws))
+    made = _rounded({**made, "cpu_seconds": time.process_time() - begun})
+    made["content"] = digest(made)
+    file = Path(folder) / job.file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    return made
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits: hundreds of records are committed, and no statistic of theirs is known better. JSON has no NaN: what a
+    # posterior that failed the gate does not have is None.
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def run_all(
+    jobs: Sequence[Job],
+    folder: str | Path,
+    *,
+    draws: str | Path | None = None,
+    also: Sequence[str | Path] = (),
+    n_workers: int = 2,
+    compiled: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
+
+    Every job is checked before the first is run. They start in the order given, so that what a stopped study has
+    done is its first part. Processes share what they compiled through the folder `compiled`.
+    """
+    found = [find(job, [folder, *also]) for job in jobs]
+    missing = [i for i, one in enumerate(found) if one is None]
+    n_workers = min(require.count("n_workers", n_workers), len(missing))
+    if n_workers < 2:
+        for i in tqdm(missing, desc="posteriors", mininterval=5, disable=not missing):
+            found[i] = run(jobs[i], folder, draws)
+        return [one for one in found if one is not None]
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    share = n_workers * PER_PROCESS
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5) as bar:
+        for start in range(0, len(missing), share):
+            pool = concurrent.futures.ProcessPoolExecutor(n_workers, context, keep_compiled, (compiled,))
+            with pool:
+                waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing[start : start + share]}
+                for future in concurrent.futures.as_completed(waiting):
+                    found[waiting[future]] = future.result()
+                    bar.update()
+    return [one for one in found if one is not None]
+
+
+def keep_compiled(folder: str | Path | None) -> None:
+    """Have this process keep what jax compiles in `folder` and take from there what another has compiled."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def mean_interval(values: ArrayLike) -> Interval | None:
+    """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
+
+    Raises ValueError for values that are no correlations.
+    """
+    n = len(found := require.numbers("values", values, least=0))
+    for value in found:
+        require.number("values", value, -1 - 1e-9, 1 + 1e-9)
+    if n < 2:
+        return None
+    mean = float(np.mean(found))
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(found, ddof=1) / np.sqrt(n))
+    return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
+
+
+def trend(doublings: ArrayLike, values: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Interval:
+    """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
+
+    A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only
+    changes with size within the same data count. Raises ValueError for fewer than two groups of two sizes.
+    """
+    require.same_rows(doublings=doublings, values=values, group=group)
+    doublings, values = require.numbers("doublings", doublings), require.numbers("values", values)
+    codes, parts = require.groups("group", group), []
+    for code in np.unique(codes):
+        x, y = doublings[codes == code], values[codes == code]
+        if np.ptp(x) > 0:  # one size alone says nothing of a trend
+            parts.append((np.sum((x - x.mean()) * (y - y.mean())), np.sum(np.square(x - x.mean()))))
+    if len(parts) < 2:
+        raise ValueError(f"group: {len(parts)} with more than one size given, at least 2 wanted")
+    sums = np.array(parts)
+    rows = np.random.default_rng(require.seed("seed", seed)).integers(0, len(sums), (2000, len(sums)))
+    again = sums[rows].sum(axis=1)
+    low, high = np.quantile(again[:, 0] / again[:, 1], [0.025, 0.975])
+    slope = sums[:, 0].sum() / sums[:, 1].sum()
+    return Interval(float(slope), float(low), float(high), len(values))

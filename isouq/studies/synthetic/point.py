@@ -1,0 +1,191 @@
+"""Everything that one point estimate gives: MAP, ‖g‖², the Laplace family and p(1−p)."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+import torch
+
+from isouq.studies import require
+from isouq.studies.synthetic.problems import Model, Problem, float64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """The best of several MAP searches: θ* (param,), its energy and how well it converged.
+
+    `energies` (start,) and `thetas` (start, param) are where every search ended, the lowest energy first.
+    """
+
+    theta: np.ndarray
+    energy: float
+    gradient_norm: float
+    energies: np.ndarray
+    thetas: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _energy_and_gradient(model: Model, z, scales, inputs, targets):
+    def energy(z):
+        return 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets)
+
+    return jax.value_and_grad(energy)(z)
+
+
+@float64
+def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: int = 5000) -> Point:
+    """Minimise the energy by L-BFGS from `n_starts` draws of the prior and keep the lowest.
+
+    The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
+    Raises ValueError for fewer than one start or one step.
+    """
+    require.count("n_starts", n_starts), require.count("max_steps", max_steps)
+    model, rng = problem.model, np.random.default_rng(require.seed("seed", seed))
+    given = tuple(map(jnp.asarray, (model.scales(), problem.inputs, problem.targets)))
+
+    def objective(z):
+        value, gradient = _energy_and_gradient(model.unscaled(), z, *given)
+        return float(value), np.asarray(gradient)
+
+    options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": 1e-7, "ftol": 0.0, "maxcor": 30}
+    starts = rng.normal(size=(n_starts, model.network.n_parameters))
+    search = {"jac": True, "method": "L-BFGS-B", "options": options}
+    ends = [scipy.optimize.minimize(objective, z, **search) for z in starts]
+    ends.sort(key=lambda end: end.fun)
+    thetas = np.stack([end.x for end in ends]) * model.scales()
+    return Point(
+        theta=thetas[0],
+        energy=float(ends[0].fun),
+        gradient_norm=float(np.linalg.norm(ends[0].jac)),
+        energies=np.array([end.fun for end in ends]),
+        thetas=thetas,
+    )
+
+
+@float64
+def predicted_classes(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Return the class (point,) that the estimates are about: the predicted one; 0 unless multiclass."""
+    return np.asarray(problem.model.predict(problem.model.parameters(theta), problem.grid).argmax(axis=1))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _gradients(model: Model, theta, inputs, classes):
+    def one(example):
+        x, c = example
+        return jax.grad(lambda t: model.quantity(t, x[None], c[None])[0])(theta)
+
+    return jax.lax.map(one, (inputs, classes), batch_size=64)
+
+
+@float64
+def gradients(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """g = ∇θ p(y_c|x, θ) at every grid point: (point, param)."""
+    theta, classes = problem.model.parameters(theta), problem.classes(classes)
+    return np.asarray(_gradients(problem.model.unscaled(), theta, problem.grid, classes))
+
+
+@float64
+def probabilities(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """p(y_c|x, θ) of the class given (or the mean) at every grid point: (point,)."""
+    theta, classes = problem.model.parameters(theta), problem.classes(classes)
+    return np.asarray(problem.model.quantity(theta, jnp.asarray(problem.grid), classes))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hessian(model: Model, theta, inputs, targets):
+    return -jax.hessian(model.log_likelihood)(theta, inputs, targets)
+
+
+@float64
+def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Hessian of the energy (param, param): of the negative log likelihood plus the prior's precision."""
+    model, theta = problem.model, problem.model.parameters(theta)
+    likelihood = np.asarray(_hessian(model.unscaled(), theta, problem.inputs, problem.targets))
+    return likelihood + np.diag(model.scales() ** -2.0)
+
+
+@float64
+def ggn(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Generalised Gauss–Newton matrix JᵀΛJ plus the prior's precision (param, param).
+
+    Λ is the Hessian of the negative log likelihood in the outputs: p(1−p), diag(p) − ppᵀ, or 1/noise².
+    """
+    model, theta = problem.model, problem.model.parameters(theta)
+    J = np.asarray(jax.jacrev(model.network)(theta, jnp.asarray(problem.inputs)))
+    if model.kind == "regression":
+        curvature = np.broadcast_to(1 / model.noise**2, (len(J), 1, 1))
+    else:
+        p = np.asarray(model.predict(theta, jnp.asarray(problem.inputs)))
+        curvature = p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :])
+    return np.einsum("ecp,ecd,edq->pq", J, curvature, J, optimize=True) + np.diag(model.scales() ** -2.0)
+
+
+def quadratic_form(g: np.ndarray, precision: np.ndarray) -> np.ndarray | None:
+    """gᵀ P⁻¹ g (point,) for g (point, param), or None when P (param, param) is not positive definite."""
+    precision = require.symmetric("precision", precision)
+    g = require.numbers("g", g, 2, width=len(precision))
+    try:
+        factor = scipy.linalg.cho_factor(precision, lower=True)
+    except np.linalg.LinAlgError:
+        return None
+    return np.einsum("ip,pi->i", g, scipy.linalg.cho_solve(factor, g.T))
+
+
+def estimates(
+    problem: Problem, theta: np.ndarray, classes: np.ndarray, *, laplace: bool = True
+) -> dict[str, np.ndarray]:
+    """Return every point estimate of Var_θ[p] at the grid (point,), by name; what does not exist is left out.
+
+    gn: ‖g‖² (up to σ²); la: gᵀH⁻¹g; la_diag: with the diagonal of H only; la_last: over the last layer's
+    parameters only; ggn: gᵀ(GGN + prior)⁻¹g; aleatoric: p(1−p), not for a regression. Without `laplace` the
+    four that need a matrix over all parameters are left out.
+    """
+    g = gradients(problem, theta, classes)
+    found: dict[str, np.ndarray | None] = {"gn": np.square(g).sum(axis=1)}
+    if problem.model.kind != "regression":
+        p = probabilities(problem, theta, classes)
+        found["aleatoric"] = p * (1 - p)
+    if laplace:
+        H = hessian(problem, theta)
+        fan_in, fan_out = problem.model.network.shapes[-1]
+        last = slice(len(theta) - (fan_in + 1) * fan_out, None)
+        diagonal = np.diag(H)
+        found |= {
+            "la": quadratic_form(g, H),
+            "la_diag": np.square(g) @ (1 / diagonal) if (diagonal > 0).all() else None,
+            "la_last": quadratic_form(g[:, last], H[last, last]),
+            "ggn": quadratic_form(g, ggn(problem, theta)),
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:
+    """Return the same network as a float64 torch module that ends in its outputs, for isouq's own engines."""
+    network = model.network
+    activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[network.activation]
+    modules: list[torch.nn.Module] = []
+    for weight, bias in network.layers(model.parameters(theta)):
+        linear = torch.nn.Linear(weight.shape[0], weight.shape[1], dtype=torch.float64)
+        linear.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
+        modules += [linear, activation()]
+    return torch.nn.Sequential(*modules[:-1]).eval()
+
+
+def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
+    """Return other parameters of the same function: the first hidden layer times `factor`, the next divided by it.
+
+    Raises ValueError unless the network has a hidden layer of ReLU units and `factor` is above 0.
+    """
+    network, theta, factor = model.network, model.parameters(theta), require.number("factor", factor, 0.0)
+    if network.activation != "relu" or network.depth < 1:
+        given = f"a {network.activation} network of depth {network.depth} given"
+        raise ValueError(f"model: {given}, a hidden layer of relu units wanted")
+    (fan_in, width), (_, fan_out) = network.shapes[:2]
+    first, second = (fan_in + 1) * width, width * fan_out
+    scale = np.ones(len(theta))
+    scale[:first], scale[first : first + second] = factor, 1 / factor
+    return scale * theta

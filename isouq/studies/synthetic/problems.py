@@ -1,0 +1,339 @@
+"""The paper's eight synthetic problems: data, network, prior, likelihood and evaluation grid.
+
+The paper's sample sizes, widths and priors are not known to us. Those in ``SPECS`` are our own choices,
+made so that NUTS converges in function space; none of them is the paper's.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from isouq.studies import require
+from isouq.studies.require import one_of
+
+KINDS = ("binary", "multiclass", "regression")
+ACTIVATIONS: dict[str, Callable] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+SCALINGS = ("fixed", "fan_in")
+
+
+def float64(function: Callable) -> Callable:
+    """Run `function` with jax in float64 and leave jax's global setting as it was."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A fully connected network whose parameters are one flat vector; depth counts the hidden layers."""
+
+    n_inputs: int
+    n_outputs: int
+    width: int = 8
+    depth: int = 1
+    activation: str = "tanh"
+
+    def __post_init__(self):
+        for name, least in (("n_inputs", 1), ("n_outputs", 1), ("width", 1), ("depth", 0)):
+            require.count(name, getattr(self, name), least)
+        one_of("activation", self.activation, ACTIVATIONS)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(fan_in, fan_out) of each layer, from the inputs on."""
+        sizes = (self.n_inputs, *([self.width] * self.depth), self.n_outputs)
+        return tuple(itertools.pairwise(sizes))
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights and biases of all layers."""
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in self.shapes)
+
+    def layers(self, theta):
+        """Cut the flat vector into [(weight (fan_in, fan_out), bias (fan_out,)), ...], in order."""
+        layers, start = [], 0
+        for fan_in, fan_out in self.shapes:
+            stop = start + fan_in * fan_out
+            weight = theta[start:stop].reshape(fan_in, fan_out)
+            layers.append((weight, theta[stop : stop + fan_out]))
+            start = stop + fan_out
+        return layers
+
+    def __call__(self, theta, inputs):
+        """Outputs (example, output) at the flat parameters `theta` (param,)."""
+        *hidden, (weight, bias) = self.layers(theta)
+        for hidden_weight, hidden_bias in hidden:
+            inputs = ACTIVATIONS[self.activation](inputs @ hidden_weight + hidden_bias)
+        return inputs @ weight + bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network with its Gaussian prior and its likelihood; hashable, so that jax compiles it once.
+
+    Prior: independent N(0, s²) with s = `prior_scale` everywhere ("fixed"), or prior_scale/√fan_in for the
+    weights and prior_scale for the biases ("fan_in"). A binary problem has one output, the logit of class 1.
+    `noise` is the known standard deviation of a regression's targets.
+    """
+
+    kind: str
+    network: Network
+    prior_scale: float = 1.0
+    prior_scaling: str = "fan_in"
+    noise: float = 0.1
+
+    def __post_init__(self):
+        one_of("kind", self.kind, KINDS)
+        one_of("prior_scaling", self.prior_scaling, SCALINGS)
+        if (self.kind == "multiclass") != (self.network.n_outputs > 1):
+            raise ValueError(f"network: {self.network.n_outputs} outputs given; one wanted, several if multiclass")
+        for name in ("prior_scale", "noise"):
+            require.number(name, getattr(self, name), 1e-100, 1e100)  # their squares divide
+
+    def parameters(self, theta: ArrayLike) -> np.ndarray:
+        """Return θ (param,) as float64. Raises ValueError for another length and for what is not finite."""
+        return require.numbers("theta", theta, width=self.network.n_parameters)
+
+    def scales(self) -> np.ndarray:
+        """The prior's standard deviation of every parameter (param,)."""
+        parts = []
+        for fan_in, fan_out in self.network.shapes:
+            shrink = np.sqrt(fan_in) if self.prior_scaling == "fan_in" else 1.0
+            parts += [np.full(fan_in * fan_out, 1 / shrink), np.ones(fan_out)]
+        return self.prior_scale * np.concatenate(parts)
+
+    def unscaled(self) -> "Model":
+        """Return the same likelihood under the prior N(0, 1), for what does not ask for the prior.
+
+        jax compiles that once for all priors, and for all problems of one shape.
+        """
+        return replace(self, prior_scale=1.0, prior_scaling="fixed")
+
+    def predict(self, theta, inputs):
+        """Return p(class 1), p of every class, or the mean, after the kind of problem: (example, class)."""
+        outputs = self.network(theta, inputs)
+        if self.kind == "binary":
+            return jax.nn.sigmoid(outputs)
+        return jax.nn.softmax(outputs) if self.kind == "multiclass" else outputs
+
+    def quantity(self, theta, inputs, classes):
+        """Return what the estimates are about: p(y_c|x, θ) of the class given, or the mean: (example,)."""
+        return jnp.take_along_axis(self.predict(theta, inputs), classes[:, None], axis=1)[:, 0]
+
+    def log_likelihood(self, theta, inputs, targets):
+        """Sum over the examples of log p(target | input, θ), in nats, up to a constant for a regression."""
+        outputs = self.network(theta, inputs)
+        if self.kind == "binary":
+            return -jax.nn.softplus((1 - 2 * targets) * outputs[:, 0]).sum()
+        if self.kind == "multiclass":
+            return jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[:, None], axis=1).sum()
+        return -0.5 * jnp.square((targets - outputs[:, 0]) / self.noise).sum()
+
+    def energy(self, theta, inputs, targets):
+        """Return the negative log posterior in nats, up to a constant: what MAP minimises."""
+        prior = 0.5 * jnp.square(theta / self.scales()).sum()
+        return prior - self.log_likelihood(theta, inputs, targets)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """One problem with its data (numpy, float64; integer targets for classes) and its evaluation grid.
+
+    Raises ValueError for data that are not finite, fewer than 3 examples, targets other than the model's classes.
+    """
+
+    name: str
+    seed: int
+    model: Model
+    inputs: np.ndarray
+    targets: np.ndarray
+    grid: np.ndarray
+    limits: tuple[float, float]
+
+    def __post_init__(self):
+        network, found = self.model.network, dict[str, np.ndarray]()
+        for name, least in (("inputs", 3), ("grid", 1)):
+            found[name] = require.numbers(name, getattr(self, name), 2, least=least, width=network.n_inputs)
+        found["targets"] = require.numbers("targets", self.targets)
+        require.same_rows(inputs=self.inputs, targets=self.targets)
+        if self.model.kind != "regression":
+            found["targets"] = require.integers("targets", self.targets, below=max(2, network.n_outputs))
+        require.seed("seed", self.seed), _limits(self.limits)
+        vars(self).update(found)  # as float64 and int64, whatever was given
+
+    def classes(self, classes: ArrayLike) -> np.ndarray:
+        """Return a class (point,) per grid point. Raises ValueError for one that the model does not have."""
+        return require.integers("classes", classes, below=self.model.network.n_outputs, length=len(self.grid))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The grid's shape: (y, x) for two inputs, (x,) for one."""
+        resolution = round(len(self.grid) ** (1 / self.inputs.shape[1]))
+        return (resolution,) * self.inputs.shape[1]
+
+    def near_data(self) -> np.ndarray:
+        """Grid points (point,) bool where data lie.
+
+        A point counts when its nearest example is no farther than the 95 % quantile of the distances between
+        examples and their nearest neighbours.
+        """
+        between = np.linalg.norm(self.inputs[:, None] - self.inputs[None], axis=-1)
+        np.fill_diagonal(between, np.inf)
+        reach = np.quantile(between.min(axis=1), 0.95)
+        return np.linalg.norm(self.grid[:, None] - self.inputs[None], axis=-1).min(axis=1) <= reach
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the posterior depends on: model, data and grid, to nine decimals.
+
+        The last digits of a sine differ from one processor to another, and records are carried between them.
+        """
+        digest = hashlib.sha256(repr((self.name, self.seed, self.model)).encode())
+        for array in (self.inputs, self.targets, self.grid):
+            digest.update(np.round(1e9 * array).astype(np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def _linear(rng, n):
+    inputs = rng.uniform(-2, 2, (n, 2))
+    logits = 1.5 * inputs[:, 0] - 1.0 * inputs[:, 1] + 0.5
+    return inputs, (rng.uniform(size=n) < 1 / (1 + np.exp(-logits))).astype(np.int64)
+
+
+def _xor(rng, n):
+    corners = rng.integers(0, 2, (n, 2))
+    return 2.0 * corners - 1 + rng.normal(0, 0.45, (n, 2)), corners.sum(axis=1) % 2
+
+
+def _rings(radii, noise):
+    def generate(rng, n):
+        classes, angle = np.arange(n) % len(radii), rng.uniform(0, 2 * np.pi, n)
+        radius = np.asarray(radii)[classes] + rng.normal(0, noise, n)
+        return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), classes
+
+    return generate
+
+
+def _clusters(rng, n):
+    classes = np.arange(n) % 3
+    angle = np.pi / 2 + 2 * np.pi * classes / 3
+    centres = 1.2 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return centres + rng.normal(0, 0.6, (n, 2)), classes
+
+
+def _spirals(rng, n):
+    classes, along = np.arange(n) % 3, rng.uniform(0.15, 1.0, n)
+    angle = 2 * np.pi * classes / 3 + 3.0 * along
+    inputs = 2 * along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return inputs + rng.normal(0, 0.15, (n, 2)), classes
+
+
+def _line(noise):
+    def generate(rng, n):
+        inputs = rng.uniform(-1, 1, (n, 1))
+        return inputs, 0.8 * inputs[:, 0] - 0.2 + rng.normal(0, noise, n)
+
+    return generate
+
+
+def _wave(noise):
+    def generate(rng, n):
+        # two stretches of data with a gap between: uncertainty has somewhere to grow inside the data's range
+        inputs = np.where(rng.uniform(size=n) < 0.5, rng.uniform(-2, -0.5, n), rng.uniform(0.7, 2, n))
+        return inputs[:, None], np.sin(2 * inputs) + 0.3 * inputs + rng.normal(0, noise, n)
+
+    return generate
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a named problem is made: generator (rng, n) -> (inputs, targets), sample size, model, limits."""
+
+    title: str
+    generate: Callable
+    n_examples: int
+    model: Model
+    limits: tuple[float, float] = (-3.0, 3.0)
+
+
+def _model(kind: str, n_inputs: int, n_outputs: int, depth: int = 1, **prior: float) -> Model:
+    network = Network(n_inputs=n_inputs, n_outputs=n_outputs, depth=depth)
+    return Model(kind=kind, network=network, **prior)  # type: ignore[arg-type]
+
+
+_BINARY, _MULTICLASS = _model("binary", 2, 1, prior_scale=1.5), _model("multiclass", 2, 3, prior_scale=1.5)
+_STRAIGHT = _model("regression", 1, 1, depth=0, noise=0.3)
+_CURVED = _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
+SPECS: dict[str, Spec] = {
+    "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
+    "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
+    "binary_rings": Spec("binary: rings", _rings((0.6, 1.7), 0.25), 80, _BINARY),
+    "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
+    "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
+    "multiclass_rings": Spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, _MULTICLASS),
+    "regression_linear": Spec("regression: linear", _line(0.3), 30, _STRAIGHT, (-2.0, 2.0)),
+    "regression_nonlinear": Spec("regression: nonlinear", _wave(0.25), 40, _CURVED),
+}
+
+
+def make(
+    name: str,
+    *,
+    seed: int = 0,
+    n_examples: int | None = None,
+    model: Model | None = None,
+    resolution: int | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Problem:
+    """Make the problem `name` with the data of `seed`; fields left None take those of ``SPECS``.
+
+    The grid has `resolution` points a side (20 for two inputs, 100 for one) between `limits`.
+    Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid.
+    """
+    one_of("name", name, SPECS)
+    spec = SPECS[name]
+    model, limits = model or spec.model, spec.limits if limits is None else limits
+    n = spec.n_examples if n_examples is None else require.count("n_examples", n_examples, 3)
+    expected = (spec.model.kind, spec.model.network.n_inputs, spec.model.network.n_outputs)
+    given = (model.kind, model.network.n_inputs, model.network.n_outputs)
+    if given != expected:
+        raise ValueError(f"model has (kind, n_inputs, n_outputs) {given}; {name} wants {expected}")
+    # a fixed number per problem, so that two problems of one seed do not share their random numbers
+    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    inputs, targets = spec.generate(np.random.default_rng([require.seed("seed", seed), stream]), n)
+    default = 20 if inputs.shape[1] == 2 else 100
+    grid = _grid(inputs, limits, default if resolution is None else resolution)
+    data = {"inputs": inputs, "targets": targets, "grid": grid, "limits": limits}
+    return Problem(name=name, seed=seed, model=model, **data)
+
+
+def _limits(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = require.numbers("limits", limits, width=2)
+    if not low < high:
+        raise ValueError(f"limits: {limits} given, low < high wanted")
+    return limits
+
+
+def _grid(inputs: np.ndarray, limits: tuple[float, float], resolution: int) -> np.ndarray:
+    low, high = _limits(limits)
+    require.count("resolution", resolution, 2)
+    least, most = inputs.min(), inputs.max()
+    span = most - least
+    if high < least or low > most or low < least - 2 * span or high > most + 2 * span:
+        wanted = "a grid that meets them and reaches no more than two spans beyond"
+        raise ValueError(f"limits: {limits} given, outside the data from {least:.2f} to {most:.2f}; {wanted} wanted")
+    axis = np.linspace(low, high, resolution)
+    if inputs.shape[1] == 1:
+        return axis[:, None]
+    x, y = np.meshgrid(axis, axis)
+    return np.stack([x.ravel(), y.ravel()], axis=1)

@@ -1,0 +1,306 @@
+"""Every public function of the study refuses nonsense by name: a row per function, fed what each kind must refuse."""
+
+import inspect
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from isouq.studies import evaluation
+from isouq.studies.isotropy import covariance, distortion, networks, spectra
+from isouq.studies.qa import analysis
+from isouq.studies.synthetic import jobs, point, posterior, problems
+
+RNG = np.random.default_rng(0)
+N = 40
+SCORE, OTHER, VARIANCE = RNG.normal(size=N), RNG.normal(size=N), RNG.uniform(1, 2, N)
+WRONG, GROUP = (np.arange(N) % 3 == 0).astype(int), np.arange(N) // 4
+ROWS, LABELS = RNG.normal(size=(N, 3)), np.arange(N) % 2
+JACOBIAN, LOGITS = RNG.normal(size=(N, 2, 5)), RNG.normal(size=(N, 2))
+GRAM = ROWS.T @ ROWS
+PROBLEM = problems.make("binary_rings", n_examples=12, resolution=4)
+THETA = RNG.normal(size=PROBLEM.model.network.n_parameters)
+CLASSES = np.zeros(16, dtype=int)
+DRAWS, VALUES = RNG.normal(size=(4, 20, len(THETA))), RNG.normal(size=(4, 20, 16, 1))
+SHIFTS = distortion.shuffles(N, 5, seed=0)
+RELU = problems.Model(kind="binary", network=problems.Network(n_inputs=2, n_outputs=1, activation="relu"))
+
+
+def having(value: float, array: np.ndarray) -> np.ndarray:
+    """The array with another value at its second place."""
+    changed = array.astype(float)
+    changed.flat[1] = value
+    return changed
+
+
+# What a kind of argument must refuse, by what it is; a function makes it of an array that is right.
+TYPES = {
+    "masked": lambda a: np.ma.masked_array(a, mask=having(1, 0 * a) == 1),
+    "text": lambda a: a.astype(str),
+    "objects": lambda a: np.full(a.shape, None),
+    "complex": lambda a: a + 1j,
+    "empty": lambda a: a[:0],
+    "an axis more": lambda a: a[None],
+    "one number": lambda a: a.ravel()[0],
+    "gradients kept": lambda a: torch.tensor(a.astype(float), requires_grad=True),
+    "ragged": lambda a: [[1.0], [1.0, 2.0]],
+    "a mapping": lambda a: {"a": 1},
+}
+NAN, INFINITE = {"NaN": lambda a: having(np.nan, a)}, {"infinite": lambda a: having(np.inf, a)}
+SHORTER = {"shorter": lambda a: a[:-1]}
+WHOLE = {"negative": lambda a: a - 99, "too large": lambda a: a + 99, "not whole": lambda a: a + 0.5}
+KINDS = {
+    "array": TYPES | NAN | INFINITE | SHORTER,
+    "alone": TYPES | NAN | INFINITE,  # nothing else says how long it should be
+    "score": TYPES | NAN | SHORTER,  # it is ranked, so it may be infinite
+    "draws": TYPES,  # the gate is there to see NaN
+    "labels": TYPES | NAN | INFINITE | SHORTER | {"three classes": lambda a: a + 1},
+    "enough": {name: TYPES[name] for name in TYPES if name != "empty"} | NAN,
+    "classes": TYPES | NAN | SHORTER | WHOLE,
+    "groups": {name: TYPES[name] for name in ("masked", "objects", "an axis more", "one number")} | NAN | SHORTER,
+    "orders": TYPES | {"negative": WHOLE["negative"], "too large": WHOLE["too large"]},
+    "count": dict.fromkeys((-1, 0, 2.5, True, "3", None, np.nan)),
+    "count or None": dict.fromkeys((-1, 0, 2.5, True, "3", np.nan)),
+    "whole": dict.fromkeys((-1, 2.5, True, "3", None)),
+    "seed": dict.fromkeys((-1, 1.5, None, True, "0", 2**40)),
+    "level": dict.fromkeys((0.0, 1.0, -1.0, 95.0, np.nan, "x", None, 1 - 2**-53)),
+    "positive": dict.fromkeys((0.0, -1.0, np.nan, np.inf, "x", None)),
+    "number": dict.fromkeys((np.nan, np.inf, "x", None)),
+    "name": dict.fromkeys(("no such", None, 3)),
+}
+PEARSON = {"a": (SCORE, "array"), "b": (OTHER, "array")}
+ASKED = {"score": (SCORE, "score"), "wrong": (WRONG, "labels")}
+DRAWN = {"n_resamples": (40, "count"), "seed": (0, "seed")}
+NET = {"jacobian": (JACOBIAN, "array"), "logits": (LOGITS, "array")}
+AT = {"problem": (PROBLEM, ""), "theta": (THETA, "array")}
+ANALYSIS = analysis.Analysis(n_resamples=40)
+
+ROWS_OF = {
+    evaluation.pearson: PEARSON,
+    evaluation.spearman: PEARSON,
+    evaluation.auroc: ASKED,
+    evaluation.stratified_auroc: ASKED | {"stratum": (GROUP, "groups")},
+    evaluation.auroc_interval: ASKED | DRAWN,
+    evaluation.auroc_difference: ASKED | DRAWN | {"control": (OTHER, "score")},
+    evaluation.bootstrap_interval: DRAWN | {"statistic": (np.mean, ""), "level": (0.9, "level")},
+    evaluation.wilson_interval: {"successes": (1, "whole"), "n": (3, "count"), "level": (0.9, "level")},
+    evaluation.out_of_fold_scores: {
+        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
+    },
+    evaluation.likelihood_ratio_test: {
+        "base": (ROWS[:, :1], "array"), "extra": (ROWS[:, 1:], "array"), "wrong": (WRONG, "labels")
+    },
+    evaluation.enough_of_both: {"wrong": (WRONG, "enough"), "minimum": (10, "count")},
+    covariance.isotropic: {"variance": (1.0, "positive")},
+    covariance.from_rows: {"rows": (ROWS, "alone"), "kind": ("fisher", ""), "n_examples": (N, "count or None")},
+    covariance.from_products: {"gram": (GRAM, "array"), "kind": ("fisher", ""), "n_examples": (3, "count or None")},
+    covariance.empirical_fisher: NET | {"labels": (LABELS, "classes")},
+    covariance.scores: NET | {"labels": (LABELS, "classes")},
+    covariance.fisher: NET,
+    covariance.fisher_rows: NET,
+    covariance.ggn: NET,
+    covariance.ggn_matrix: NET,
+    covariance.hessian: {"matrix": (GRAM, "array"), "kind": ("hessian", "")},
+    covariance.posterior: {"draws": (ROWS, "alone")},
+    distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
+    distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
+    distortion.structure: {
+        "field": (SCORE, "array"), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders")
+    },
+    distortion.shuffles: {
+        "n_points": (N, "count"), "n_permutations": (3, "count"), "seed": (0, "seed"), "groups": (GROUP, "groups")
+    },
+    distortion.grid_shifts: {"shape": ((4, 4), ""), "n_permutations": (3, "count"), "seed": (0, "seed")},
+    distortion.overlap: {
+        "first": (GRAM, "array"), "second": (GRAM, "array"), "between": (GRAM, "array"), "k": (2, "count")
+    },
+    jobs.mean_interval: {"values": (SCORE[:5] / 9, "enough")},
+    jobs.trend: {
+        "doublings": (np.arange(N) % 4.0, "array"), "values": (SCORE, "array"), "group": (GROUP, "groups"),
+        "seed": (0, "seed"),
+    },
+    jobs.correlations: PEARSON | {"where": (np.ones(N), "labels")},
+    point.find_map: {
+        "problem": (PROBLEM, ""), "n_starts": (1, "count"), "seed": (0, "seed"), "max_steps": (5, "count")
+    },
+    point.predicted_classes: AT,
+    point.gradients: AT | {"classes": (CLASSES, "classes")},
+    point.probabilities: AT | {"classes": (CLASSES, "classes")},
+    point.hessian: AT,
+    point.ggn: AT,
+    point.estimates: AT | {"classes": (CLASSES, "classes"), "laplace": (False, "")},
+    point.quadratic_form: {"g": (ROWS, "alone"), "precision": (GRAM, "array")},
+    point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
+    point.rescaled: {"model": (RELU, ""), "theta": (THETA, "array"), "factor": (2.0, "positive")},
+    posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
+    posterior.convergence: {"values": (VALUES, "draws")},
+    posterior.judge: {
+        "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
+        "seconds": (0.0, ""),
+    },
+    posterior.isotropy: {"draws": (DRAWS, "alone"), "n_pairs": (50, "count")},
+    problems.make: {
+        "name": ("binary_xor", "name"), "seed": (0, "seed"), "n_examples": (9, "count or None"), "model": (None, ""),
+        "resolution": (5, "count or None"), "limits": (np.array([-3.0, 3.0]), "alone"),
+    },
+    networks.proxies: {"problem": (PROBLEM, ""), "source": ("unseen", "name"), "n": (5, "count")},
+    networks.jacobian: AT | {"inputs": (PROBLEM.inputs, "alone")},
+    spectra.train: {"problem": (PROBLEM, ""), "target_loss": (9.0, "number"), "step_size": (0.1, "positive")},
+    spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
+    spectra.hessian_in_prior_units: AT,
+    spectra.count_outliers: AT | {"start": (4, "count")},
+    spectra.lanczos_density: AT | {"n_steps": (4, "count"), "n_repeats": (1, "count")},
+    spectra.effective_rank: {"eigenvalues": (VARIANCE, "alone")},
+    spectra.marchenko_pastur: {"eigenvalues": (VARIANCE, "alone")},
+    analysis.quantile_bins: {"column": (SCORE, "alone"), "n_bins": (4, "count")},
+    analysis.compare: {"found": ({}, ""), "column": ("value", "name")},
+    analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
+    analysis.score_columns: {
+        "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")
+    },
+}  # fmt: skip
+# These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
+TAKE_OBJECTS = {
+    *(networks.solve, networks.build, networks.outputs, networks.compare, networks.table, networks.sweep),
+    *(networks.overlap_with_training, networks.against_isotropic, networks.interval, spectra.widths),
+    *(analysis.auroc_table, analysis.within_bins, analysis.added_signal, analysis.agreement, analysis.accuracy),
+    *(analysis.named_results, analysis.beside_paper, posterior.sample, posterior.reference, problems.float64),
+}
+
+
+def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
+    modules = (evaluation, covariance, distortion, point, posterior, problems, networks, spectra, analysis)
+    public = {f for m in modules for n, f in vars(m).items() if inspect.isfunction(f) and not n.startswith("_")}
+    public = {f for f in public if f.__module__ in {m.__name__ for m in modules}}
+    assert {f.__qualname__ for f in public - TAKE_OBJECTS} <= {f.__qualname__ for f in ROWS_OF}
+    for function, row in ROWS_OF.items():
+        parameters = inspect.signature(function).parameters
+        assert set(parameters) - {"columns", "diagonal"} == set(row), function.__qualname__
+
+
+FED = [
+    pytest.param(function, name, kind, what, id=f"{function.__module__[6:]}.{function.__name__}-{name}-{what}")
+    for function, row in ROWS_OF.items()
+    for name, (_, kind) in row.items()
+    if kind
+    for what in KINDS[kind]
+]
+
+
+@pytest.mark.parametrize(("function", "name", "kind", "what"), FED)
+def test_nonsense_is_refused_by_the_name_of_the_argument(function, name, kind, what):
+    row = ROWS_OF[function]
+    given = {key: value for key, (value, _) in row.items()}
+    make = KINDS[kind][what]
+    given[name] = what if make is None else make(given[name])
+    columns = (given.pop("statistic"), SCORE) if function is evaluation.bootstrap_interval else ()
+    with pytest.raises((ValueError, TypeError), match=rf"\b{re.escape(name)}\b"):
+        function(*columns, **given)
+
+
+@pytest.mark.parametrize("function", [f for f, row in ROWS_OF.items() if f is not analysis.compare and row])
+def test_the_rows_of_the_table_are_right_as_they_stand(function):
+    if function.__module__.endswith("analysis") and function is not analysis.quantile_bins:
+        return  # an empty table has no columns
+    given = {key: tuple(value) if key == "limits" else value for key, (value, _) in ROWS_OF[function].items()}
+    columns = (given.pop("statistic"), SCORE) if function is evaluation.bootstrap_interval else ()
+    function(*columns, **given)
+
+
+SERIES = {name: pd.Series(array) for name, array in {"score": SCORE, "other": VARIANCE, "wrong": WRONG}.items()}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s, w: evaluation.auroc(s["score"], w),
+        lambda s, w: evaluation.auroc_interval(s["score"], w),
+        lambda s, w: evaluation.auroc_difference(s["score"].to_numpy(), s["other"], w),
+        lambda s, w: evaluation.stratified_auroc(s["score"], w.to_numpy(), w),
+        lambda s, w: evaluation.pearson(s["score"], s["other"].loc[w.index]),
+        lambda s, w: evaluation.spearman(s["score"], s["other"].loc[w.index]),
+        lambda s, w: evaluation.bootstrap_interval(evaluation.auroc, s["score"], w),
+        lambda s, w: evaluation.out_of_fold_scores(s[["score"]], w),
+        lambda s, w: evaluation.likelihood_ratio_test(s[["score"]], s[["other"]], w),
+        lambda s, w: distortion.distortion(s["other"], s["other"].loc[w.index]),
+        lambda s, w: jobs.trend(s["score"], s["other"], w),
+    ],
+)
+def test_series_of_other_rows_are_not_paired_by_position(call):
+    table = pd.DataFrame(SERIES)
+    with pytest.raises(ValueError, match="the same rows in the same order wanted"):
+        call(table, table["wrong"].sort_values(kind="stable"))
+
+
+def test_series_of_the_same_rows_give_what_arrays_give():
+    assert evaluation.auroc(SERIES["score"], SERIES["wrong"]) == evaluation.auroc(SCORE, WRONG)
+    assert evaluation.auroc_interval(SERIES["score"], WRONG) == evaluation.auroc_interval(SCORE, WRONG)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluation.pearson(having(1.7e308, SCORE), OTHER), r"a: values up to 1\.7e\+308"),
+        (lambda: evaluation.bootstrap_interval(lambda a: np.nan, SCORE), "statistic: its value: nan"),
+        (lambda: evaluation.bootstrap_interval(lambda a: a[0] if a[0] > 0 else np.inf, SCORE), "statistic: its value"),
+        (lambda: evaluation.bootstrap_interval(lambda a: a, SCORE), "statistic: its value"),
+        (lambda: evaluation.bootstrap_interval(np.mean), "columns: 0 given"),
+        (lambda: evaluation.bootstrap_interval(np.mean, SCORE, n_resamples=39), "n_resamples: 39 .* at least 40"),
+        (lambda: evaluation.bootstrap_interval(np.mean, SCORE, level=0.999), "n_resamples: 300 .* at least 2000"),
+        (lambda: evaluation.bootstrap_interval(np.mean, SCORE[:4]), "columns: 4 rows given, too few"),
+        (lambda: evaluation.wilson_interval(4, 3), "successes: 4 given, .* at most 3"),
+        (lambda: evaluation.Interval(0.5, 0.6, 0.4, 3), "interval: 0.5"),
+        (lambda: evaluation.Interval(np.nan, 0.6, 0.7, 3), "interval: nan"),
+        (lambda: covariance.from_products(np.triu(GRAM), "fisher"), "gram: not symmetric"),
+        (lambda: covariance.from_rows(ROWS, "fisher").share_below(0 * ROWS, 1.0), "g: 40 of 40 gradients are zero"),
+        (lambda: covariance.from_rows(ROWS, "fisher").share_below(ROWS, np.nan), "threshold: nan"),
+        (lambda: covariance.isotropic().quadratic_form(ROWS, damping=np.nan), "damping: nan"),
+        (lambda: covariance.Products(np.ones(3), np.ones((2, 4))), "with_rows"),
+        (lambda: distortion.distortion([1e300, 1e300], [1e-300, 1e-300]), "estimate: e"),
+        (lambda: distortion.structure(SCORE, np.ones((N, 1)), SHIFTS), "features: a constant one"),
+        (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
+        (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
+        (lambda: jobs.mean_interval([3.0, 4.0]), "values: 3.0 given"),
+        (lambda: networks.Recipe(matrix="fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
+        (lambda: networks.Recipe(matrix="empirical_fisher"), "labels: 'none' given"),
+        (lambda: networks.jacobian(problems.make("regression_linear"), THETA[:2], np.ones((3, 1))), "problem: 'regr"),
+        (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),
+        (lambda: spectra.train(problems.make("regression_linear")), "problem: 'regression'"),
+        (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
+        (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
+        (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),
+        (lambda: analysis.compare({}), "found: no table"),
+    ],
+)
+def test_what_is_not_defined_is_refused_in_words(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+@pytest.mark.parametrize("share", [1 / N, 0.1, 0.3])
+def test_a_feature_that_far_values_flatten_is_refused(share):
+    """Standardised, all its other values are alike, and a ridge takes their perfect separation for nothing."""
+    far = np.where(np.arange(N) < share * N, 1e9, 1.0)
+    feature = ((2 * WRONG - 1) * far)[:, None]
+    for call in (
+        lambda: evaluation.likelihood_ratio_test(SCORE[:, None], feature, WRONG),
+        lambda: evaluation.likelihood_ratio_test(feature, SCORE[:, None], WRONG),
+        lambda: evaluation.out_of_fold_scores(feature, WRONG),
+    ):
+        with pytest.raises(ValueError, match="a feature with values far beyond the others"):
+            call()
+    rare = (np.arange(N) < 3).astype(float)[:, None]  # nothing is flattened where the others are equal
+    assert np.isfinite(evaluation.likelihood_ratio_test(SCORE[:, None], rare, WRONG)).all()
+
+
+def test_undefined_is_told_from_wrong():
+    for call in (
+        lambda: evaluation.bootstrap_interval(np.mean, SCORE[:3]),
+        lambda: evaluation.likelihood_ratio_test(ROWS, ROWS[:, :1] + ROWS[:, 1:2], WRONG),
+        lambda: evaluation.likelihood_ratio_test(ROWS, ROWS[:, :1], 0 * WRONG),
+        lambda: evaluation.out_of_fold_scores(ROWS, np.arange(N) < 2),
+    ):
+        with pytest.raises(evaluation.UndefinedStatisticError):
+            call()
