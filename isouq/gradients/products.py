@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from isouq.gradients.graph import NotCovered
 from isouq.gradients.room import Sizes, cut, groups, n_bytes, room
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Where sums are kept while they grow, such as `isouq.studies.store.Store`: one record of an item in each stage."""
 
