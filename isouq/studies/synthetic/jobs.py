@@ -31,7 +31,7 @@ from isouq.studies.synthetic.problems import Problem
 
 PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process that ran 130 of them crashed
 LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
-COMMITTED = Path(__file__).resolve().parents[2] / "results" / "published" / "mcmc"
+COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "mcmc"
 
 
 @dataclass(frozen=True, kw_only=True)
