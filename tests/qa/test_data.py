@@ -5,7 +5,6 @@ import json
 import pyarrow as pa
 import pytest
 
-from isouq.studies import assets
 from isouq.studies.qa import data, study
 from isouq.studies.qa.data import DataSet, Question
 
@@ -85,8 +84,7 @@ def test_an_unknown_data_set_is_refused_by_name(tmp_path) -> None:
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "n"), [("triviaqa", 7993), ("wikidata", 20320), ("truthfulqa", 299)])
 def test_the_real_sets_are_whole_and_answerable(name: str, n: int) -> None:
-    files = dict(study.DATA_SETS.values())
-    questions = data.load(name, assets.path(name, files[name])).questions
+    questions = study.load_questions(name).questions
     assert len(questions) == len({q.item_id for q in questions}) == n
     assert all(q.question and q.answers and all(q.answers) for q in questions)
     assert all(bool(q.false_answers) == (name == "truthfulqa") for q in questions)

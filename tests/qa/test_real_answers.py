@@ -5,7 +5,7 @@ import pytest
 from isouq.language import generation, scoring
 from isouq.language.examples import pad
 from isouq.studies import assets
-from isouq.studies.qa import data, judge, study
+from isouq.studies.qa import judge, study
 from isouq.studies.qa.study import Settings
 
 pytestmark = pytest.mark.assets
@@ -36,7 +36,7 @@ def test_it_knows_a_capital(smollm2) -> None:
 
 def test_shared_candidates_equal_plain_log_probs(smollm2) -> None:
     model, tokenizer = smollm2
-    content = data.load("truthfulqa", assets.path(*study.DATA_SETS["truthfulqa_choose"]))
+    content = study.load_questions("truthfulqa")
     subject = study.prepare(model, tokenizer, content, Settings(n_questions=2), choose=True)
     texts = [[*question.answers, *question.false_answers] for question in subject.questions]
     ids = [[generation.encode_answer(tokenizer, text) for text in group] for group in texts]

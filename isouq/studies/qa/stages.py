@@ -1,14 +1,15 @@
-"""The stages of a study: question, answer and verdict, estimate, token_mean; each record is stored as it is made.
+"""The stages of a study: question, answer and verdict, estimate, token_mean; each record is stored once it is done.
 
-What decides a stored record is here and in the modules that this one imports: `isouq.studies.identity.code` starts from
-it. How a model and a data set are found (`isouq.studies.qa.study`, `isouq.studies.assets`) is not: their content is
-compared.
+What decides a stored record is in this module and those that it imports; `isouq.studies.identity.code` starts here. How
+a model and a data set are found (`isouq.studies.qa.study`, `isouq.studies.assets`) is not in them: their content is
+compared instead.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,10 +24,12 @@ from isouq.studies.qa import data, judge
 from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.store import Store
 
+Records = dict[str, dict[str, Any]]  # one question's records by stage
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a study asks and scores. The last four only decide how much is computed, not what comes out."""
+    """How a study asks and scores. The last four decide how much is computed and not which numbers result."""
 
     seed: int = 0
     n_shots: int = 5
@@ -38,7 +41,7 @@ class Settings:
     store_dir: str = "build/store"
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide numbers. A store is bound to these: a larger run extends it."""
+        """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
         return {name: getattr(self, name) for name in ("seed", "n_shots", "max_new_tokens", "engine")}
 
 
@@ -51,6 +54,11 @@ class Subject:
     questions: Sequence[Question]
     prompts: Sequence[Sequence[int]]
     choose: bool = False
+
+    @functools.cached_property
+    def stops(self) -> Any:
+        """The ids that end an answer."""
+        return generation.stop_token_ids(self.tokenizer, self.model)
 
 
 def prepare(model: Any, tokenizer: Any, data_set: DataSet, settings: Settings, *, choose: bool = False) -> Subject:
@@ -70,28 +78,27 @@ def complete(store: Store, subject: Subject, settings: Settings, *, progress: bo
     _score_all(store, subject, settings, progress)
 
 
-def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
-    stops = generation.stop_token_ids(subject.tokenizer, subject.model)
+def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[Records]:
+    """Answer some questions and judge the answers: records `answer` and `verdict`, in the order of `rows`.
 
-    def generate(rows: list[int]) -> list[dict[str, dict[str, Any]]]:
-        prompts = [subject.prompts[row] for row in rows]
-        answers = generation.generate(
-            subject.model, subject.tokenizer, prompts, stops=stops, max_new_tokens=settings.max_new_tokens
-        )
-        return [_generated(subject.questions[row], answer) for row, answer in zip(rows, answers, strict=True)]
-
-    def choose(rows: list[int]) -> list[dict[str, dict[str, Any]]]:
-        texts = [[*subject.questions[row].answers, *subject.questions[row].false_answers] for row in rows]
+    The answer is the model's greedy completion or, in a choice, the reference answer of the highest log p.
+    """
+    questions, prompts = [subject.questions[row] for row in rows], [subject.prompts[row] for row in rows]
+    if subject.choose:
+        texts = [[*question.answers, *question.false_answers] for question in questions]
         ids = [[generation.encode_answer(subject.tokenizer, text) for text in group] for group in texts]
-        log_probs = generation.candidate_log_probs(subject.model, [subject.prompts[row] for row in rows], ids)
-        return [
-            _chosen(subject.questions[row], group, scores.tolist())
-            for row, group, scores in zip(rows, ids, log_probs, strict=True)
-        ]
+        log_probs = generation.candidate_log_probs(subject.model, prompts, ids)
+        return [_chosen(*row) for row in zip(questions, ids, (scores.tolist() for scores in log_probs), strict=True)]
+    answers = generation.generate(
+        subject.model, subject.tokenizer, prompts, stops=subject.stops, max_new_tokens=max_new_tokens
+    )
+    return [_generated(*row) for row in zip(questions, answers, strict=True)]
 
+
+def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
     lengths = [len(prompt) for prompt in subject.prompts]
     batches = _Batches(store, subject, settings.batch_size, progress)
-    batches.fill("answer", choose if subject.choose else generate, lengths)
+    batches.fill("answer", lambda rows: answer(subject, rows, settings.max_new_tokens), lengths)
 
 
 def _score_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
@@ -99,7 +106,7 @@ def _score_all(store: Store, subject: Subject, settings: Settings, progress: boo
     ids = [answers.get(question.item_id, []) for question in subject.questions]
     lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
 
-    def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[dict[str, dict[str, Any]]]:
+    def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[Records]:
         tokens = pad([subject.prompts[row] for row in rows], [ids[row] for row in rows])
         results = scoring.score_aggregations(
             subject.model, *tokens, aggregations=aggregations, engine=settings.engine, batch_size=len(rows)
@@ -122,7 +129,7 @@ class _Batches:
     batch_size: int
     progress: bool | None
 
-    def fill(self, stage: str, work: Callable[[list[int]], list[dict[str, Any]]], lengths: Sequence[int]) -> None:
+    def fill(self, stage: str, work: Callable[[list[int]], list[Records]], lengths: Sequence[int]) -> None:
         """Call `work` on the rows that lack a record of `stage`; a row of length 0 has nothing to compute."""
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids))
@@ -131,7 +138,7 @@ class _Batches:
         n_all = sum(map(bool, lengths))
         hide = None if self.progress is None else not self.progress
         with tqdm(total=n_all, initial=n_all - len(rows), desc=stage, unit="question", disable=hide) as bar:
-            for batch in _chunks(rows, self.batch_size):
+            for batch in (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)):
                 start = time.perf_counter()
                 records = work(batch)
                 seconds = (time.perf_counter() - start) / len(batch)
@@ -141,26 +148,20 @@ class _Batches:
                 bar.update(len(batch))
 
 
-def _generated(question: Question, answer: generation.Generation) -> dict[str, dict[str, Any]]:
+def _generated(question: Question, answer: generation.Generation) -> Records:
     right = not answer.empty and judge.exact_match(answer.text, question.answers)
     return {"answer": asdict(answer), "verdict": {"right": right}}
 
 
-def _chosen(
-    question: Question, candidates: Sequence[Sequence[int]], log_probs: Sequence[float]
-) -> dict[str, dict[str, Any]]:
-    """Return the records of a choice: the candidate of highest log p (a sum over tokens); true ones first."""
+def _chosen(question: Question, candidates: Sequence[Sequence[int]], log_probs: Sequence[float]) -> Records:
+    """Return the records of a choice among candidates, true ones first, by log p (a sum over tokens)."""
     n_true = len(question.answers)
     texts = [*question.answers, *question.false_answers]
     best = int(np.argmax(log_probs))
     best_mean = int(np.argmax([s / len(ids) for s, ids in zip(log_probs, candidates, strict=True)]))
     answer = {"token_ids": list(candidates[best]), "text": texts[best], "ended_by": "given"}
     answer["candidates"] = [[len(ids), s] for ids, s in zip(candidates, log_probs, strict=True)]
-    verdict = {
-        "right": best < n_true,
-        "right_by_mean": best_mean < n_true,
-        "right_by_chance": n_true / len(texts),
-    }
+    verdict = {"right": best < n_true, "right_by_mean": best_mean < n_true, "right_by_chance": n_true / len(texts)}
     return {"answer": answer, "verdict": verdict}
 
 
@@ -168,7 +169,3 @@ def _record(found: Estimate, row: int) -> dict[str, Any]:
     names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
     values = {name: getattr(found, name)[row].item() for name in names}
     return {**values, "engine": found.engine, "n_parameters": found.n_parameters}
-
-
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[i : i + size] for i in range(0, len(rows), size))

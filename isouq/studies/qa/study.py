@@ -1,6 +1,6 @@
-"""One study: a model answers a data set's questions, every answer is judged and scored, every record is kept.
+"""One study: a model answers a data set's questions; every answer is judged and scored, and every record is kept.
 
-`run` is what the chapter and the pipeline's job call. Whatever a store already holds is not computed again.
+The chapter and the pipeline's job call `run`, which computes only what the store does not hold yet.
 """
 
 from __future__ import annotations
@@ -22,12 +22,8 @@ from isouq.studies.qa.data import Question
 from isouq.studies.qa.stages import Settings, complete, prepare
 from isouq.studies.store import Store, store_path
 
-# The study's data sets with asset and file; in "truthfulqa_choose" the model picks a reference answer.
-DATA_SETS = {
-    "triviaqa": ("triviaqa", "data-00000-of-00001.arrow"),
-    "wikidata": ("wikidata", "task.json"),
-    "truthfulqa_choose": ("truthfulqa", "questions.json"),
-}
+FILES = {"triviaqa": "data-00000-of-00001.arrow", "wikidata": "task.json", "truthfulqa": "questions.json"}
+DATA_SETS = ("triviaqa", "wikidata", "truthfulqa_choose")  # in the last, the model picks a reference answer
 
 
 def run(model: str, data_set: str, settings: Settings, *, progress: bool | None = None) -> pd.DataFrame:
@@ -42,15 +38,14 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     if data_set not in DATA_SETS:
         raise ValueError(f"data_set must be one of {', '.join(DATA_SETS)}, got {data_set!r}")
     lm, tokenizer, fingerprint = _load_model(model)
-    asset, file = DATA_SETS[data_set]
-    source, choose = assets.path(asset, file), data_set.endswith("_choose")
-    subject = prepare(lm, tokenizer, data.load(asset, source), settings, choose=choose)
+    asset, choose = data_set.removesuffix("_choose"), data_set.endswith("_choose")
+    subject = prepare(lm, tokenizer, load_questions(asset), settings, choose=choose)
     wanted = {
         "model": model,
         "commit": getattr(lm.config, "_commit_hash", None),
         "weights": fingerprint,
         "data_set": data_set,
-        "data": hashlib.sha256(source.read_bytes()).hexdigest()[:12],
+        "data": hashlib.sha256(assets.path(asset, FILES[asset]).read_bytes()).hexdigest()[:12],
         "choose": choose,
         "settings": settings.identity(),
         "code": identity.code(stages.__name__),
@@ -60,6 +55,11 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     with Store(path, wanted) as store:
         complete(store, subject, settings, progress=progress)
         return tabulate(store, subject.questions)
+
+
+def load_questions(asset: str) -> data.DataSet:
+    """Return all questions of an asset: triviaqa, wikidata or truthfulqa."""
+    return data.load(asset, assets.path(asset, FILES[asset]))
 
 
 def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
@@ -72,31 +72,27 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
     choice also right_by_mean (the verdict, had the mean of log p per token chosen) and right_by_chance (the
     share of true candidates).
     """
-    stages = {stage: store.get(stage) for stage in ("answer", "verdict", "estimate", "token_mean")}
+    records = {stage: store.get(stage) for stage in ("answer", "verdict", "estimate", "token_mean")}
     rows = []
     for question in questions:
-        answer, verdict = stages["answer"][question.item_id], stages["verdict"][question.item_id]
-        row: dict[str, Any] = {"item_id": question.item_id, "question": question.question}
-        row |= {
-            "reference": question.answers[0],
-            "answer": answer["text"],
-            "wrong": not verdict["right"],
-            **verdict,
-        }
-        row |= {
-            "empty": not answer["text"],
-            "ended_by": answer["ended_by"],
-            "n_tokens": len(answer["token_ids"]),
-        }
-        scored = {
-            **stages["estimate"].get(question.item_id, {}),
-            **stages["token_mean"].get(question.item_id, {}),
-        }
-        row |= _score_columns(scored)
-        row |= {
-            f"seconds_{s}": stages[s].get(question.item_id, {}).get("seconds", np.nan) for s in stages if s != "verdict"
-        }
-        rows.append(row)
+        answer, verdict = records["answer"][question.item_id], records["verdict"][question.item_id]
+        scores = {s: records[s].get(question.item_id, {}) for s in ("estimate", "token_mean")}
+        seconds = {"answer": answer, **scores}
+        rows.append(
+            {
+                "item_id": question.item_id,
+                "question": question.question,
+                "reference": question.answers[0],
+                "answer": answer["text"],
+                "wrong": not verdict["right"],
+                **verdict,
+                "empty": not answer["text"],
+                "ended_by": answer["ended_by"],
+                "n_tokens": len(answer["token_ids"]),
+                **_score_columns(scores["estimate"] | scores["token_mean"]),
+                **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in seconds.items()},
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -108,17 +104,17 @@ def _score_columns(scored: Mapping[str, Any]) -> dict[str, float]:
         log_gradient = scored["sequence"]["log_epistemic"] - 2 * log_prob
         columns |= {"log_prob": log_prob, "likelihood": -log_prob, "log_gradient": log_gradient}
     for name in ("sequence", "geometric", "token_mean"):
-        found = scored.get(name, {})
+        scores = scored.get(name, {})
         for quantity in ("probability", "aleatoric", "log_epistemic"):
-            columns[f"{quantity}_{name}"] = found.get(quantity, np.nan)
-        columns[f"log_aleatoric_{name}"] = _log_aleatoric(name, found) if found else np.nan
+            columns[f"{quantity}_{name}"] = scores.get(quantity, np.nan)
+        columns[f"log_aleatoric_{name}"] = _log_aleatoric(name, scores) if scores else np.nan
     return columns
 
 
-def _log_aleatoric(name: str, found: Mapping[str, float]) -> float:
+def _log_aleatoric(name: str, scores: Mapping[str, float]) -> float:
     if name == "token_mean":
-        return float(np.log(max(found["aleatoric"], np.finfo(float).tiny)))
-    log_p = found["log_prob"] / (found["n_tokens"] if name == "geometric" else 1)
+        return float(np.log(max(scores["aleatoric"], np.finfo(float).tiny)))
+    log_p = scores["log_prob"] / (scores["n_tokens"] if name == "geometric" else 1)
     # p so near 1 that float64 cannot tell is set to 1 − 2⁻⁵³, the nearest value below.
     return log_p + float(np.log(max(-np.expm1(log_p), 2.0**-53)))
 
