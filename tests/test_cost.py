@@ -32,7 +32,7 @@ def classifier() -> Points:
 
 def squared_norms(case) -> torch.Tensor:
     """The definition, in float64: the whole gradient of each example's log p, squared and summed."""
-    found = []
+    norms = []
     for i in range(len(case)):
         model = case.model.double()
         one = [x[i : i + 1].double() if x.is_floating_point() else x[i : i + 1] for x in case.inputs]
@@ -42,8 +42,8 @@ def squared_norms(case) -> torch.Tensor:
         else:
             value = model(one[0]).softmax(-1)[0, one[1][0]].log()
         gradients = torch.autograd.grad(value, list(model.parameters()))
-        found.append(sum(g.square().sum() for g in gradients))
-    return torch.stack(found)
+        norms.append(sum(g.square().sum() for g in gradients))
+    return torch.stack(norms)
 
 
 RUNS = {
@@ -57,8 +57,8 @@ def test_a_method_that_gives_a_norm_gives_the_right_one(make, method):
     if method.startswith(("opacus", "backpack")):
         pytest.importorskip(method.split("_")[0])
     with METHODS[method](make()) as run:
-        found = run().double()
-    assert_close(found, squared_norms(make()), torch.float32)
+        norms = run().double()
+    assert_close(norms, squared_norms(make()), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_exactness_is_measured_against_float64(plain):
 def test_the_reference_is_float64_also_where_a_model_casts_to_float32():
     """A Llama takes its norms in float32, whatever its own type."""
     case = language()
-    norms = torch.tensor(memory._reference(case, 1), dtype=torch.float64)
+    norms = torch.tensor(memory._reference(case), dtype=torch.float64)
     with upcasts_to(torch.float64):
         wanted = squared_norms(language().first(2))
     assert_close(norms, wanted, torch.float64)

@@ -1,4 +1,4 @@
-"""What the costs are measured on: real texts and a language model, or points and a small classifier."""
+"""The inputs on which costs are measured: real texts with a language model, or points with a small classifier."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from isouq import classifier
 from isouq.estimate import Estimate
 from isouq.language import scoring
-from isouq.studies import assets
-from isouq.studies.qa import data
+from isouq.studies.qa import data, study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Case(ABC):
 
     @abstractmethod
     def scores(self, **options: Any) -> Estimate:
-        """What isouq says of the examples, in one batch."""
+        """isouq's estimates for the examples, in one batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +53,9 @@ class Texts(Case):
         return self.inputs[0]
 
     def objective(self, module: Callable[..., Any], *inputs: Tensor, **replaced: Tensor) -> Tensor:
-        """S of each answer, with logits at its own positions only; `replaced` goes in in place of the ids."""
-        given = replaced or {"input_ids": inputs[0][:, :-1]}
-        logits = module(**given, use_cache=False, logits_to_keep=self.n_answer).logits
+        """S of each answer, with logits at its own positions only; `replaced` are arguments in place of the ids."""
+        arguments = replaced or {"input_ids": inputs[0][:, :-1]}
+        logits = module(**arguments, use_cache=False, logits_to_keep=self.n_answer).logits
         return logits.log_softmax(-1).gather(2, inputs[0][:, -self.n_answer :, None]).sum((1, 2))
 
     def scores(self, **options: Any) -> Estimate:
@@ -85,7 +84,7 @@ def texts(model: Any, tokenizer: Any, *, n_examples: int, n_tokens: int, n_answe
     """
     if not 0 < n_answer < n_tokens:
         raise ValueError(f"n_answer: {n_answer} given, from 1 to n_tokens − 1 = {n_tokens - 1} wanted")
-    triviaqa = data.load("triviaqa", assets.path("triviaqa", "data-00000-of-00001.arrow"))
+    triviaqa = study.load_questions("triviaqa")
     n_lines = n_tokens // 8 + 2  # a question with its answer is longer than eight tokens
     questions, _ = data.sample(triviaqa, n_examples * n_lines, n_shots=0, seed=seed)
     rows = []
@@ -97,7 +96,7 @@ def texts(model: Any, tokenizer: Any, *, n_examples: int, n_tokens: int, n_answe
 
 
 def points(*, n_examples: int, seed: int = 0, sizes: Sequence[int] = (256, 1024, 1024, 10)) -> Points:
-    """Random inputs to a random classifier with hidden layers: plain ground, on which every peer runs."""
+    """Random inputs to a random classifier with hidden layers, on which every peer runs."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [m for pair in itertools.pairwise(sizes) for m in (nn.Linear(*pair), nn.ReLU())]
@@ -107,7 +106,7 @@ def points(*, n_examples: int, seed: int = 0, sizes: Sequence[int] = (256, 1024,
 
 
 def random_llama(width: int, n_layers: int, *, seed: int = 0) -> Any:
-    """A Llama of random weights, for time against size only: what it says means nothing."""
+    """A Llama of random weights, for time against size only."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config: dict[str, Any] = {"vocab_size": 8192, "tie_word_embeddings": True, "num_hidden_layers": n_layers}

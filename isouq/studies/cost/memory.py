@@ -1,13 +1,14 @@
-"""Peak memory and exactness: each method in a process of its own, forked from one that has loaded the model.
+"""Peak memory and exactness: each method runs in a process of its own, forked from one that has loaded the model.
 
 A fork starts with the model in its memory and nothing else, so its peak, less that of a fork that does nothing, is
-what the method needs above the model. `measure` starts that process; ``python -m isouq.studies.cost`` is it.
+what the method needs above the model. `measure` starts the process that loads and forks: this module as a script.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pandas as pd
@@ -26,21 +28,21 @@ from torch.overrides import TorchFunctionMode
 from isouq.studies import assets
 from isouq.studies.cost import cases
 from isouq.studies.cost.cases import Case
-from isouq.studies.cost.methods import A_FEW, CHECKED_FIRST, GRADIENT_EACH, METHODS
+from isouq.studies.cost.methods import A_FEW, GRADIENT_EACH, METHODS
 
 CLASSIFIER = "mlp"  # in place of a model's name: the small classifier of `cases.points`
 FEW = 2  # examples of A_FEW, and those whose gradient is also taken in float64
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 LONGEST = 900  # seconds that a method may take
 
 
 @dataclass(frozen=True)
 class Memory:
-    """`weights`: bytes of the model. `table`: a row per method, with the columns
+    """What `measure` returns: `weights`, the bytes of the model, and `table`, a row per method with the columns
 
-    n_examples (how many at once), ran_out_at (the fewest examples that did not fit the memory, 0 where all fitted),
-    peak_bytes (above the model; NaN where refused), relative_error (of ‖∇S‖², the largest, against float64; NaN where
-    the method gives none) and refusal (its own words, or "").
+    n_examples (how many ran at once), ran_out_at (the fewest examples that did not fit, 0 where all fitted), peak_bytes
+    (above the model; NaN where the method was refused), relative_error (the largest of ‖∇S‖² against float64; NaN where
+    the method does not compute ‖∇S‖²) and refusal (the method's own error text, or "").
     """
 
     weights: int
@@ -50,121 +52,105 @@ class Memory:
 def measure(
     model: str, methods: Sequence[str], *, sizes: dict[str, int], memory_gb: float = 5.0, seed: int = 0
 ) -> Memory:
-    """Measure `methods` on `model` (an asset, a folder, a Hub id, or "mlp") in processes of their own.
+    """Measure `methods` on `model` (an asset, a folder, a Hub id, or "mlp"), each in its own process.
 
-    `sizes`: n_examples and, for texts, n_tokens and n_answer. No process gets more than `memory_gb` (on Linux); of
-    GRADIENT_EACH as many examples at once as fit, by halving. Raises RuntimeError when the model cannot be loaded.
+    Args:
+        sizes: n_examples and, for texts, n_tokens and n_answer.
+        memory_gb: what a process may take (on Linux). A method of GRADIENT_EACH runs on as many examples as fit, found
+            by halving.
+
+    Raises:
+        RuntimeError: the model cannot be loaded.
     """
-    command = [sys.executable, "-m", "isouq.studies.cost", "--model", model, "--method", *methods, "--json"]
-    command += ["--memory-gb", str(memory_gb), "--seed", str(seed)]
-    command += [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]
-    environment = os.environ | {
-        "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # give back at once
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"model {model}: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout)
-    return Memory(found["weights"], pd.DataFrame(found["methods"]).set_index("method"))
+    request = {"model": model, "methods": methods, "sizes": sizes, "memory_gb": memory_gb, "seed": seed}
+    # With the low threshold, malloc returns freed memory to the system at once.
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "isouq.studies.cost.memory"]
+    run = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"model {model}: {run.stderr.strip().splitlines()[-1]}")
+    reply = json.loads(run.stdout)
+    return Memory(reply["weights"], pd.DataFrame(reply["rows"]).set_index("method"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print, as a table or as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m isouq.studies.cost", description="Peak memory, a process per method."
-    )
-    parser.add_argument("--model", required=True, help=f"an asset, a folder, a Hub id, or {CLASSIFIER}")
-    parser.add_argument("--method", required=True, nargs="+", choices=METHODS, metavar="NAME")
-    parser.add_argument("--n-examples", type=int, default=8)
-    parser.add_argument("--n-tokens", type=int, default=64)
-    parser.add_argument("--n-answer", type=int, default=6)
-    parser.add_argument("--memory-gb", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-
+def _measure(model: str, methods: Sequence[str], sizes: dict[str, int], memory_gb: float, seed: int) -> dict[str, Any]:
+    """Load the model, fork once per method, and return the columns of `Memory` as JSON."""
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork must not find a team of threads that it does not have
+    torch.set_num_threads(1)  # a fork must not look for a team of threads that it does not have
     for peer in ("opacus.grad_sample", "backpack"):
         with suppress(ImportError):
-            __import__(peer)
-    case = _case(options)
+            importlib.import_module(peer)
+    case = _case(model, sizes, seed)
     weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
     for p in case.model.parameters():
-        p.data = p.data.clone()  # out of the mapped file: what is only mapped, a fork does not count as its own
-    fork = partial(_in_fork, limit=int(options.memory_gb * 1e9), n_threads=n_threads)
+        p.data = p.data.clone()  # a fork does not count what is only mapped from the file as its own memory
+    fork = partial(_in_fork, limit=int(memory_gb * 1e9), n_threads=n_threads)
     baseline = fork(lambda: None)["peak"]
-    rows = [_method(name, case, fork) for name in options.method]
-    truth = _reference(case, n_threads)
+    rows = [_row(name, case, fork) for name in methods]
+    torch.set_num_threads(n_threads)
+    truth = _reference(case)
     for row in rows:
         peak, norms = row.pop("peak", None), row.pop("norms", None) or []
         row["peak_bytes"] = None if row["refusal"] else max(peak - baseline, 0)
-        errors = [abs(norm / true - 1) for norm, true in zip(norms, truth, strict=False)]
-        row["relative_error"] = max(errors, default=None)
-    if options.json:
-        print(json.dumps({"weights": weights, "methods": rows}))
-    else:
-        print(pd.DataFrame(rows).to_string(index=False))
+        row["relative_error"] = max(
+            (abs(norm / true - 1) for norm, true in zip(norms, truth, strict=False)), default=None
+        )
+    return {"weights": weights, "rows": rows}
 
 
-def _case(options: argparse.Namespace) -> Case:
-    if options.model == CLASSIFIER:
-        return cases.points(n_examples=options.n_examples, seed=options.seed)
-    sizes = {name: getattr(options, name) for name in ("n_examples", "n_tokens", "n_answer", "seed")}
-    return cases.texts(*assets.load_causal_lm(options.model), **sizes)
+def _case(model: str, sizes: dict[str, int], seed: int) -> Case:
+    if model == CLASSIFIER:
+        return cases.points(n_examples=sizes["n_examples"], seed=seed)
+    return cases.texts(*assets.load_causal_lm(model), **sizes, seed=seed)
 
 
-def _method(name: str, case: Case, fork: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """One method's row; where a gradient per example does not fit, half as many examples, and so on."""
+def _row(name: str, case: Case, fork: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Run one method; where a gradient per example does not fit, on half as many examples, and so on."""
     n = min(FEW, len(case)) if name in A_FEW else len(case)
     ran_out_at = 0
     while True:
-        found = fork(partial(_once, name, case.first(n)))
-        ran_out = found.pop("out_of_memory", False)
+        reply = fork(partial(_norms, name, case.first(n)))
+        ran_out = reply.pop("out_of_memory", False)
         if name not in GRADIENT_EACH or not ran_out or n == 1:
-            return {"method": name, "n_examples": n, "ran_out_at": ran_out_at, "refusal": "", **found}
+            return {"method": name, "n_examples": n, "ran_out_at": ran_out_at, "refusal": "", **reply}
         ran_out_at, n = n, n // 2
 
 
-def _once(name: str, case: Case) -> list[float] | None:
-    if name in CHECKED_FIRST:  # on a small batch: what the check of a new graph needs is not what a pass needs
-        with METHODS[name](case.first(3)) as run:
-            run()
+def _norms(name: str, case: Case) -> list[float] | None:
     with METHODS[name](case) as run:
-        found = run()
-    return None if found is None else found.double().tolist()
+        norms = run()
+    return None if norms is None else norms.double().tolist()
 
 
 def _in_fork(function: Callable[[], Any], *, limit: int, n_threads: int) -> dict[str, Any]:
-    """What `function` gives and the peak of its process in bytes, or the words with which it fails."""
-    receive, send = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(receive)
-        signal.alarm(LONGEST)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        torch.set_num_threads(n_threads)
-        try:
-            found = {"norms": function()}
-        except Exception as error:  # whatever a library says is what is reported
-            words = f"{type(error).__name__}: {error}".split("\n")[0]
-            found = {"refusal": words, "out_of_memory": "allocate" in words or isinstance(error, MemoryError)}
-        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-        os.write(send, json.dumps(found).encode())
-        os._exit(0)
-    os.close(send)
-    with os.fdopen(receive) as stream:
-        said = stream.read()
-    status = os.waitpid(child, 0)[1]
-    if said:
-        return json.loads(said)
-    return {"refusal": f"the process ended with status {os.waitstatus_to_exitcode(status)}", "out_of_memory": True}
+    """Call `function` in a fork and return what it returns (norms) or the words with which it fails, and the peak."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(function, send, limit, n_threads))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        child.join()
+        return {"refusal": f"the process ended with status {child.exitcode}", "out_of_memory": True}
+
+
+def _report(function: Callable[[], Any], send: Connection, limit: int, n_threads: int) -> None:
+    signal.alarm(LONGEST)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    torch.set_num_threads(n_threads)
+    try:
+        reply: dict[str, Any] = {"norms": function()}
+    except Exception as error:  # whatever a library says is what is reported
+        words = f"{type(error).__name__}: {error}".split("\n")[0]
+        reply = {"refusal": words, "out_of_memory": "allocate" in words or isinstance(error, MemoryError)}
+    send.send(reply | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT})
 
 
 class _Double(TorchFunctionMode):
-    """Casts to float32, which models put around their norms and softmaxes, go to float64 in here."""
+    """Turns casts to float32, which models put around their norms and softmaxes, into casts to float64."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.float:
@@ -174,11 +160,13 @@ class _Double(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _reference(case: Case, n_threads: int) -> list[float]:
-    """‖∇S‖² of the first examples in float64, by the engine that goes one example at a time."""
-    torch.set_num_threads(n_threads)
-    model = case.model.double()
+def _reference(case: Case) -> list[float]:
+    """Return ‖∇S‖² of the first examples in float64, by the engine that takes one example at a time."""
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.first(FEW).inputs)
     with _Double():
-        found = replace(case, model=model, inputs=inputs).scores(engine="autograd")
-    return (found.log_epistemic - 2 * found.log_prob).exp().tolist()
+        scores = replace(case, model=case.model.double(), inputs=inputs).scores(engine="autograd")
+    return (scores.log_epistemic - 2 * scores.log_prob).exp().tolist()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(**json.load(sys.stdin))))

@@ -1,7 +1,7 @@
-"""The ways to an uncertainty that are measured, each as one would use it.
+"""The methods whose cost is measured, each used as its documentation shows.
 
-A method is a context: entered untimed, it yields the function that is timed, one pass over a case's examples. Where
-the method computes ‖∇S‖² the function returns it, (example,), so that its exactness can be checked.
+A method is a context manager. Entering it is not timed; it yields the function that is timed, one pass over a case's
+examples. A method that computes ‖∇S‖² returns it from that function, (example,), so that its error can be measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from isouq.gradients.common import differentiable, select_parameters
-from isouq.studies import assets
 from isouq.studies.cost.cases import Case, Texts
+from isouq.studies.qa.sentences import SentenceEncoder
 
 Run = Callable[[], Tensor | None]
 Method = Callable[[Any], AbstractContextManager[Run]]
@@ -28,19 +28,16 @@ N_SAMPLES = 10  # answers drawn per question for the entropies
 
 
 def _plain(function: Callable[..., Tensor | None], **options: Any) -> Method:
-    @contextmanager
-    def method(case: Case) -> Iterator[Run]:
-        yield partial(function, case, **options)
-
-    return method
+    """Make a method of a function that needs no preparation."""
+    return lambda case: nullcontext(partial(function, case, **options))
 
 
 # ── Ours, and what a forward and a backward pass cost ──────────────────────────────────────────────────────────
 
 
 def _isouq(case: Case, engine: str) -> Tensor:
-    found = case.scores(engine=engine)
-    return (found.log_epistemic - 2 * found.log_prob).exp()
+    scores = case.scores(engine=engine)
+    return (scores.log_epistemic - 2 * scores.log_prob).exp()
 
 
 def _token_mean(case: Texts) -> None:
@@ -48,31 +45,31 @@ def _token_mean(case: Texts) -> None:
 
 
 @torch.no_grad()
-def _forward(case: Case) -> None:
-    if isinstance(case, Texts):
-        case.model(input_ids=case.ids[:, :-1], use_cache=False)
-    else:
-        case.objective(case.model, *case.inputs)
-
-
-@torch.no_grad()
 def _forward_answer(case: Case) -> None:
     case.objective(case.model, *case.inputs)
 
 
+@torch.no_grad()
+def _forward(case: Case) -> None:
+    if isinstance(case, Texts):
+        case.model(input_ids=case.ids[:, :-1], use_cache=False)
+    else:
+        _forward_answer(case)
+
+
 def _backward(case: Case) -> Tensor:
-    """What one writes first: .backward() for each example, then the sum of the squares of every .grad."""
-    found = []
+    """Call .backward() for each example and sum the squares of every .grad: what one writes first."""
+    norms = []
     for i in range(len(case)):
         case.objective(case.model, *(x[i : i + 1] for x in case.inputs)).sum().backward()
-        found.append(sum(p.grad.square().sum() for p in case.model.parameters()))
+        norms.append(sum(p.grad.square().sum() for p in case.model.parameters()))
         case.model.zero_grad()
-    return torch.stack(found)
+    return torch.stack(norms)
 
 
 @contextmanager
 def _activations(case: Case) -> Iterator[Run]:
-    """A forward pass that keeps its activations: what every backward pass starts from."""
+    """Run a forward pass that keeps its activations, from which every backward pass starts."""
     with differentiable(case.model, select_parameters(case.model)):
 
         def run() -> None:
@@ -83,7 +80,7 @@ def _activations(case: Case) -> Iterator[Run]:
 
 @contextmanager
 def _activation_gradient(case: Texts) -> Iterator[Run]:
-    """The way back through the activations and no parameter's gradient or norm: the least that is needed."""
+    """Differentiate through the activations without any parameter's gradient or norm: the least that is needed."""
     with differentiable(case.model, {}):
         embedded = case.model.get_input_embeddings()(case.ids[:, :-1]).detach().requires_grad_()
         value = case.objective(case.model, case.ids, inputs_embeds=embedded).sum()
@@ -122,7 +119,7 @@ def _peer(name: str) -> Any:
 
 @contextmanager
 def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
-    """Opacus captures in training mode only; these models have no dropout, so that mode changes nothing else."""
+    """Run Opacus, which captures in training mode only; without dropout the mode changes nothing else."""
     kind = "GradSampleModuleFastGradientClipping" if ghost else "GradSampleModule"
     was_training = case.model.training
     wrapped = getattr(_peer("opacus.grad_sample"), kind)(case.model.train(), loss_reduction="sum")
@@ -133,9 +130,9 @@ def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
             case.objective(wrapped, *case.inputs).sum().backward()
         if ghost:
             return wrapped.get_norm_sample().square()
-        found = [p.grad_sample.flatten(1).square().sum(1) for p in case.model.parameters()]
+        norms = [p.grad_sample.flatten(1).square().sum(1) for p in case.model.parameters()]
         wrapped.zero_grad(set_to_none=True)
-        return torch.stack(found).sum(0)
+        return torch.stack(norms).sum(0)
 
     try:
         yield run
@@ -146,19 +143,19 @@ def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
 
 @contextmanager
 def _backpack(case: Case, *, extension: str, attribute: str) -> Iterator[Run]:
-    """BackPACK stays on a model that it has extended: use one on which nothing else is measured afterwards."""
+    """Run BackPACK, which stays on a model that it has extended: measure nothing else on that model afterwards."""
     backpack, extensions = _peer("backpack"), _peer("backpack.extensions")
     backpack.extend(case.model)
 
     def run() -> Tensor:
-        with warnings.catch_warnings(record=True) as said, backpack.backpack(getattr(extensions, extension)()):
+        with warnings.catch_warnings(record=True) as caught, backpack.backpack(getattr(extensions, extension)()):
             warnings.simplefilter("always")
             case.objective(case.model, *case.inputs).sum().backward()
         case.model.zero_grad()
-        found = [vars(p).pop(attribute, None) for p in case.model.parameters()]
-        if any(f is None for f in found):
-            raise RuntimeError(next((str(w.message) for w in said if attribute in str(w.message)), "no norm"))
-        return torch.stack([f if f.dim() == 1 else f.flatten(1).square().sum(1) for f in found]).sum(0)
+        fields = [vars(p).pop(attribute, None) for p in case.model.parameters()]
+        if any(field is None for field in fields):
+            raise RuntimeError(next((str(w.message) for w in caught if attribute in str(w.message)), "no norm"))
+        return torch.stack([f if f.dim() == 1 else f.flatten(1).square().sum(1) for f in fields]).sum(0)
 
     yield run
 
@@ -168,9 +165,9 @@ def _backpack(case: Case, *, extension: str, attribute: str) -> Iterator[Run]:
 
 @torch.no_grad()
 def sampled(case: Texts, n_samples: int = N_SAMPLES, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Answers as long as the case's own, drawn at temperature 1: ids (example, sample, token), log p (example, sample).
+    """Draw answers as long as the case's own at temperature 1, reading each prompt once for all its samples.
 
-    Each prompt is read once for all its samples.
+    Returns ids (example, sample, token) and log p in nats (example, sample).
     """
     generator = torch.Generator().manual_seed(seed)
     out = case.model(case.ids[:, : -case.n_answer], use_cache=True, logits_to_keep=1)
@@ -187,28 +184,21 @@ def sampled(case: Texts, n_samples: int = N_SAMPLES, *, seed: int = 0) -> tuple[
 
 
 def _naive_entropy(case: Texts) -> None:
-    """−(1/n) Σ log p of n sampled answers."""
+    """Compute −(1/n) Σ log p of n sampled answers."""
     sampled(case)[1].mean(1).neg()
 
 
 @contextmanager
 def _semantic_entropy(case: Texts) -> Iterator[Run]:
-    """The entropy over meanings: the samples' sentence embeddings are grouped by similarity.
+    """Compute the entropy over meanings, groups of samples whose sentence embeddings are similar.
 
-    The original compares each pair of answers by an entailment model, which costs more; this is the cheap variant.
+    This is the cheap variant: the original asks an entailment model about each pair of answers.
     """
-    from transformers import AutoModel, AutoTokenizer
+    encode = SentenceEncoder()
 
-    folder = assets.path("all-minilm-l6-v2")
-    encoder, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
     def run() -> None:
         for answers in sampled(case)[0]:
-            batch = tokenizer(case.tokenizer.batch_decode(answers), padding=True, return_tensors="pt")
-            mask = batch["attention_mask"].unsqueeze(2)
-            means = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-            directions = torch.nn.functional.normalize(means)
+            directions = encode(case.tokenizer.batch_decode(answers))
             meaning = ((directions @ directions.T) >= SAME_MEANING).to(torch.int8).argmax(1)  # the first alike
             shares = meaning.unique(return_counts=True)[1] / len(answers)
             torch.special.entr(shares).sum()
@@ -218,7 +208,7 @@ def _semantic_entropy(case: Texts) -> Iterator[Run]:
 
 @torch.no_grad()
 def _p_true(case: Texts) -> None:
-    """One more forward pass, over question, answer and the question whether the answer is true; one logit row."""
+    """Run one more forward pass, over question, answer and the question whether the answer is true; one logit row."""
     question = case.tokenizer("\nIs this answer true? Answer yes or no:", add_special_tokens=False)["input_ids"]
     ids = torch.cat([case.ids, torch.tensor(question).expand(len(case), -1)], 1)
     words = [case.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" yes", " no")]
@@ -231,7 +221,6 @@ METHODS: dict[str, Method] = {
     "activations": _activations,
     "activation_gradient": _activation_gradient,
     "ghost": _plain(_isouq, engine="ghost"),
-    "ghost_first": _plain(_isouq, engine="ghost"),
     "token_mean": _plain(_token_mean),
     "autograd": _plain(_isouq, engine="autograd"),
     "backward": _plain(_backward),
@@ -246,6 +235,5 @@ METHODS: dict[str, Method] = {
 }
 
 ONE_BY_ONE = ("autograd", "backward")
-A_FEW = (*ONE_BY_ONE, "token_mean")  # no gain from a batch, or long: a few examples tell the cost of each
-GRADIENT_EACH = ("vmap", "opacus", "backpack_grad")  # as many examples at once as their gradients fit the memory
-CHECKED_FIRST = ("ghost", "token_mean")  # the first batch of each kind is also checked for examples that meet
+A_FEW = (*ONE_BY_ONE, "token_mean")  # these gain nothing from a batch or are slow, so a few examples tell their cost
+GRADIENT_EACH = ("vmap", "opacus", "backpack_grad")  # these hold a gradient per example

@@ -1,4 +1,4 @@
-"""Time: methods side by side in rounds, and where the time of one pass goes."""
+"""Time of methods side by side in rounds, and where the time of one pass goes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from torch.profiler import ProfilerActivity, profile
@@ -19,14 +20,14 @@ BACKWARD = "autograd::engine::evaluate_function"
 ADDED = ("norm rules", "reading the graph")  # what the ghost engine adds to the two passes that any method needs
 
 
-def interleaved(runs: Mapping[str, tuple[str, Case]], n_rounds: int) -> pd.DataFrame:
-    """Seconds per example, a row per round and a column per run; `runs`: name → (method, case).
+def interleaved(runs: Mapping[Any, tuple[str, Case]], n_rounds: int) -> pd.DataFrame:
+    """Return seconds per example, a row per round and a column per run; `runs`: name → (method, case).
 
-    A round that is not kept warms up; in each of the others every run happens once, in order.
+    Every run happens once in each round, in order. The first of n_rounds + 1 rounds warms up and is not kept.
     """
-    rows: list[dict[str, float]] = []
+    rows: list[dict[Any, float]] = []
     gc.collect()
-    gc.freeze()  # what is alive now need not be looked through before every run
+    gc.freeze()  # the collections below need not look at what is alive now
     try:
         for _ in range(n_rounds + 1):
             rows.append({})
@@ -42,9 +43,10 @@ def interleaved(runs: Mapping[str, tuple[str, Case]], n_rounds: int) -> pd.DataF
 
 
 def relative(times: pd.DataFrame, to: str = "forward") -> pd.DataFrame:
-    """Each run against `to`, round by round: a row per run with its median seconds and ratio, and the ratio's extremes.
+    """Compare each run with the run `to` of the same round: a row per run with medians and the ratio's extremes.
 
-    The extremes of n rounds hold the true median with probability 1 − 2^{1−n}: 97 % for six.
+    Columns: method, seconds, value (the ratio), low, high. The extremes of n rounds contain the true median with
+    probability 1 − 2^{1−n}: 97 % for six rounds.
     """
     ratios = times.div(times[to], axis=0)
     columns = {"seconds": times.median(), "value": ratios.median(), "low": ratios.min(), "high": ratios.max()}
@@ -52,30 +54,28 @@ def relative(times: pd.DataFrame, to: str = "forward") -> pd.DataFrame:
 
 
 def sweep(by_size: Mapping[int, Case], methods: Sequence[str], n_rounds: int) -> pd.DataFrame:
-    """`methods` on each of the cases, all in the same rounds: `relative` to the forward pass of the same size.
+    """Time `methods` on each of the cases, all in the same rounds, relative to the forward pass of the same size.
 
-    Columns method, size, seconds, value, low, high. Those of ONE_BY_ONE run on a first example.
+    Columns: method, size, seconds, value, low, high. Methods of ONE_BY_ONE run on the first example only.
     """
     runs = {
-        f"{method} {size}": (method, case.first(1) if method in ONE_BY_ONE else case)
+        (size, method): (method, case.first(1) if method in ONE_BY_ONE else case)
         for size, case in by_size.items()
         for method in ("forward", *methods)
     }
     times = interleaved(runs, n_rounds)
-    tables = []
-    for size in by_size:
-        mine = times.filter(regex=f" {size}$").rename(columns=lambda name: name.split()[0])
-        tables.append(relative(mine).assign(size=size))
-    return pd.concat(tables, ignore_index=True)
+    times.columns = pd.MultiIndex.from_tuples(list(runs))
+    tables = {size: relative(pd.DataFrame(times[size])) for size in by_size}
+    return pd.concat(tables, names=["size"]).reset_index("size").reset_index(drop=True)
 
 
 def where_time_goes(case: Case, method: str = "ghost", n_rounds: int = 3) -> pd.Series:
-    """Seconds per example by part of the pass, the median over rounds, as torch's profiler sees them.
+    """Return seconds per example by part of the pass, the median over rounds, by torch's profiler.
 
-    The forward pass and the gradient of the activations have to be done by any method; "norm rules" and "reading the
-    graph" are what the engine adds. The profiler itself makes small operations look longer than they are.
+    Any method needs the forward pass and the gradient of the activations; ADDED names what the engine adds. The
+    profiler makes small operations look longer than they are.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write its own start and stop into the page
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's own messages off the page
     rounds = []
     for _ in range(n_rounds + 1):
         with METHODS[method](case) as run, profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -87,7 +87,7 @@ def where_time_goes(case: Case, method: str = "ghost", n_rounds: int = 3) -> pd.
 
 
 def _parts(events: list, whole: float) -> dict[str, float]:
-    """Microseconds by part, out of `whole`. An operation counts without those that it calls."""
+    """Divide the microseconds of a `whole` pass among its parts; an operation counts without those that it calls."""
     first = min(e.time_range.start for e in events if e.name.startswith(BACKWARD))
     before = [e.time_range for e in events if e.time_range.end <= first]
     parts: dict[str, float] = defaultdict(float)
