@@ -1,4 +1,4 @@
-"""One style for every figure of the book: tables go in, Axes come out, nothing is computed here."""
+"""One style for every figure of the book. Functions take tables and return Axes; they compute nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -57,7 +58,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-_CLASS_COLOURS = ("#0072B2", "#B84700", "#2E8B6F")  # told apart by marker too
+CLASSES = (("#0072B2", "o"), ("#B84700", "^"), ("#2E8B6F", "s"))  # colour and marker of each class or problem
+GUIDE: dict[str, Any] = {"color": "#777777", "linestyle": "--", "linewidth": 1, "zorder": 0}  # a line to compare with
 
 
 def use_style() -> None:
@@ -96,9 +98,9 @@ def _show_as_svg() -> None:
 
 
 def panels(n_columns: int, n_rows: int = 1, *, aspect: float = 0.8, **kwargs) -> tuple[Figure, np.ndarray]:
-    """A grid of panels as wide as the text column, each `aspect` times as high as it is wide.
+    """Return a figure as wide as the text column and its Axes (n_rows, n_columns).
 
-    Returns the figure and an array of Axes of shape (n_rows, n_columns).
+    Each panel is `aspect` times as high as it is wide.
     """
     size = (WIDTH, n_rows * aspect * WIDTH / n_columns)
     return plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
@@ -110,14 +112,13 @@ def intervals(
     *,
     xlabel: str,
     reference: float | None = None,
-    published: str = "the paper",
     logarithmic: bool = False,
 ) -> Axes:
     """One row per method: its value as a marker, its interval as a line, the paper's value hollow beside it.
 
-    `table` has the columns method (a key of METHODS), value, low, high and, if wanted, paper; rows are drawn
-    from top to bottom. An absent value (NaN) leaves its row empty, so that panels stay aligned. `reference`
-    draws a dashed line, for example at chance.
+    `table` has the columns method (a key of METHODS), value, low and high; label (a row's name, by default the
+    method's), paper and ceiling (the noise ceiling, a bar) are optional. Rows are drawn from top to bottom. An absent
+    value (NaN) leaves its row empty, so that panels stay aligned. `reference` draws a dashed line, such as at chance.
 
     Raises:
         ValueError: a column is missing, or a method is not in METHODS.
@@ -125,18 +126,19 @@ def intervals(
     _require(table, ("method", "value", "low", "high"))
     ax = plt.gca() if ax is None else ax
     if reference is not None:
-        ax.axvline(reference, color="#777777", linestyle="--", linewidth=1, zorder=0)
+        ax.axvline(reference, **GUIDE)
+    rows = np.arange(len(table))
     for row, entry in enumerate(table.to_dict("records")):
         colour, marker, _ = _method(entry["method"])
         ax.plot([entry["low"], entry["high"]], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
         ax.plot(entry["value"], row, marker=marker, linestyle="none", color=colour, markersize=7)
+    if "ceiling" in table.columns:
+        ax.plot(table["ceiling"], rows, "|", color="black", markersize=11, label="noise ceiling")
     if "paper" in table.columns:
-        rows = np.arange(len(table)) + 0.3
-        ax.plot(table["paper"], rows, "o", mfc="white", mec="#444444", markersize=5, label=published)
+        ax.plot(table["paper"], rows + 0.3, "o", mfc="white", mec="#444444", markersize=5, label="the paper")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0.1)
-    ax.set_yticks(range(len(table)), [_method(name).label for name in table["method"]])
-    ax.set_ylim(len(table) - 0.4, -0.6)
-    ax.set_xlabel(xlabel)
+    ax.set_yticks(rows, table.get("label", table["method"].map(lambda name: _method(name).label)))
+    ax.set(ylim=(len(table) - 0.4, -0.6), xlabel=xlabel)
     if logarithmic:
         ax.set_xscale("log")
         _round_numbers(ax.xaxis)
@@ -179,51 +181,28 @@ def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: st
     return ax
 
 
-def plane(problem, values: np.ndarray, ax: Axes, *, diverging: bool = False, data: bool = True) -> Axes:
-    """One map: `values` (point,) over the grid of a synthetic problem with two inputs, its examples on top.
-
-    A diverging map is symmetric about 0. The examples' classes differ by marker, so that no colour is needed.
-    """
-    reach = float(np.abs(values).max())
-    look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
-    x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
-    mesh = ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
-    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.75, pad=0.02)
-    bar.ax.tick_params(labelsize="x-small")
-    if data:
-        for label, marker in zip(np.unique(problem.targets), "o^s", strict=False):
-            examples = problem.inputs[problem.targets == label]
-            x, y = examples[:, 0], examples[:, 1]
-            ax.scatter(x, y, s=7, marker=marker, color="white", edgecolors="black", linewidths=0.5)
+def plane(problem, values: np.ndarray, ax: Axes, **look: Any) -> QuadMesh:
+    """Draw `values` (point,) over the grid of a synthetic problem with two inputs; `look` goes to pcolormesh."""
+    x, y, z = (array.reshape(problem.shape) for array in (*problem.grid.T, values))
     ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
-    return ax
+    return ax.pcolormesh(x, y, z, shading="gouraud", rasterized=True, **look)
+
+
+def _examples(problem, ax: Axes, **look: Any) -> None:
+    """Mark a problem's examples with a marker, and unless `look` says otherwise a colour, for each class."""
+    for label, (colour, marker) in zip(np.unique(problem.targets), CLASSES, strict=False):
+        ax.scatter(*problem.inputs[problem.targets == label].T, marker=marker, **({"color": colour} | look))
 
 
 def maps(problem, values: Mapping[str, np.ndarray]) -> Figure:
-    """A row of maps over the input plane, titled by the keys of `values`, each array (point,)."""
+    """Draw a row of maps over the input plane, titled by the keys of `values`, each array (point,)."""
     figure, axes = panels(len(values), aspect=0.85)
     for ax, (title, array) in zip(axes[0], values.items(), strict=True):
-        plane(problem, array, ax).set_title(title)
+        bar = figure.colorbar(plane(problem, array, ax, cmap="viridis"), ax=ax, shrink=0.75, pad=0.02)
+        bar.ax.tick_params(labelsize="x-small")
+        _examples(problem, ax, s=7, color="white", edgecolors="black", linewidths=0.5)
+        ax.set_title(title)
     return figure
-
-
-def error_sweep(sweep: pd.DataFrame, *, parting: float, ax: Axes | None = None) -> Axes:
-    """Relative errors against σ on logarithmic axes, a dotted line at `parting`.
-
-    Columns: sigma, median and q90 (of the straight line's error over inputs), aleatoric.
-    """
-    _require(sweep, ("sigma", "median", "q90", "aleatoric"))
-    ax = plt.gca() if ax is None else ax
-    lines = (("median", "epistemic", "-"), ("q90", "epistemic", "--"), ("aleatoric", "aleatoric", "-"))
-    names = (r"$\sigma^2\|g\|^2$, median", r"$\sigma^2\|g\|^2$, 90 % quantile", "$U_A$, median")
-    for (column, method, style), name in zip(lines, names, strict=True):
-        colour, marker, _ = _method(method)
-        ax.loglog(sweep["sigma"], sweep[column], style, marker=marker, color=colour, markersize=4, label=name)
-    ax.axhline(0.1, color="#777777", linewidth=1, zorder=0)
-    ax.axvline(parting, color="#777777", linestyle=":", zorder=0)
-    ax.set(xlabel=r"$\sigma$ (units of the weights)", ylabel="relative error")
-    ax.legend()
-    return ax
 
 
 def stepwise(chain: Mapping[str, np.ndarray]) -> Figure:
@@ -245,7 +224,7 @@ def stepwise(chain: Mapping[str, np.ndarray]) -> Figure:
 
 
 def data_sets(problems: Mapping[str, Any]) -> Figure:
-    """The data of every synthetic problem, titled by the keys of `problems`, four panels a row."""
+    """Draw the data of every synthetic problem, titled by the keys of `problems`, four panels a row."""
     figure, axes = panels(4, -(-len(problems) // 4), aspect=1.0)
     for ax, (title, problem) in zip(axes.flat, problems.items(), strict=False):
         ax.set_title(title, fontsize="small")
@@ -253,9 +232,7 @@ def data_sets(problems: Mapping[str, Any]) -> Figure:
             ax.plot(problem.inputs[:, 0], problem.targets, ".", color="#444444", markersize=4)
             ax.set(xlim=problem.limits)
             continue
-        for label, marker, colour in zip(np.unique(problem.targets), "o^s", _CLASS_COLOURS, strict=False):
-            examples = problem.inputs[problem.targets == label]
-            ax.scatter(examples[:, 0], examples[:, 1], s=9, marker=marker, color=colour, linewidths=0)
+        _examples(problem, ax, s=9, linewidths=0)
         ax.set(xlim=problem.limits, ylim=problem.limits, aspect="equal")
     return figure
 
@@ -272,10 +249,8 @@ def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.nda
         axes[0, column].set_title(title, fontsize="x-small")
         for ax, problem, values in zip(axes[:, column], problems.values(), arrays, strict=True):
             look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if "−" in title else {"cmap": "viridis"}
-            x, y = (problem.grid[:, axis].reshape(problem.shape) for axis in (0, 1))
-            ax.pcolormesh(x, y, values.reshape(problem.shape), shading="gouraud", rasterized=True, **look)
+            plane(problem, values, ax, **look)
             ax.plot(*problem.inputs.T, ".", color="white", markersize=1.2, alpha=0.7)
-            ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
     return figure
 
 
@@ -293,46 +268,15 @@ def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
     return ax
 
 
-def rank_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, xlabel: str, ylabel: str) -> Figure:
-    """Ranks of one array against those of another, both (point,) and scaled to [0, 1]; four panels a row."""
-    figure, axes = panels(4, -(-len(pairs) // 4), aspect=1.0, sharex=True, sharey=True)
-    for ax, (title, arrays) in zip(axes.flat, pairs.items(), strict=False):
-        x, y = (pd.Series(array).rank(pct=True) for array in arrays)
-        ax.plot(x, y, ".", color=_method("epistemic").colour, markersize=2.5, alpha=0.6)
-        ax.plot([0, 1], [0, 1], color="#777777", linewidth=1, zorder=0)
-        ax.set_title(title, fontsize="small")
-    figure.supxlabel(xlabel, fontsize="small")
-    figure.supylabel(ylabel, fontsize="small")
-    return figure
-
-
-def beside_paper(table: pd.DataFrame, ax: Axes, *, method: str, xlabel: str) -> Axes:
-    """One row a problem: our value as a marker with its interval, the paper's hollow, the noise ceiling a bar.
-
-    Columns: title, value, low, high, paper, ceiling; what is absent (NaN) is left out.
-    """
-    _require(table, ("title", "value", "low", "high", "paper", "ceiling"))
-    colour, marker, label = _method(method)
-    rows = np.arange(len(table))
-    ax.hlines(rows, table["low"], table["high"], color=colour, linewidth=2)
-    ax.plot(table["value"], rows, marker, color=colour, label="here")
-    ax.plot(table["paper"], rows + 0.28, "o", mfc="white", mec="#444444", markersize=5, label="the paper")
-    ax.plot(table["ceiling"], rows, "|", color="black", markersize=11, label="noise ceiling")
-    ax.axvline(0, color="#777777", linestyle="--", linewidth=1, zorder=0)
-    ax.set_yticks(rows, table["title"])
-    ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(-1.05, 1.05), xlabel=xlabel, title=label)
-    return ax
-
-
 def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes:
     """`y` against the width of the network, a thin line per data seed, a thick one for each problem's mean.
 
     Columns: problem, seed, width and `y`.
     """
     _require(table, ("problem", "seed", "width", y))
-    for (name, group), marker, colour in zip(table.groupby("problem"), "o^s", _CLASS_COLOURS, strict=False):
-        for _, one in group.groupby("seed"):
-            ax.plot(one["width"], one[y], color=colour, linewidth=0.7, alpha=0.5)
+    for (name, group), (colour, marker) in zip(table.groupby("problem"), CLASSES, strict=False):
+        for _, of_seed in group.groupby("seed"):
+            ax.plot(of_seed["width"], of_seed[y], color=colour, linewidth=0.7, alpha=0.5)
         mean = group.groupby("width")[y].mean()
         ax.plot(mean.index, mean, marker=marker, color=colour, markersize=5, label=name)
     ax.set_xscale("log", base=2)

@@ -34,10 +34,9 @@ def test_data_sets_show_every_example_once_and_classes_by_marker(rings):
 
 def test_a_map_has_its_values_at_their_points(rings):
     values = rings.grid[:, 0] + 10 * rings.grid[:, 1]
-    ax = plotting.plane(rings, values, plt.gca(), diverging=True)
-    mesh = ax.collections[0]
+    mesh, *examples = plotting.maps(rings, {"title": values}).axes[0].collections
     np.testing.assert_array_equal(np.ravel(mesh.get_array()), values)
-    assert mesh.get_clim() == (-values.max(), values.max())
+    assert sum(len(part.get_offsets()) for part in examples) == len(rings.inputs)
 
 
 def test_map_table_draws_differences_from_minus_one_to_one(rings):
@@ -47,14 +46,12 @@ def test_map_table_draws_differences_from_minus_one_to_one(rings):
     assert limits == [(0, 1), (-1, 1)]
 
 
-def test_beside_paper_marks_value_interval_and_ceiling():
-    row = {"title": "rings", "value": 0.6, "low": 0.5, "high": 0.7, "paper": 0.44, "ceiling": 0.98}
-    ax = plotting.beside_paper(pd.DataFrame([row]), plt.gca(), method="epistemic", xlabel="ρ")
-    drawn = {line.get_label(): line.get_xdata()[0] for line in ax.lines}
-    assert (drawn["here"], drawn["the paper"], drawn["noise ceiling"]) == (0.6, 0.44, 0.98)
-    np.testing.assert_array_equal(ax.collections[0].get_segments()[0][:, 0], [0.5, 0.7])
-    with pytest.raises(ValueError, match="column 'ceiling' is missing"):
-        plotting.beside_paper(pd.DataFrame([row]).drop(columns="ceiling"), plt.gca(), method="epistemic", xlabel="ρ")
+def test_intervals_mark_the_paper_and_the_ceiling_of_each_labelled_row():
+    row = {"method": "epistemic", "label": "rings", "value": 0.6, "low": 0.5, "high": 0.7, "paper": 0.44}
+    ax = plotting.intervals(pd.DataFrame([row | {"ceiling": 0.98}]), plt.gca(), xlabel="ρ")
+    marks = {line.get_label(): line.get_xdata()[0] for line in ax.lines}
+    assert (marks["the paper"], marks["noise ceiling"]) == (0.44, 0.98)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["rings"]
 
 
 def test_against_width_has_a_line_per_seed_and_the_mean_of_a_problem():
@@ -69,15 +66,8 @@ def test_stepwise_draws_a_line_of_slope_one_through_the_geometric_mean():
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [3, 300])
 
 
-def test_spread_curves_and_ranks_are_scaled_to_one():
+def test_spread_curves_are_scaled_to_one():
     wave = problems.make("regression_nonlinear", resolution=20)
     variance = np.linspace(1, 4, 20)
     ax = plotting.spread_curves(wave, {"mcmc": variance}, plt.figure().gca())
     np.testing.assert_allclose(ax.lines[0].get_ydata(), np.sqrt(variance) / 2)
-    figure = plotting.rank_scatter({"wave": (variance, -variance)}, xlabel="a", ylabel="b")
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata()[0], 1)
-
-
-def test_error_sweep_names_a_missing_column():
-    with pytest.raises(ValueError, match="column 'q90' is missing"):
-        plotting.error_sweep(pd.DataFrame({"sigma": [1.0], "median": [0.1]}), parting=1.0)
