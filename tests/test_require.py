@@ -93,17 +93,13 @@ ROWS_OF = {
         "base": (ROWS[:, :1], "array"), "extra": (ROWS[:, 1:], "array"), "wrong": (WRONG, "labels")
     },
     evaluation.enough_of_both: {"wrong": (WRONG, "enough"), "minimum": (10, "count")},
-    covariance.isotropic: {"variance": (1.0, "positive")},
     covariance.from_rows: {"rows": (ROWS, "alone"), "kind": ("fisher", ""), "n_examples": (N, "count or None")},
-    covariance.from_products: {"gram": (GRAM, "array"), "kind": ("fisher", ""), "n_examples": (3, "count or None")},
+    covariance.from_products: {"gram": (GRAM, "array"), "kind": ("fisher", "")},
     covariance.empirical_fisher: NET | {"labels": (LABELS, "classes")},
     covariance.scores: NET | {"labels": (LABELS, "classes")},
     covariance.fisher: NET,
     covariance.fisher_rows: NET,
-    covariance.ggn: NET,
-    covariance.ggn_matrix: NET,
-    covariance.hessian: {"matrix": (GRAM, "array"), "kind": ("hessian", "")},
-    covariance.posterior: {"draws": (ROWS, "alone")},
+    covariance.hessian: {"matrix": (GRAM, "array")},
     distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
     distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
     distortion.structure: {
@@ -163,8 +159,8 @@ ROWS_OF = {
 }  # fmt: skip
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
-    *(networks.solve, networks.build, networks.outputs, networks.compare, networks.table, networks.sweep),
-    *(networks.overlap_with_training, networks.against_isotropic, networks.interval, spectra.widths),
+    *(networks.solve, networks.build, networks.form, networks.outputs, networks.compare, networks.table),
+    *(networks.sweep, networks.overlap_with_training, networks.against_isotropic, networks.interval, spectra.widths),
     *(analysis.auroc_table, analysis.within_bins, analysis.added_signal, analysis.agreement, analysis.accuracy),
     *(analysis.named_results, analysis.beside_paper, posterior.sample, posterior.reference, problems.float64),
 }
@@ -256,9 +252,8 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: covariance.from_products(np.triu(GRAM), "fisher"), "gram: not symmetric"),
         (lambda: covariance.from_rows(ROWS, "fisher").share_below(0 * ROWS, 1.0), "g: 40 of 40 gradients are zero"),
         (lambda: covariance.from_rows(ROWS, "fisher").share_below(ROWS, np.nan), "threshold: nan"),
-        (lambda: covariance.isotropic().quadratic_form(ROWS, damping=np.nan), "damping: nan"),
+        (lambda: covariance.hessian(GRAM).quadratic_form(ROWS, damping=np.nan), "damping: nan"),
         (lambda: covariance.Products(np.ones(3), np.ones((2, 4))), "with_rows"),
-        (lambda: distortion.distortion([1e300, 1e300], [1e-300, 1e-300]), "estimate: e"),
         (lambda: distortion.structure(SCORE, np.ones((N, 1)), SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),

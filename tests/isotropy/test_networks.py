@@ -22,8 +22,7 @@ def case():
     problem, theta = small("multiclass_clusters")
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
     blank = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
-    form = networks.build(blank, Recipe(matrix="fisher"), 30).quadratic_form(g, damping=blank.damping)
-    return replace(blank, variance=3 * form)
+    return replace(blank, variance=3 * networks.form(blank, Recipe(matrix="fisher")))
 
 
 @pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
@@ -31,9 +30,10 @@ def test_fisher_and_hessian_are_those_that_jax_computes(name):
     problem, theta = small(name)
     prior = np.diag(problem.model.scales() ** -2.0)
     jac, logits = networks.jacobian(problem, theta, problem.inputs)
-    np.testing.assert_allclose(30 * covariance.ggn_matrix(jac, logits) + prior, point.ggn(problem, theta), rtol=1e-9)
+    rows = covariance.fisher_rows(jac, logits)
+    np.testing.assert_allclose(rows.T @ rows + prior, point.ggn(problem, theta), rtol=1e-9, atol=1e-12)
     case = Case(problem=problem, theta=theta, g=np.ones((2, len(theta))), variance=np.ones(2), passed=True)
-    laplace = networks.build(case, Recipe(matrix="hessian"), 30)
+    laplace = networks.build(case, Recipe(matrix="hessian"))
     expected = np.linalg.eigvalsh(point.hessian(problem, theta)) / 30
     np.testing.assert_allclose(laplace.eigenvalues, expected, atol=1e-9 * np.abs(expected).max())
 
@@ -64,14 +64,14 @@ def test_large_damping_leaves_isotropy(case):
 
 def test_sources_are_what_their_names_say():
     problem, _ = small("binary_rings")
-    made = {source: networks.proxies(problem, source, 20) for source in networks.SOURCES}
-    assert (made["training"][0] == problem.inputs[:20]).all()
-    assert not np.isin(made["unseen"][0], problem.inputs).any()
-    np.testing.assert_allclose(made["shifted"][0], made["unseen"][0] + networks.SHIFT)
-    assert all(made[source][1] is None for source in networks.UNLABELLED)
-    assert all(len(inputs) == 20 for inputs, _ in made.values())
+    drawn = {source: networks.proxies(problem, source, 20) for source in networks.SOURCES}
+    assert (drawn["training"][0] == problem.inputs[:20]).all()
+    assert not np.isin(drawn["unseen"][0], problem.inputs).any()
+    np.testing.assert_allclose(drawn["shifted"][0], drawn["unseen"][0] + networks.SHIFT)
+    assert all(drawn[source][1] is None for source in ("other problem", "noise"))
+    assert all(len(inputs) == 20 for inputs, _ in drawn.values())
     again = networks.proxies(problem, "noise", 20)[0]
-    assert (again == made["noise"][0]).all()
+    assert (again == drawn["noise"][0]).all()
 
 
 def test_model_labels_follow_the_model_and_shuffled_ones_do_not(case):

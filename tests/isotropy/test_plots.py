@@ -44,14 +44,10 @@ def test_rank_lines_are_ranks_and_movers_are_bold():
     assert lines[0].get_linewidth() > lines[1].get_linewidth()
 
 
-def test_sweeps_and_scatters_have_a_line_or_cloud_for_every_series():
+def test_sweeps_have_a_line_for_every_series():
     table = pd.DataFrame({"series": ["a", "a", "b", "b"], "n": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
     ax = plots.sweeps({"t": (table, "n", "n")}, ylabel="y").axes[0]
     assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
-    points = pd.DataFrame({"kind": ["k", "k", "l"], "set": ["s", "t", "s"], "x": [1.0, 2, 3], "y": [4.0, 5, 6]})
-    first, second = plots.scatter_by_kind(points, xlabel="x", ylabel="y").axes[:2]
-    assert [list(line.get_ydata()) for line in first.get_lines()[:2]] == [[4], [5]]
-    assert list(second.get_lines()[0].get_xdata()) == [3]
 
 
 def test_spectra_are_sorted_and_the_fitted_edges_drawn():

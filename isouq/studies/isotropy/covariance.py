@@ -1,27 +1,28 @@
 """Covariances of the parameters, and the uncertainty gᵀΣg that each of them gives (paper, delta method).
 
-Every curvature F below is an average over n examples, and the covariance is its damped inverse,
+Every curvature F is an average over n examples, and the covariance is its damped inverse,
 
     Σ(λ) = (λI + F)⁻¹.
 
-With a prior of precision α and n examples, n⁻¹ Σ(α/n) is the Laplace posterior; the factor n⁻¹ is left open here as σ²
-is. Three matrices that are often mixed up keep their own names (Kunstner et al. 2019, arXiv 1905.12558):
+With a prior of precision α and n examples, n⁻¹ Σ(α/n) is the Laplace posterior; the factor n⁻¹ is left open, as σ² is.
+Three matrices that are often mixed up keep their own names (Kunstner et al. 2019, arXiv 1905.12558):
 
     empirical_fisher   mean_i ∇log p(yᵢ|xᵢ) ∇log p(yᵢ|xᵢ)ᵀ          yᵢ the label that was observed
     fisher             mean_i E_y[∇log p(y|xᵢ) ∇log p(y|xᵢ)ᵀ]       y the model's own label, y ~ p(·|xᵢ)
     ggn                mean_i Jᵢᵀ Λᵢ Jᵢ                              Λᵢ the loss's Hessian in the logits
 
-with Jᵢ = ∂logits/∂θ. The last two are equal for a softmax; the first is neither, also not at the optimum.
+with Jᵢ = ∂logits/∂θ. For a softmax the last two are equal, so the GGN has no function here. The first is neither of
+them, not even at the optimum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import softmax
 
 from isouq.studies import require
 
@@ -50,37 +51,9 @@ class Products:
             raise ValueError("squares: negative ones given, squared norms wanted")
 
 
-@runtime_checkable
-class Covariance(Protocol):
-    """What all of them do: gᵀΣ(λ)g for every row of g, in units of p² per unit of σ²."""
-
-    @property
-    def kind(self) -> str:
-        """The name of the matrix."""
-
-    def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
-        """gᵀΣ(λ)g (query,) for gradients (query, param). Raises SingularCovarianceError, ValueError."""
-
-
-@dataclass(frozen=True)
-class Isotropic:
-    """Σ = σ²I, the paper's: damping would change no more than its scale, and is ignored."""
-
-    variance: float = 1.0
-    kind: str = "isotropic"
-
-    def __post_init__(self) -> None:
-        require.number("variance", self.variance, 0.0)
-
-    def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
-        """σ²‖g‖²."""
-        _nonnegative(damping)
-        return self.variance * (g.squares if isinstance(g, Products) else np.square(_gradients(g)).sum(1))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Diagonal:
-    """Only the diagonal of F, (param,): Σ = diag(1/(λ + Fₚₚ))."""
+    """The diagonal of F, (param,): Σ = diag(1/(λ + Fₚₚ))."""
 
     kind: str
     diagonal: Float[np.ndarray, " param"]
@@ -93,28 +66,22 @@ class Diagonal:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dense:
-    """A whole matrix by its eigenvalues (ascending) and eigenvectors (columns): for small networks.
-
-    `inverse` is False for a curvature, Σ = (λI + F)⁻¹, and True for a covariance itself, Σ = C + λI.
-    """
+    """F by its eigenvalues (ascending) and eigenvectors (columns), for small networks."""
 
     kind: str
     eigenvalues: Float[np.ndarray, " param"]
     eigenvectors: Float[np.ndarray, "param param"]
-    inverse: bool = False
 
     def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
-        """Σₖ (vₖ·g)² / (λ + eₖ), or Σₖ (vₖ·g)² (λ + eₖ) for a covariance."""
+        """Σₖ (vₖ·g)² / (λ + eₖ)."""
         coordinates = np.square(_gradients(g, len(self.eigenvalues)) @ self.eigenvectors)
-        if self.inverse:
-            return coordinates @ (self.eigenvalues + _nonnegative(damping))
         return coordinates @ (1 / _damped(self.kind, self.eigenvalues, damping))
 
     def share_below(self, g: ArrayLike | Products, threshold: float) -> Array:
         """The share of ‖g‖² in directions whose eigenvalue is below `threshold`: (query,) between 0 and 1."""
         g = _gradients(g, len(self.eigenvalues))
         below = self.eigenvectors[:, self.eigenvalues < require.number("threshold", threshold)]
-        return np.square(g @ below).sum(1) / _some(np.square(g).sum(1))
+        return np.square(g @ below).sum(1) / _nonzero(np.square(g).sum(1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,7 +100,7 @@ class LowRank:
     rows: Float[np.ndarray, "row param"] | None = None
 
     def quadratic_form(self, g: ArrayLike | Products, *, damping: float = 0.0) -> Array:
-        """As above. Raises SingularCovarianceError without damping, and where rounding leaves no positive number."""
+        """The form above. Raises SingularCovarianceError at damping 0, and where rounding leaves no positive number."""
         if not _nonnegative(damping):
             why = f"{len(self.eigenvalues)} rows cannot make a matrix over all parameters invertible"
             raise SingularCovarianceError(f"{self.kind}: {why}; give a damping above 0")
@@ -149,7 +116,7 @@ class LowRank:
         """The share of ‖g‖² in directions whose eigenvalue is below `threshold`, most of them exactly 0."""
         g, above = self._products(g), self.eigenvalues >= require.number("threshold", threshold, 0.0)
         inside = np.square(g.with_rows @ self.eigenvectors[:, above]) / (self.n_examples * self.eigenvalues[above])
-        return (1 - inside.sum(1) / _some(g.squares)).clip(min=0)
+        return (1 - inside.sum(1) / _nonzero(g.squares)).clip(min=0)
 
     def _products(self, g: ArrayLike | Products) -> Products:
         if not isinstance(g, Products):
@@ -162,9 +129,11 @@ class LowRank:
         return g
 
 
-def isotropic(variance: float = 1.0) -> Isotropic:
-    """Σ = σ²I, the paper's covariance."""
-    return Isotropic(variance)
+Covariance = Diagonal | Dense | LowRank
+"""Each has `quadratic_form(g, damping=λ)`: gᵀΣ(λ)g (query,) for gradients g (query, param).
+
+It raises SingularCovarianceError where Σ(λ) does not exist, and ValueError for wrong arguments.
+"""
 
 
 def from_rows(rows: ArrayLike, kind: str, *, n_examples: int | None = None) -> Dense | LowRank:
@@ -181,13 +150,13 @@ def from_rows(rows: ArrayLike, kind: str, *, n_examples: int | None = None) -> D
     return Dense(kind=kind, eigenvalues=_without_rounding(values), eigenvectors=vectors)
 
 
-def from_products(gram: ArrayLike, kind: str, *, n_examples: int | None = None) -> LowRank:
+def from_products(gram: ArrayLike, kind: str) -> LowRank:
     """The same from the rows' inner products XXᵀ alone (`isouq.inner_products`), for a model of any size.
 
     Raises ValueError for no row and for a matrix that is not symmetric and positive semi-definite up to float32.
     """
     gram = require.symmetric("gram", gram, 1e-4)
-    n = len(gram) if n_examples is None else require.count("n_examples", n_examples)
+    n = len(gram)
     values, vectors = _eigen(gram / n, kind)
     if values[0] < -1e-4 * values[-1]:
         raise ValueError(f"gram: its eigenvalue {values[0] * n:.1e} is negative, inner products wanted")
@@ -197,19 +166,20 @@ def from_products(gram: ArrayLike, kind: str, *, n_examples: int | None = None) 
 def empirical_fisher(
     jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike, *, diagonal: bool = False
 ) -> Covariance:
-    """mean_i ∇log p(yᵢ|xᵢ) ∇log p(yᵢ|xᵢ)ᵀ with the labels y that were observed (or made: then say so).
+    """mean_i ∇log p(yᵢ|xᵢ) ∇log p(yᵢ|xᵢ)ᵀ with the labels y given, whether observed or not.
 
     `jacobian` (example, class, param) is ∂logits/∂θ, `logits` (example, class); a single logit is that of class 1
     of two. Raises ValueError for a label outside the classes.
     """
     rows = scores(jacobian, logits, labels)
-    return _diagonal(rows, len(rows), "empirical_fisher") if diagonal else from_rows(rows, "empirical_fisher")
+    if diagonal:
+        return Diagonal(kind="empirical_fisher_diagonal", diagonal=np.square(rows).sum(0) / len(rows))
+    return from_rows(rows, "empirical_fisher")
 
 
-def fisher(jacobian: ArrayLike, logits: ArrayLike, *, diagonal: bool = False) -> Covariance:
-    """mean_i Σ_c p(c|xᵢ) ∇log p(c|xᵢ) ∇log p(c|xᵢ)ᵀ: the sum over the model's own labels is exact; none is observed."""
-    rows, n = fisher_rows(jacobian, logits), len(np.asarray(logits))
-    return _diagonal(rows, n, "fisher") if diagonal else from_rows(rows, "fisher", n_examples=n)
+def fisher(jacobian: ArrayLike, logits: ArrayLike) -> Dense | LowRank:
+    """mean_i Σ_c p(c|xᵢ) ∇log p(c|xᵢ) ∇log p(c|xᵢ)ᵀ: the exact sum over the model's own labels."""
+    return from_rows(fisher_rows(jacobian, logits), "fisher", n_examples=len(np.asarray(logits)))
 
 
 def fisher_rows(jacobian: ArrayLike, logits: ArrayLike) -> Float[np.ndarray, "row param"]:
@@ -217,48 +187,28 @@ def fisher_rows(jacobian: ArrayLike, logits: ArrayLike) -> Float[np.ndarray, "ro
     jacobian, logits = _two_sided(jacobian, logits)
     n, n_classes, n_parameters = jacobian.shape
     every = [scores(jacobian, logits, np.full(n, c)) for c in range(n_classes)]
-    return (np.stack(every, 1) * np.sqrt(_softmax(logits))[:, :, None]).reshape(-1, n_parameters)
+    return (np.stack(every, 1) * np.sqrt(softmax(logits, axis=1))[:, :, None]).reshape(-1, n_parameters)
 
 
-def ggn(jacobian: ArrayLike, logits: Float[np.ndarray, "example class"]) -> Dense:
-    """mean_i JᵢᵀΛᵢJᵢ with Λ = diag(p) − ppᵀ, the Hessian of −log softmax in the logits (Schraudolph 2002)."""
-    return hessian(ggn_matrix(jacobian, logits), kind="ggn")
-
-
-def ggn_matrix(jacobian: ArrayLike, logits: Float[np.ndarray, "example class"]) -> Float[np.ndarray, "param param"]:
-    """The generalised Gauss–Newton matrix itself."""
-    jacobian, logits = _two_sided(jacobian, logits)
-    p = _softmax(logits)
-    curvature = p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :])
-    return np.einsum("ecp,ecd,edq->pq", jacobian, curvature, jacobian, optimize=True) / len(p)
-
-
-def hessian(matrix: ArrayLike, kind: str = "hessian") -> Dense:
+def hessian(matrix: ArrayLike) -> Dense:
     """A curvature given as a matrix, such as the mean Hessian of −log p(yᵢ|xᵢ); Σ(λ) is Laplace's covariance times n.
 
-    It may be indefinite: then only a damping above its most negative eigenvalue gives a covariance.
+    Where the matrix is indefinite, only a damping above its most negative eigenvalue gives a covariance.
     """
-    found = require.symmetric("matrix", matrix)
-    values, vectors = _eigen((found + found.T) / 2, kind)
-    return Dense(kind=kind, eigenvalues=_without_rounding(values), eigenvectors=vectors)
-
-
-def posterior(draws: ArrayLike) -> Dense:
-    """The covariance of draws of θ itself: what the others approximate. Damping adds λI to it."""
-    draws = require.numbers("draws", draws, 2, least=2)
-    values, vectors = _eigen(np.cov(draws, rowvar=False).reshape(draws.shape[1], -1), "posterior")
-    return Dense(kind="posterior", eigenvalues=values.clip(min=0), eigenvectors=vectors, inverse=True)
+    matrix = require.symmetric("matrix", matrix)
+    values, vectors = _eigen((matrix + matrix.T) / 2, "hessian")
+    return Dense(kind="hessian", eigenvalues=_without_rounding(values), eigenvectors=vectors)
 
 
 def scores(jacobian: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, "example param"]:
     """∇θ log p(yᵢ|xᵢ) = Jᵢᵀ(e_y − p) per example."""
     jacobian, logits = _two_sided(jacobian, logits)
     labels = require.integers("labels", labels, length=len(logits), below=logits.shape[1])
-    return np.einsum("ecp,ec->ep", jacobian, np.eye(logits.shape[1])[labels] - _softmax(logits))
+    return np.einsum("ecp,ec->ep", jacobian, np.eye(logits.shape[1])[labels] - softmax(logits, axis=1))
 
 
 def _two_sided(jacobian: ArrayLike, logits: ArrayLike) -> tuple[Array, Array]:
-    """Both checked, and one logit written as two classes' logits (0, z)."""
+    """Check both arrays and write a single logit z as the logits (0, z) of two classes."""
     jacobian, logits = require.numbers("jacobian", jacobian, 3), require.numbers("logits", logits, 2)
     if jacobian.shape[:2] != logits.shape:
         given = f"shapes {jacobian.shape} and {logits.shape} given"
@@ -268,15 +218,6 @@ def _two_sided(jacobian: ArrayLike, logits: ArrayLike) -> tuple[Array, Array]:
     return jacobian, logits
 
 
-def _softmax(logits: Array) -> Array:
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
-
-
-def _diagonal(rows: Array, n_examples: int, kind: str) -> Diagonal:
-    return Diagonal(kind=f"{kind}_diagonal", diagonal=np.square(rows).sum(0) / n_examples)
-
-
 def _eigen(matrix: Array, kind: str) -> tuple[Array, Array]:
     if not np.isfinite(matrix).all():
         raise ValueError(f"{kind}: NaN or infinite entries given, finite ones wanted")
@@ -284,12 +225,12 @@ def _eigen(matrix: Array, kind: str) -> tuple[Array, Array]:
 
 
 def _without_rounding(values: Array) -> Array:
-    """Eigenvalues, zero where they cannot be told from it."""
+    """Set eigenvalues that rounding alone can explain to zero."""
     return np.where(np.abs(values) < ROUNDING * np.abs(values).max(), 0.0, values)
 
 
 def _damped(kind: str, curvature: Array, damping: float) -> Array:
-    """λ + F's eigenvalues (or diagonal), all positive, or an error that names the damping it takes."""
+    """Return λ + F's eigenvalues (or diagonal). Raises SingularCovarianceError, naming λ, unless all are positive."""
     precision = curvature + _nonnegative(damping)
     if not (precision > ROUNDING * np.abs(curvature).max()).all():
         least = float(curvature.min())
@@ -303,7 +244,7 @@ def _nonnegative(damping: float) -> float:
     return require.number("damping", damping, 0.0, or_equal=True)
 
 
-def _some(squares: Array) -> Array:
+def _nonzero(squares: Array) -> Array:
     if not squares.all():
         raise ValueError(f"g: {int((squares == 0).sum())} of {len(squares)} gradients are zero and have no share")
     return squares

@@ -1,8 +1,9 @@
-"""How an estimate of the variance gᵀΣg bends a reference, once the scale that nobody knows is taken out.
+"""How an estimate of the variance gᵀΣg differs from a reference, once the unknown scale is taken out.
 
 The *field* is log(estimate/reference) at every point minus its mean: zero everywhere when the two agree up to a factor.
-Its spread is the size of the distortion; its *structure* is the part that nearness to the proxy data explains, the data
-from which a covariance was estimated. Unstructured error averages out over questions, structure does not.
+Its standard deviation, the *spread*, is the size of the distortion. Its *structure* is the part that nearness to the
+proxy data explains, the data from which a covariance was estimated. Unstructured error averages out over questions;
+structure does not.
 """
 
 from __future__ import annotations
@@ -19,18 +20,6 @@ from isouq.studies import require
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Distortion:
-    """log(estimate/reference): `scale` (the best factor, a geometric mean) and what remains, `field` (point,) in nats.
-
-    `spread` is the field's standard deviation; e^spread is the typical factor by which points are bent apart.
-    """
-
-    field: Float[np.ndarray, " point"]
-    scale: float
-    spread: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Structure:
     """How much of a field nearness explains: R² of the fit, its mean under permutation, and the permutation's p-value.
@@ -41,7 +30,6 @@ class Structure:
     explained: float
     by_chance: float
     p_value: float
-    n_permutations: int
 
     @property
     def beyond_chance(self) -> float:
@@ -49,10 +37,12 @@ class Structure:
         return (self.explained - self.by_chance) / (1 - self.by_chance)
 
 
-def distortion(estimate: ArrayLike, reference: ArrayLike) -> Distortion:
-    """Compare two variances point by point after the best common factor, in the sense of least squares of logs.
+def distortion(estimate: ArrayLike, reference: ArrayLike) -> Float[np.ndarray, " point"]:
+    """Return the field log(estimate/reference) minus its mean, in nats; its standard deviation is the spread.
 
-    Raises ValueError where one of them is not a positive number: a variance of zero has no ratio, a NaN no meaning.
+    The mean is the logarithm of the best common factor, in the sense of least squares of logs.
+
+    Raises ValueError where a variance is not a positive number: zero has no ratio, NaN no meaning.
     """
     require.same_rows(estimate=estimate, reference=reference)
     logs = []
@@ -63,16 +53,13 @@ def distortion(estimate: ArrayLike, reference: ArrayLike) -> Distortion:
             raise ValueError(f"{name}: a variance is {what} at {int((value <= 0).sum())} of {len(value)} points")
         logs.append(np.log(value))
     ratio = logs[0] - logs[1]
-    if abs(ratio.mean()) > 700:
-        raise ValueError(f"estimate: e^{ratio.mean():.0f} times the reference, a factor that float64 holds wanted")
-    field = ratio - ratio.mean()
-    return Distortion(field=field, scale=float(np.exp(ratio.mean())), spread=float(field.std()))
+    return ratio - ratio.mean()
 
 
 def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 2"]:
-    """How near each point lies to the proxies in feature space: distance to the nearest one, and to all of them.
+    """Return how near each point lies to the proxies: its distance to the nearest one, and a mean over all of them.
 
-    The second is the mean of exp(−d²/2h²) with h the proxies' median distance from each other, between 0 and 1.
+    The mean is of exp(−d²/2h²), between 0 and 1, with h the proxies' median distance from each other.
     """
     proxies = require.numbers("proxies", proxies, 2, least=2)
     points = require.numbers("points", points, 2, width=proxies.shape[1])
@@ -85,10 +72,10 @@ def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 
 
 
 def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_]) -> Structure:
-    """R² of the field's linear fit on `features`, against the same after each permutation of the field's points.
+    """Return R² of the field's linear fit on `features`, and R² after each permutation of the field's points.
 
-    p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations have to leave alone what the null hypothesis
-    leaves alone: `shuffles` for points that could be exchanged, `grid_shifts` for a map, whose neighbours are alike.
+    p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
+    preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
     A field that is zero up to rounding has no structure: R² = 0, p = 1.
     """
     require.same_rows(field=field, features=features)
@@ -101,19 +88,19 @@ def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.in
     if (features == features[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
         raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
     if field.std() < 1e-9:
-        return Structure(explained=0.0, by_chance=0.0, p_value=1.0, n_permutations=len(permutations))
+        return Structure(explained=0.0, by_chance=0.0, p_value=1.0)
     basis = np.linalg.qr(basis)[0]
     standard = (field - field.mean()) / (field.std() * np.sqrt(len(field)))
-    found = float(np.square(standard @ basis).sum())
+    explained = float(np.square(standard @ basis).sum())
     null = np.square(standard[permutations] @ basis).sum(1)
-    p_value = (1 + int((null >= found).sum())) / (1 + len(null))
-    return Structure(explained=found, by_chance=float(null.mean()), p_value=p_value, n_permutations=len(null))
+    p_value = (1 + int((null >= explained).sum())) / (1 + len(null))
+    return Structure(explained=explained, by_chance=float(null.mean()), p_value=p_value)
 
 
 def shuffles(
     n_points: int, n_permutations: int, *, seed: int, groups: NDArray | None = None
 ) -> Int[np.ndarray, "permutation point"]:
-    """Random permutations, within `groups` (point,) where given (points of two data sets cannot be exchanged)."""
+    """Return random permutations, within `groups` (point,) where given: two data sets cannot exchange points."""
     rng = np.random.default_rng(require.seed("seed", seed))
     order = np.arange(require.count("n_points", n_points))
     groups = 0 * order if groups is None else require.groups("groups", groups)
@@ -126,7 +113,7 @@ def shuffles(
 
 
 def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> Int[np.ndarray, "permutation point"]:
-    """Random shifts around a grid's edges, some mirrored: unlike shuffles they leave neighbours alike."""
+    """Return random shifts around a grid's edges, some mirrored; unlike shuffles, they keep neighbours together."""
     rng = np.random.default_rng(require.seed("seed", seed))
     shape = tuple(require.count("shape", size) for size in shape)
     indices = np.arange(int(np.prod(shape))).reshape(shape)
@@ -140,9 +127,9 @@ def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> In
 
 
 def overlap(first: ArrayLike, second: ArrayLike, between: ArrayLike, k: int) -> float:
-    """‖UₖᵀVₖ‖²_F / k, the overlap of the leading k eigenspaces of XᵀX and YᵀY: 1 for the same, k/P for random ones.
+    """Return ‖UₖᵀVₖ‖²_F / k for the leading k eigenvectors of XᵀX and YᵀY: 1 for the same space, k/P for random ones.
 
-    `first` = XXᵀ, `second` = YYᵀ, `between` = XYᵀ: inner products suffice, whatever the number P of parameters.
+    Inner products suffice, whatever the number P of parameters: `first` = XXᵀ, `second` = YYᵀ, `between` = XYᵀ.
     Raises ValueError where a matrix has fewer than k directions.
     """
     sides, k = [], require.count("k", k)

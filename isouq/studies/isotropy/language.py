@@ -1,15 +1,14 @@
-"""A real language model, all its parameters: what an exact empirical Fisher of proxies does to its answers' U_E.
+"""A real language model with all its parameters: how an exact empirical Fisher of proxies changes its answers' U_E.
 
-Proxies give the rows of F, queries are the answers that are scored. Only inner products of gradients are ever formed
-(`covariance.LowRank`), so that F is exact for a model of any size.
+Proxies give the rows of F; queries are the answers that are scored. Only inner products of gradients are formed
+(`covariance.LowRank`), so F is exact for a model of any size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,18 @@ from numpy.typing import NDArray
 from isouq import models
 from isouq.language import generation, scoring
 from isouq.language.scoring import Gram
-from isouq.studies import assets, identity
+from isouq.studies import identity
 from isouq.studies.evaluation import pearson
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Products
-from isouq.studies.isotropy.distortion import distortion, nearness, overlap, shuffles, structure
-from isouq.studies.qa import data, judge
+from isouq.studies.isotropy.distortion import distortion, overlap, shuffles, structure
+from isouq.studies.qa import data, stages
+from isouq.studies.qa import study as qa_study
 from isouq.studies.store import Store, store_path
 
 Array = NDArray[np.float64]
 
-# Where rows of F come from; in none of them does this model's training data come in as such.
+# Where the rows of F come from. None of these is the model's training data as such.
 PROXIES = {
     "triviaqa": "TriviaQA, gold answers",
     "own_answers": "TriviaQA, the model's own samples",
@@ -80,22 +80,23 @@ def vocabulary(tokenizer: Any) -> str:
 
 def load_questions(name: str) -> data.DataSet:
     """TriviaQA, Wikidata or TruthfulQA from its asset; TruthfulQA without its official prefix, which is too long."""
-    files = {"triviaqa": "data-00000-of-00001.arrow", "wikidata": "task.json", "truthfulqa": "questions.json"}
-    found = data.load(name, assets.path(name, files[name]))
-    return data.DataSet(found.name, found.questions, found.template)
+    return replace(qa_study.load_questions(name), prefix="")
 
 
 def queries(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: int = 0) -> Texts:
     """n answers of the model, half from each of QUERY_SETS, with columns kind, text, question, answer and wrong.
 
-    Wikidata: greedy completion after N_SHOTS examples, right by exact match. TruthfulQA: the reference answer that the
-    model finds likeliest, right if it is a true one. What does not fit in `max_tokens`, and empty answers, are passed
-    over.
+    Wikidata: the greedy completion after N_SHOTS examples, right by exact match. TruthfulQA: the reference answer that
+    the model finds likeliest, right if it is a true one. Empty answers and texts over `max_tokens` are left out.
     """
     rows = [row for name in QUERY_SETS for row in _answered(model, tokenizer, name, n // 2, max_tokens, seed)]
-    table = pd.DataFrame([{k: v for k, v in row.items() if not k.endswith("_ids")} for row in rows])
-    ids = [[row[key] for row in rows] for key in ("prompt_ids", "answer_ids")]
-    return Texts(prompts=ids[0], answers=ids[1], table=table, vocabulary=vocabulary(tokenizer))
+    return _texts(pd.DataFrame(rows), tokenizer)
+
+
+def _texts(table: pd.DataFrame, tokenizer: Any) -> Texts:
+    """Take the columns of ids out of a table of texts."""
+    prompts, answers = (table.pop(name).tolist() for name in ("prompt_ids", "answer_ids"))
+    return Texts(prompts=prompts, answers=answers, table=table, vocabulary=vocabulary(tokenizer))
 
 
 def _answered(model: Any, tokenizer: Any, name: str, n: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -104,52 +105,19 @@ def _answered(model: Any, tokenizer: Any, name: str, n: int, max_tokens: int, se
     n_drawn = min(3 * n, len(questions.questions) // 2)  # the second half of TruthfulQA is left for proxies
     asked, shots = data.sample(questions, n_drawn, n_shots=0 if choose else N_SHOTS, seed=seed)
     prompts = generation.encode_prompts(tokenizer, [questions.prompt(question, shots) for question in asked])
-    answer = _choices if choose else _completions
-    found: list[dict[str, Any]] = []
+    subject = stages.Subject(model, tokenizer, asked, prompts, choose)
+    rows: list[dict[str, Any]] = []
     for start in range(0, n_drawn, BATCH):
-        some = slice(start, start + BATCH)
-        for row in answer(model, tokenizer, asked[some], prompts[some]):
-            if row["answer"] and len(row["prompt_ids"]) + len(row["answer_ids"]) <= max_tokens:
-                text = f"{row['question']} {row['answer']}"
-                found.append({"kind": name, "text": text, **row})
-        if len(found) >= n:
-            return found[:n]
-    raise ValueError(f"n: {n} answers of {name} wanted, only {len(found)} of at most {max_tokens} tokens found")
-
-
-def _completions(
-    model: Any, tokenizer: Any, questions: Sequence[data.Question], prompts: Sequence[list[int]]
-) -> list[dict[str, Any]]:
-    stops = generation.stop_token_ids(tokenizer, model)
-    made = generation.generate(model, tokenizer, prompts, stops=stops, max_new_tokens=MAX_NEW_TOKENS)
-    return [
-        {
-            "question": question.question,
-            "answer": answer.text,
-            "wrong": not judge.exact_match(answer.text, question.answers),
-            "prompt_ids": prompt,
-            "answer_ids": list(answer.token_ids),
-        }
-        for question, prompt, answer in zip(questions, prompts, made, strict=True)
-    ]
-
-
-def _choices(
-    model: Any, tokenizer: Any, questions: Sequence[data.Question], prompts: Sequence[list[int]]
-) -> list[dict[str, Any]]:
-    texts = [[*question.answers, *question.false_answers] for question in questions]
-    ids = [[generation.encode_answer(tokenizer, text) for text in some] for some in texts]
-    best = [int(scores.argmax()) for scores in generation.candidate_log_probs(model, prompts, ids)]
-    return [
-        {
-            "question": question.question,
-            "answer": texts[row][best[row]],
-            "wrong": best[row] >= len(question.answers),
-            "prompt_ids": prompts[row],
-            "answer_ids": ids[row][best[row]],
-        }
-        for row, question in enumerate(questions)
-    ]
+        places = range(start, min(start + BATCH, n_drawn))
+        for place, records in zip(places, stages.answer(subject, places, MAX_NEW_TOKENS), strict=True):
+            ids, text, question = list(records["answer"]["token_ids"]), records["answer"]["text"], asked[place].question
+            if text and len(prompts[place]) + len(ids) <= max_tokens:
+                row = {"kind": name, "text": f"{question} {text}", "question": question, "answer": text}
+                row |= {"wrong": not records["verdict"]["right"], "prompt_ids": prompts[place], "answer_ids": ids}
+                rows.append(row)
+        if len(rows) >= n:
+            return rows[:n]
+    raise ValueError(f"n: {n} answers of {name} wanted, only {len(rows)} of at most {max_tokens} tokens found")
 
 
 def proxies(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: int = 0) -> Texts:
@@ -158,38 +126,35 @@ def proxies(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: i
     Raises ValueError when a source has fewer than n.
     """
     trivia = _questions("triviaqa", tokenizer, n, max_tokens, seed)
-    own = [(prompt, _sampled(model, tokenizer, prompt, seed + i)) for i, (prompt, _) in enumerate(trivia)]
     pairs = {
         "triviaqa": trivia,
-        "own_answers": own,
+        "own_answers": [(ids, _sampled(model, tokenizer, ids, seed + i)) for i, (ids, _) in enumerate(trivia)],
         "truthfulqa": _questions("truthfulqa", tokenizer, n, max_tokens, seed),
         "prose": _prose(tokenizer, n),
         "random": _random(tokenizer, n, seed),
     }
-    flat = [(kind, prompt, answer) for kind, some in pairs.items() for prompt, answer in some]
-    table = pd.DataFrame({"kind": [f[0] for f in flat], "text": [tokenizer.decode([*f[1], *f[2]]) for f in flat]})
-    ids = [list(part) for part in zip(*[(f[1], f[2]) for f in flat], strict=True)]
-    return Texts(prompts=ids[0], answers=ids[1], table=table, vocabulary=vocabulary(tokenizer))
+    rows = [(kind, tokenizer.decode([*p, *a]), p, a) for kind, of_kind in pairs.items() for p, a in of_kind]
+    return _texts(pd.DataFrame(rows, columns=["kind", "text", "prompt_ids", "answer_ids"]), tokenizer)
 
 
 def _questions(name: str, tokenizer: Any, n: int, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Questions with their first accepted answers, from the end of the draw, whose beginning the queries take."""
+    """Return questions with their first accepted answers, from the end of the draw; queries come from its beginning."""
     content = load_questions(name)
     asked, _ = data.sample(content, len(content.questions), n_shots=0, seed=seed)
-    found = []
+    pairs: list[tuple[list[int], list[int]]] = []
     for question in reversed(asked[len(asked) // 2 :]):
         [prompt] = generation.encode_prompts(tokenizer, [content.prompt(question)])
         answer = generation.encode_answer(tokenizer, question.answers[0])
         if answer and len(prompt) + len(answer) <= max_tokens:
-            found.append((prompt, answer))
-        if len(found) == n:
-            return found
-    raise ValueError(f"n: {n} proxies of {name} wanted, only {len(found)} of at most {max_tokens} tokens found")
+            pairs.append((prompt, answer))
+        if len(pairs) == n:
+            return pairs
+    raise ValueError(f"n: {n} proxies of {name} wanted, only {len(pairs)} of at most {max_tokens} tokens found")
 
 
 @torch.inference_mode()
 def _sampled(model: Any, tokenizer: Any, prompt: list[int], seed: int) -> list[int]:
-    """An answer drawn from the model at temperature 1, from one token to MAX_NEW_TOKENS."""
+    """Draw an answer of one to MAX_NEW_TOKENS tokens from the model at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     answer: list[int] = []
     ids, cache = torch.tensor([prompt]), None
@@ -222,7 +187,10 @@ def _random(tokenizer: Any, n: int, seed: int) -> list[tuple[list[int], list[int
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Study:
-    """What everything below needs: proxies, queries, log p of the queries' answers in nats, and all inner products."""
+    """Proxies, queries, log p of the queries' answers in nats, and all inner products of their gradients.
+
+    gram (proxy, proxy), products (query, proxy) and squares (query,): of ∇S with ∇S, over all parameters.
+    """
 
     proxies: Texts
     queries: Texts
@@ -231,38 +199,33 @@ class Study:
     products: Array
     squares: Array
 
-    def rows(self, kind: str, n: int | None = None) -> NDArray[np.int64]:
-        """The places of one kind's proxies ("all" for every one), the first n of them. Raises ValueError."""
-        found = np.flatnonzero((self.proxies.table["kind"] == kind).to_numpy() | (kind == "all"))
-        if not len(found) or (n is not None and not 1 <= n <= len(found)):
-            raise ValueError(f"kind, n: {kind!r} and {n} given; there are {len(found)} proxies of this kind")
-        return found[:n]
+    def rows(self, kind: str) -> NDArray[np.int64]:
+        """The places of one kind's proxies ("all" for every one). Raises ValueError for an unknown kind."""
+        places = np.flatnonzero((self.proxies.table["kind"] == kind).to_numpy() | (kind == "all"))
+        if not len(places):
+            raise ValueError(f"kind: {kind!r} given, of which there are no proxies; one of {', '.join(PROXIES)} wanted")
+        return places
 
-    def damping_unit(self, kind: str, n: int | None = None) -> float:
-        """tr(F)/n = mean eigenvalue of F other than 0: λ is given in this unit."""
-        rows = self.rows(kind, n)
-        return float(np.trace(self.gram[np.ix_(rows, rows)]) / len(rows) ** 2)
+    def form(self, kind: str, *, damping: float) -> Array:
+        """∇Sᵀ(λI + F)⁻¹∇S of every query, with F from one kind of proxies.
 
-    def isotropic(self) -> Array:
-        """‖∇S‖² of every query: log U_E = 2S + its logarithm."""
-        return self.squares
-
-    def form(self, kind: str, *, damping: float, n: int | None = None) -> Array:
-        """∇Sᵀ(λI + F)⁻¹∇S of every query with F from one kind of proxies; `damping` in the unit above."""
-        rows = self.rows(kind, n)
-        built = covariance.from_products(self.gram[np.ix_(rows, rows)], MATRIX.get(kind, "empirical_fisher"))
-        damping = damping * self.damping_unit(kind, n)
-        return built.quadratic_form(Products(self.squares, self.products[:, rows]), damping=damping)
+        `damping` is λ in units of tr(F)/n, the mean of F's eigenvalues other than 0.
+        """
+        rows = self.rows(kind)
+        gram = self.gram[np.ix_(rows, rows)]
+        fisher = covariance.from_products(gram, MATRIX.get(kind, "empirical_fisher"))
+        unit = float(np.trace(gram) / len(rows) ** 2)
+        return fisher.quadratic_form(Products(self.squares, self.products[:, rows]), damping=damping * unit)
 
 
 def measure(
     model: Any, proxies: Texts, queries: Texts, *, checkpoint: Path | None = None, memory: float = 2e9, progress=False
 ) -> Study:
-    """All inner products of the proxies' gradients with each other and with the queries'.
+    """Compute all inner products of the proxies' gradients with each other and with the queries'.
 
-    With `checkpoint`, a file, a run that was killed goes on where it was. A digest of what the products depend on
-    (model, texts, memory, code, versions) is added to the file's name: no run takes another's sums. The code of a model
-    class of your own is not seen; after a change of it, remove the file.
+    With `checkpoint`, a file, an interrupted run resumes where it stopped. A digest of what the products depend on
+    (model, texts, memory, code, versions) is added to the file's name, so no run takes another's sums. The digest does
+    not cover the code of a model class of your own: remove the file after a change of it.
 
     Raises ValueError when the two were encoded by different tokenizers, StoreError for a file that is in use, damaged
     or cannot be written.
@@ -284,7 +247,7 @@ def measure(
 
 
 def _store(file: Path, model: Any, proxies: Texts, queries: Texts, memory: float) -> Store:
-    """The store of one run's sums: of this model, of these texts in this order, of this code."""
+    """Return the store of one run's sums, named by the model, the texts in their order, and the code."""
     depends = {
         "weights": models.weights(model),
         "examples": identity.digest([[texts.prompts, texts.answers] for texts in (proxies, queries)]),
@@ -296,10 +259,10 @@ def _store(file: Path, model: Any, proxies: Texts, queries: Texts, memory: float
 
 
 def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
-    """Relative errors (n, 2n) of a random sample of `study`'s inner products against autograd's own gradients.
+    """Return relative errors (n, 2n) of some of `study`'s inner products against autograd's own gradients.
 
-    n proxies with one another and with n queries: a backward pass each, products summed in float64. Relative to the
-    lengths of the two gradients, ‖x‖‖g‖: gradients of different texts are nearly orthogonal.
+    Compares n random proxies with one another and with n random queries, by a backward pass each and sums in float64.
+    Errors are relative to ‖x‖‖g‖, since gradients of different texts are nearly orthogonal.
     """
     rng = np.random.default_rng(seed)
     rows, asked = (rng.choice(len(texts), n, replace=False) for texts in (study.proxies, study.queries))
@@ -308,62 +271,35 @@ def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
     exact = np.array(
         [[sum(float(a.double() @ b.double()) for a, b in zip(x, g, strict=True)) for g in whole] for x in whole]
     )
-    found = np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T])
+    fast = np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T])
     lengths = np.sqrt(np.diag(exact))
-    return (found - exact[:n]) / np.outer(lengths[:n], lengths)
+    return (fast - exact[:n]) / np.outer(lengths[:n], lengths)
 
 
 def _gradient(model: Any, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
-    """∇S as autograd gives it, a flat tensor for each parameter."""
+    """Return ∇S by autograd, a flat tensor for each parameter."""
     log_p = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     score = log_p[torch.arange(len(answer)), torch.tensor(answer)].sum()
     return [g.flatten() for g in torch.autograd.grad(score, list(model.parameters()))]
 
 
-def sentence_vectors(texts: Sequence[str], *, batch_size: int = 32) -> Array:
-    """all-MiniLM-L6-v2: mean over tokens, then unit length: (text, 384). Independent of the model under study."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(assets.path("all-minilm-l6-v2"))
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    parts: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(
-                list(texts[start : start + batch_size]),
-                padding=True,
-                truncation=True,
-                max_length=128,
-                return_tensors="pt",
-            )
-            hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(parts).double().numpy()
-
-
 def bend(
     study: Study, near: Array, kind: str, *, damping: float, n_permutations: int = 499, seed: int = 0
 ) -> dict[str, Any]:
-    """How F from one kind of proxies bends U_E against isotropy, and how much of it nearness to these proxies explains.
+    """Compare U_E under F from one kind of proxies with isotropy, and ask how much nearness to the proxies explains.
 
-    near: (query, 2), see `distortion.nearness`. Permutations are within each set of questions; `overall` is over all.
+    near: (query, 2), see `distortion.nearness`. Returns the distortion `field`, its structure `within` each set of
+    questions (where the permutations stay too), and its structure `overall`.
     """
-    bent = distortion(study.form(kind, damping=damping), study.isotropic())
-    groups = study.queries.table["kind"].to_numpy()
-    n = len(bent.field)
-    within = structure(_centred(bent.field, groups), near, shuffles(n, n_permutations, seed=seed, groups=groups))
-    overall = structure(bent.field, near, shuffles(n, n_permutations, seed=seed))
-    return {
-        "kind": kind,
-        "field": bent.field,
-        "spread": bent.spread,
-        "within": within,
-        "overall": overall,
-    }
+    field = distortion(study.form(kind, damping=damping), study.squares)
+    groups, n = study.queries.table["kind"].to_numpy(), len(field)
+    within = structure(_centred(field, groups), near, shuffles(n, n_permutations, seed=seed, groups=groups))
+    overall = structure(field, near, shuffles(n, n_permutations, seed=seed))
+    return {"kind": kind, "field": field, "within": within, "overall": overall}
 
 
 def spearman_within(a: Array, b: Array, groups: NDArray) -> float:
-    """Spearman's ρ of a and b within groups: ranks are taken in each group and scaled to its size, then pooled."""
+    """Return Spearman's ρ of a and b within groups: ranks in each group, scaled to its size, are pooled."""
     table = pd.DataFrame({"a": a, "b": b}).groupby(np.asarray(groups)).rank(pct=True)
     return pearson(*(_centred(table[name].to_numpy(), groups) for name in table))
 
@@ -374,17 +310,12 @@ def _centred(field: Array, groups: NDArray) -> Array:
 
 
 def overlaps(study: Study, k: int) -> pd.DataFrame:
-    """‖UₖᵀVₖ‖²/k between the leading k directions of every two kinds of proxies: 1 for the same, k/P by chance."""
+    """Return the `overlap` of the leading k directions of every two kinds of proxies."""
     rows = {kind: study.rows(kind) for kind in PROXIES}
 
     def between(first: NDArray, second: NDArray) -> float:
-        block = study.gram[np.ix_(first, second)]
-        return overlap(study.gram[np.ix_(first, first)], study.gram[np.ix_(second, second)], block, k)
+        of_first, of_second = (study.gram[np.ix_(rows, rows)] for rows in (first, second))
+        return overlap(of_first, of_second, study.gram[np.ix_(first, second)], k)
 
     values = [[between(first, second) for second in rows.values()] for first in rows.values()]
     return pd.DataFrame(values, index=list(rows), columns=list(rows))
-
-
-def nearness_to(study: Study, query_vectors: Array, proxy_vectors: Array, kind: str) -> Array:
-    """`distortion.nearness` of every query to one kind's proxies, by sentence vectors."""
-    return nearness(query_vectors, proxy_vectors[study.rows(kind)])

@@ -1,4 +1,4 @@
-"""Small networks, where the true variance is known: what covariances from which data do to gᵀΣg."""
+"""Small networks, where the true variance is known: how gᵀΣg changes with the data that Σ is made from."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from isouq.studies.synthetic.problems import Network, Problem
 
 Array = NDArray[np.float64]
 
-# Where proxy data come from. Only the first was seen in training; each next one is farther from it.
+# Where proxy data come from: the training data, and then sources that are farther and farther from them.
 SOURCES = ("training", "unseen", "shifted", "other problem", "noise")
 MATRICES = ("isotropic", "empirical_fisher", "empirical_fisher_diagonal", "fisher", "hessian")
 LABELS = ("true", "shuffled", "model")
-UNLABELLED = ("other problem", "noise")  # inputs for which this problem has no true label
 PARTNER = {
     "binary_rings": "multiclass_spirals",
     "binary_xor": "multiclass_clusters",
@@ -41,10 +40,10 @@ N_LEADING = 5  # directions of an eigenspace that are compared
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One way to make a covariance: the matrix, where its inputs come from, and whose labels it takes.
+    """One way to make a covariance: the matrix, the source of its inputs, and its labels.
 
-    matrix: "isotropic", "empirical_fisher", "empirical_fisher_diagonal", "fisher" or "hessian" (of training data, with
-    the prior's curvature: Laplace). labels: "true", "shuffled" (the true ones, permuted), "model" (sampled) or "none".
+    matrix: one of MATRICES; "hessian" is that of the training data, with the prior's curvature (Laplace).
+    labels: "true", "shuffled" (the true ones, permuted), "model" (sampled from the network) or "none".
     """
 
     matrix: str
@@ -143,14 +142,24 @@ def jacobian(problem: Problem, theta: Array, inputs: Array) -> tuple[Array, Arra
     return torch.func.vmap(torch.func.jacrev(one), (None, 0))(at, x).numpy(), one(at, x).numpy()
 
 
-def build(case: Case, recipe: Recipe, n: int) -> Covariance:
-    """The covariance of `recipe` from n proxies, at the case's θ*."""
+def form(case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0) -> Array:
+    """Return gᵀΣg (point,) with the covariance of `recipe` from n proxies (default: as many as training examples).
+
+    damping: λ in units of the case's own, α/n. A Hessian carries the prior already, so it takes none.
+    Raises SingularCovarianceError where Σ does not exist, as for the Hessian at a saddle.
+    """
     if recipe.matrix == "isotropic":
-        return covariance.isotropic()
+        return np.square(case.g).sum(1)
+    strength = 0.0 if recipe.matrix == "hessian" else damping * case.damping
+    return build(case, recipe, n).quadratic_form(case.g, damping=strength)
+
+
+def build(case: Case, recipe: Recipe, n: int | None = None) -> Covariance:
+    """Return the covariance of `recipe`, which is not isotropic, from n proxies at the case's θ*."""
+    n_training = len(case.problem.inputs)
     if recipe.matrix == "hessian":
-        n_training = len(case.problem.inputs)
         return covariance.hessian(point.hessian(case.problem, case.theta) / n_training)
-    inputs, targets = proxies(case.problem, recipe.source, n)
+    inputs, targets = proxies(case.problem, recipe.source, n_training if n is None else n)
     jac, logits = jacobian(case.problem, case.theta, inputs)
     if recipe.matrix == "fisher":
         return covariance.fisher(jac, logits)
@@ -170,31 +179,29 @@ def _labels(whose: str, true: NDArray | None, logits: Array, rng: np.random.Gene
 def compare(
     case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
 ) -> dict[str, object] | None:
-    """How Σ from one recipe does against MCMC: a row of the study's table, or None where it is no covariance.
+    """Compare `form` with MCMC's variance: a row of the study's table, or None where Σ does not exist.
 
-    n: proxies, as many as training examples unless given. damping: in units of the case's own, α/n.
-    spearman: rank correlation of gᵀΣg with MCMC's variance over the grid. spread: of the distortion field, in nats.
-    explained, by_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
+    spearman: rank correlation over the grid. spread: of the distortion field, in nats. explained, by_chance,
+    beyond_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
     """
     n = len(case.problem.inputs) if n is None else n
-    strength = 0.0 if recipe.matrix == "hessian" else damping * case.damping  # the Hessian carries the prior already
     try:
-        form = build(case, recipe, n).quadratic_form(case.g, damping=strength)
+        estimate = form(case, recipe, n=n, damping=damping)
     except SingularCovarianceError:
-        return None  # the Hessian at a saddle: no covariance, so no row
-    bent = distortion(form, case.variance)
+        return None
+    field = distortion(estimate, case.variance)
     near = nearness(case.problem.grid, proxies(case.problem, recipe.source, n)[0])
     shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
-    found = structure(bent.field, near, shifts)
+    by_nearness = structure(field, near, shifts)
     return {
         **{"problem": case.problem.name, "seed": case.problem.seed, **vars(recipe), "n": n, "damping": damping},
-        **{"spearman": spearman(form, case.variance), "spread": bent.spread},
-        **{name: getattr(found, name) for name in ("explained", "by_chance", "beyond_chance", "p_value")},
+        **{"spearman": spearman(estimate, case.variance), "spread": float(field.std())},
+        **{"beyond_chance": by_nearness.beyond_chance, **vars(by_nearness)},
     }
 
 
 def overlap_with_training(case: Case, source: str) -> float:
-    """Of the leading directions of the Fisher of as many proxies with those of the training data's; see `overlap`."""
+    """Return the `overlap` of the leading directions of the Fisher of proxies and of as many training data."""
     both = (proxies(case.problem, source, len(case.problem.inputs))[0], case.problem.inputs)
     a, b = (covariance.fisher_rows(*jacobian(case.problem, case.theta, inputs)) for inputs in both)
     return overlap(a @ a.T, b @ b.T, a @ b.T, N_LEADING)
@@ -207,22 +214,21 @@ def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options:
 
 
 def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = RECIPE) -> pd.DataFrame:
-    """Each recipe minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
+    """Return each recipe minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
 
-    One row per combination of `by`, with n cases and for every column c its c, c_low, c_high (NaN for one case). Cases
-    are problems with data seeds: an interval over them is about such problems, and few of them.
+    One row per combination of `by`, with n_cases and for every column c its c, c_low, c_high (NaN for one case).
     """
     same = ["problem", "seed", "source", "n", "damping"]
     flat = table[table["matrix"] == "isotropic"].drop_duplicates(same).set_index(same)[list(columns)]
     rows = []
-    for key, some in table[table["matrix"] != "isotropic"].groupby(list(by), sort=False):
-        gained = (some.set_index(same)[list(columns)] - flat).dropna()  # not one without isotropy beside it
+    for key, group in table[table["matrix"] != "isotropic"].groupby(list(by), sort=False):
+        gained = (group.set_index(same)[list(columns)] - flat).dropna()  # a case without isotropy does not count
         rows.append(dict(zip(by, key, strict=True)) | {"n_cases": len(gained)} | interval(gained))
     return pd.DataFrame(rows)
 
 
 def interval(values: pd.DataFrame) -> dict[str, float]:
-    """For every column c its mean c and the 95 % t-interval c_low, c_high; rows with NaN are left out."""
+    """Return for every column c its mean c and the 95 % t-interval c_low, c_high; rows with NaN are left out."""
     values = values.dropna()
     reach = stats.t.ppf(0.975, max(1, len(values) - 1)) * values.sem()
     parts = {"": values.mean(), "_low": values.mean() - reach, "_high": values.mean() + reach}
@@ -232,7 +238,7 @@ def interval(values: pd.DataFrame) -> dict[str, float]:
 def sweep(
     cases: Sequence[Case], recipes: Sequence[Recipe], *, counts: Sequence[int], dampings: Sequence[float]
 ) -> pd.DataFrame:
-    """Rows over n (at damping 1) and over λ (at n of the training data): axis "n" or "damping" says which."""
+    """Return rows over n (at damping 1) and over λ (at the training data's n); the column axis says which."""
     over_n = [table(cases, recipes, n=n, n_permutations=1).assign(axis="n") for n in counts]
     over_damping = [table(cases, recipes, damping=d, n_permutations=1).assign(axis="damping") for d in dampings]
     return pd.concat([*over_n, *over_damping], ignore_index=True)

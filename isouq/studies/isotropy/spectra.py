@@ -1,7 +1,7 @@
-"""Eigenvalues: how far the data move a network's posterior from its prior, in how many directions, and where g lies.
+"""Eigenvalues: in how many directions the data move a network's posterior from its prior, and where g lies.
 
-Everything about a network is in units of its prior, z = θ/s with s the prior's standard deviations: the prior's
-precision is 1 in every direction, and a curvature of 1 means that the data say as much as the prior does.
+Everything about a network is in units of its prior, z = θ/s with s the prior's standard deviations. The prior's
+precision is then 1 in every direction, and at a curvature of 1 the data say as much as the prior does.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MAX_STEPS = 5000
 
 
 def train(problem: Problem, *, target_loss: float = TARGET_LOSS, step_size: float = 0.03) -> Array:
-    """θ (param,) after Adam on the whole data from a draw of the prior, until the mean loss reaches the target.
+    """Return θ (param,) after Adam on all data from a draw of the prior, stopped where the mean loss is on target.
 
-    Not the MAP: under a Gaussian prior a wide network's mode puts every hidden unit at zero, which no training does.
-    Raises ValueError when the target is not reached.
+    This is not the MAP: under a Gaussian prior a wide network's mode puts every hidden unit at zero, which no training
+    does. Raises ValueError when the target is not reached.
     """
     require.number("target_loss", target_loss), require.number("step_size", step_size, 0.0)
     scales = torch.tensor(problem.model.scales())
     start = np.random.default_rng([problem.seed, 7]).normal(size=len(scales))
     z = torch.tensor(start, requires_grad=True)
-    loss_of, optimiser = _loss(problem), torch.optim.Adam([z], lr=step_size)
+    total_loss, optimiser = _total_loss(problem), torch.optim.Adam([z], lr=step_size)
     for _ in range(MAX_STEPS):
-        loss = loss_of(z) / len(problem.inputs)
+        loss = total_loss(z) / len(problem.inputs)
         if float(loss.detach()) <= target_loss:
             return (z * scales).detach().numpy()
         optimiser.zero_grad()
@@ -64,28 +64,29 @@ class _InPriorUnits(nn.Module):
         return outputs(self.network, self.z * self.scales, inputs)
 
 
-def _loss(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The summed negative log-likelihood in nats as a function of z. Raises ValueError for a regression."""
-    model = _InPriorUnits(problem, np.zeros(len(problem.model.scales())))
+def _in_torch(problem: Problem, z: ArrayLike) -> tuple[_InPriorUnits, nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the network at z, its summed negative log-likelihood in nats, and the data (inputs, targets)."""
     inputs, targets = torch.tensor(problem.inputs), torch.tensor(problem.targets)
+    if problem.model.kind == "binary":
+        loss: nn.Module = nn.BCEWithLogitsLoss(reduction="sum")
+        return _InPriorUnits(problem, z), loss, (inputs, targets.double()[:, None])
+    return _InPriorUnits(problem, z), nn.CrossEntropyLoss(reduction="sum"), (inputs, targets)
 
-    def loss(z: torch.Tensor) -> torch.Tensor:
-        out = torch.func.functional_call(model, {"z": z}, (inputs,))
-        if problem.model.kind == "binary":
-            return nn.functional.binary_cross_entropy_with_logits(out[:, 0], targets.double(), reduction="sum")
-        return nn.functional.cross_entropy(out, targets, reduction="sum")
 
-    return loss
+def _total_loss(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the loss of `_in_torch` as a function of z."""
+    model, loss, (inputs, targets) = _in_torch(problem, np.zeros(len(problem.model.scales())))
+    return lambda z: loss(torch.func.functional_call(model, {"z": z}, (inputs,)), targets)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Spectrum:
     """Curvature of one trained network in units of its prior.
 
-    ggn: the GGN's eigenvalues other than 0; hessian: all of the Hessian's, None where they were not computed;
-    n_outliers: how many of the Hessian's exceed 1 in size. retained (point,): gᵀΣg/gᵀΣ₀g, the share of the prior
-    variance that the data leave under Laplace with the GGN; bulk (point,): the share of ‖g‖² in directions where the
-    GGN is below 1. near (point,): whether data lie there.
+    ggn: the GGN's eigenvalues other than 0. hessian: all eigenvalues of the Hessian, or None where it is too large.
+    n_outliers: how many of the Hessian's eigenvalues exceed 1 in size. retained (point,): gᵀΣg/gᵀΣ₀g, the share of
+    the prior variance that the data leave under Laplace with the GGN. bulk (point,): the share of ‖g‖² in directions
+    where the GGN is below 1. near (point,): whether data lie there.
     """
 
     width: int
@@ -100,7 +101,7 @@ class Spectrum:
 
 
 def spectrum(problem: Problem, *, largest_dense: int = 5000) -> Spectrum:
-    """Train, then look: GGN and shares exactly at any width (by products), the Hessian whole up to `largest_dense`."""
+    """Train and compute GGN and shares exactly; the Hessian's eigenvalues only up to `largest_dense` parameters."""
     require.count("largest_dense", largest_dense, 0)
     theta, scales, n = train(problem), problem.model.scales(), len(problem.inputs)
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta)) * scales
@@ -124,18 +125,18 @@ def spectrum(problem: Problem, *, largest_dense: int = 5000) -> Spectrum:
 
 
 def widths(problem_name: str, seeds: Sequence[int], sizes: Sequence[int], **options: int) -> list[Spectrum]:
-    """`spectrum` for every width and data seed."""
-    found = []
+    """Return the `spectrum` of every width and data seed."""
+    spectra = []
     for width in sizes:
         model = problems.SPECS[problem_name].model
         model = replace(model, network=replace(model.network, width=width))
-        found += [spectrum(problems.make(problem_name, seed=seed, model=model), **options) for seed in seeds]
-    return found
+        spectra += [spectrum(problems.make(problem_name, seed=seed, model=model), **options) for seed in seeds]
+    return spectra
 
 
 def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
-    """The Hessian of the summed negative log-likelihood in z (param, param)."""
-    gradient, theta = torch.func.grad(_loss(problem)), problem.model.parameters(theta)
+    """Return the Hessian of the summed negative log-likelihood in z (param, param)."""
+    gradient, theta = torch.func.grad(_total_loss(problem)), problem.model.parameters(theta)
     rows = torch.func.jacrev(gradient, chunk_size=64)  # all rows at once would take gigabytes
     return rows(torch.tensor(theta / problem.model.scales())).numpy()
 
@@ -143,16 +144,13 @@ def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
 def _operator(problem: Problem, theta: Array) -> Any:
     from curvlinops import HessianLinearOperator  # of the extra `peers`; only large networks need it
 
-    model = _InPriorUnits(problem, problem.model.parameters(theta) / problem.model.scales())
-    targets = torch.tensor(problem.targets)
-    loss: nn.Module = nn.CrossEntropyLoss(reduction="sum")
-    if problem.model.kind == "binary":
-        loss, targets = nn.BCEWithLogitsLoss(reduction="sum"), targets.double()[:, None]
-    return HessianLinearOperator(model, loss, [model.z], [(torch.tensor(problem.inputs), targets)])
+    z = problem.model.parameters(theta) / problem.model.scales()
+    model, loss, batch = _in_torch(problem, z)
+    return HessianLinearOperator(model, loss, [model.z], [batch])
 
 
 def count_outliers(problem: Problem, theta: Array, *, start: int = 16) -> int:
-    """How many eigenvalues of the Hessian exceed 1 in size, by Lanczos, for networks whose Hessian does not fit."""
+    """Count the Hessian's eigenvalues above 1 in size by Lanczos, for networks whose Hessian does not fit."""
     operator, k = _operator(problem, theta).to_scipy(), require.count("start", start)
     while k < operator.shape[0] - 1:
         values = eigsh(operator, k=k, which="LM", return_eigenvectors=False, tol=1e-3, v0=np.ones(operator.shape[0]))
@@ -163,7 +161,7 @@ def count_outliers(problem: Problem, theta: Array, *, start: int = 16) -> int:
 
 
 def lanczos_density(problem: Problem, theta: Array, *, n_steps: int = 64, n_repeats: int = 4) -> tuple[Array, Array]:
-    """The Hessian's spectral density by stochastic Lanczos quadrature (curvlinops; Papyan 2020): (grid, density)."""
+    """Return (grid, density): the Hessian's spectral density by stochastic Lanczos quadrature (Papyan 2020)."""
     from curvlinops import lanczos_approximate_spectrum
 
     require.count("n_steps", n_steps), require.count("n_repeats", n_repeats)
@@ -177,7 +175,7 @@ def lanczos_density(problem: Problem, theta: Array, *, n_steps: int = 64, n_repe
 
 
 def effective_rank(eigenvalues: ArrayLike) -> float:
-    """(Σe)²/Σe², the participation ratio: k where k eigenvalues are equal and the rest zero."""
+    """Return (Σe)²/Σe², the participation ratio: k where k eigenvalues are equal and the rest zero."""
     values = require.numbers("eigenvalues", eigenvalues)
     if not ((values >= 0).all() and values.any()):
         raise ValueError(f"eigenvalues: {values.min():g} to {values.max():g} given, at least 0 and not all 0 wanted")
