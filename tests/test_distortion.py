@@ -1,7 +1,5 @@
 """Distortion is zero where there is none, finds what was planted and only that, and does not see the scale."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -106,18 +104,6 @@ def test_nearness_falls_with_distance():
     assert (np.diff(affinity[4:]) < 0).all()
 
 
-def test_overlap_of_subspaces_from_products_alone(rng):
-    X, Y = rng.normal(size=(2, 8, 60)) * np.geomspace(1, 5, 8)[None, :, None]
-    U, V = (np.linalg.svd(Z, full_matrices=False)[2][:3] for Z in (X, Y))
-    expected = np.square(U @ V.T).sum() / 3
-    assert distortion.overlap(X @ X.T, Y @ Y.T, X @ Y.T, 3) == pytest.approx(expected, rel=1e-9)
-    assert distortion.overlap(X @ X.T, X @ X.T, X @ X.T, 3) == pytest.approx(1)
-    random = [np.linalg.qr(rng.normal(size=(60, 3)))[0].T for _ in range(200)]
-    pairs = itertools.pairwise(random)
-    chance = np.mean([distortion.overlap(np.eye(3), np.eye(3), a @ b.T, 3) for a, b in pairs])
-    assert chance == pytest.approx(3 / 60, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -137,7 +123,6 @@ def test_overlap_of_subspaces_from_products_alone(rng):
         ),
         (lambda: distortion.structure(np.full(9, np.nan), np.ones((9, 2)), np.zeros((1, 9), int)), "NaN"),
         (lambda: distortion.structure(np.ones(9), np.ones((9, 2)), np.zeros((0, 9), int)), "permutations"),
-        (lambda: distortion.overlap(np.eye(3), np.eye(3), np.eye(3), 4), "k: 4 given, but first has 3"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):

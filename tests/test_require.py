@@ -109,9 +109,6 @@ ROWS_OF = {
         "n_points": (N, "count"), "n_permutations": (3, "count"), "seed": (0, "seed"), "groups": (GROUP, "groups")
     },
     distortion.grid_shifts: {"shape": ((4, 4), ""), "n_permutations": (3, "count"), "seed": (0, "seed")},
-    distortion.overlap: {
-        "first": (GRAM, "array"), "second": (GRAM, "array"), "between": (GRAM, "array"), "k": (2, "count")
-    },
     jobs.mean_interval: {"values": (SCORE[:5] / 9, "enough")},
     jobs.trend: {
         "doublings": (np.arange(N) % 4.0, "array"), "values": (SCORE, "array"), "group": (GROUP, "groups"),
@@ -139,7 +136,7 @@ ROWS_OF = {
     posterior.isotropy: {"draws": (DRAWS, "alone"), "n_pairs": (50, "count")},
     problems.make: {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "n_examples": (9, "count or None"), "model": (None, ""),
-        "resolution": (5, "count or None"), "limits": (np.array([-3.0, 3.0]), "alone"),
+        "resolution": (5, "count or None"),
     },
     networks.proxies: {"problem": (PROBLEM, ""), "source": ("unseen", "name"), "n": (5, "count")},
     networks.jacobian: AT | {"inputs": (PROBLEM.inputs, "alone")},
@@ -160,7 +157,7 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(networks.solve, networks.build, networks.form, networks.outputs, networks.compare, networks.table),
-    *(networks.sweep, networks.overlap_with_training, networks.against_isotropic, networks.interval, spectra.widths),
+    *(networks.sweep, networks.against_isotropic, networks.interval, spectra.widths),
     *(analysis.auroc_table, analysis.within_bins, analysis.added_signal, analysis.agreement, analysis.accuracy),
     *(analysis.named_results, analysis.beside_paper, posterior.sample, posterior.reference, problems.float64),
 }

@@ -80,13 +80,6 @@ def test_correlation_within_groups_does_not_see_what_differs_between_them():
     assert language.spearman_within(x, mixed, groups) == pytest.approx(0, abs=1e-12)
 
 
-def test_overlaps_are_one_on_the_diagonal_and_symmetric(study):
-    table = language.overlaps(study, 3)
-    np.testing.assert_allclose(np.diag(table), 1)
-    np.testing.assert_allclose(table, table.T)
-    assert ((table >= 0) & (table <= 1 + 1e-9)).all().all()
-
-
 def test_proxies_of_another_tokenizer_are_refused(study):
     with pytest.raises(ValueError, match=r"tokenizer other, the queries with v"):
         language.measure(None, texts(KINDS, "other"), texts(KINDS))

@@ -96,7 +96,7 @@ def test_small_integers_are_taken_for_what_they_are(targets):
     assert replace(problem, targets=problem.targets.astype(targets)).targets.dtype == np.int64
 
 
-@pytest.mark.parametrize("given", [{"resolution": 0}, {"limits": ()}, {"n_examples": 0}])
+@pytest.mark.parametrize("given", [{"resolution": 0}, {"n_examples": 0}])
 def test_nothing_is_not_taken_for_the_default(given):
     with pytest.raises((ValueError, TypeError), match=next(iter(given))):
         problems.make("binary_xor", **given)
@@ -118,12 +118,6 @@ def test_nothing_is_not_taken_for_the_default(given):
 def test_settings_of_nonsense_are_refused_by_name(settings, name):
     with pytest.raises((ValueError, TypeError), match=name):
         Settings(**settings)
-
-
-@pytest.mark.parametrize("limits", [(5.0, 9.0), (-30.0, 30.0), (2.0, -2.0)])
-def test_a_grid_outside_the_data_is_refused(limits):
-    with pytest.raises(ValueError, match=r"outside the data|low < high"):
-        problems.make("binary_xor", limits=limits)
 
 
 def test_a_model_of_another_kind_is_refused():

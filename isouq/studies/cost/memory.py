@@ -56,8 +56,8 @@ def measure(
 
     Args:
         sizes: n_examples and, for texts, n_tokens and n_answer.
-        memory_gb: what a process may take (on Linux). A method of GRADIENT_EACH runs on as many examples as fit, found
-            by halving.
+        memory_gb: what a process may take (on Linux). A method of GRADIENT_EACH runs on as many examples as fit; their
+            number is halved until they do.
 
     Raises:
         RuntimeError: the model cannot be loaded.

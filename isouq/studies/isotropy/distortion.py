@@ -124,20 +124,3 @@ def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> In
             moved = np.flip(moved, axis) if rng.integers(2) else moved
         row[:] = moved.ravel()
     return rows
-
-
-def overlap(first: ArrayLike, second: ArrayLike, between: ArrayLike, k: int) -> float:
-    """Return ‖UₖᵀVₖ‖²_F / k for the leading k eigenvectors of XᵀX and YᵀY: 1 for the same space, k/P for random ones.
-
-    Inner products suffice, whatever the number P of parameters: `first` = XXᵀ, `second` = YYᵀ, `between` = XYᵀ.
-    Raises ValueError where a matrix has fewer than k directions.
-    """
-    sides, k = [], require.count("k", k)
-    for name, gram in (("first", first), ("second", second)):
-        values, vectors = np.linalg.eigh(require.symmetric(name, gram, 1e-4))
-        if k > len(values) or values[-k] <= 1e-6 * values[-1]:
-            raise ValueError(f"k: {k} given, but {name} has {int((values > 1e-6 * values[-1]).sum())} directions")
-        sides.append(vectors[:, -k:] / np.sqrt(values[-k:]))
-    between = require.numbers("between", between, 2, width=len(sides[1]))
-    require.same_rows(first=sides[0], between=between)
-    return float(np.square(sides[0].T @ between @ sides[1]).sum() / k)

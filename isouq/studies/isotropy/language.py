@@ -24,7 +24,7 @@ from isouq.studies import identity
 from isouq.studies.evaluation import pearson
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Products
-from isouq.studies.isotropy.distortion import distortion, overlap, shuffles, structure
+from isouq.studies.isotropy.distortion import distortion, shuffles, structure
 from isouq.studies.qa import data, stages
 from isouq.studies.qa import study as qa_study
 from isouq.studies.store import Store, store_path
@@ -307,15 +307,3 @@ def spearman_within(a: Array, b: Array, groups: NDArray) -> float:
 def _centred(field: Array, groups: NDArray) -> Array:
     means = pd.Series(field).groupby(groups).transform("mean")
     return field - means.to_numpy()
-
-
-def overlaps(study: Study, k: int) -> pd.DataFrame:
-    """Return the `overlap` of the leading k directions of every two kinds of proxies."""
-    rows = {kind: study.rows(kind) for kind in PROXIES}
-
-    def between(first: NDArray, second: NDArray) -> float:
-        of_first, of_second = (study.gram[np.ix_(rows, rows)] for rows in (first, second))
-        return overlap(of_first, of_second, study.gram[np.ix_(first, second)], k)
-
-    values = [[between(first, second) for second in rows.values()] for first in rows.values()]
-    return pd.DataFrame(values, index=list(rows), columns=list(rows))

@@ -16,7 +16,7 @@ from isouq.studies import require
 from isouq.studies.evaluation import spearman
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Covariance, SingularCovarianceError
-from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, overlap, structure
+from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structure
 from isouq.studies.synthetic import cache, point, posterior, problems
 from isouq.studies.synthetic.posterior import Settings
 from isouq.studies.synthetic.problems import Network, Problem
@@ -35,7 +35,6 @@ PARTNER = {
 }
 SHIFT = np.array([1.5, 0.0])
 RECIPE = ("matrix", "source", "labels")
-N_LEADING = 5  # directions of an eigenspace that are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +197,6 @@ def compare(
         **{"spearman": spearman(estimate, case.variance), "spread": float(field.std())},
         **{"beyond_chance": by_nearness.beyond_chance, **vars(by_nearness)},
     }
-
-
-def overlap_with_training(case: Case, source: str) -> float:
-    """Return the `overlap` of the leading directions of the Fisher of proxies and of as many training data."""
-    both = (proxies(case.problem, source, len(case.problem.inputs))[0], case.problem.inputs)
-    a, b = (covariance.fisher_rows(*jacobian(case.problem, case.theta, inputs)) for inputs in both)
-    return overlap(a @ a.T, b @ b.T, a @ b.T, N_LEADING)
 
 
 def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options: object) -> pd.DataFrame:

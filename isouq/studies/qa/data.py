@@ -1,4 +1,4 @@
-"""Questions with their accepted answers, which of them are asked, and the prompt that asks them."""
+"""Questions with their accepted answers, the draw of those to ask, and the prompts that ask them."""
 
 from __future__ import annotations
 
@@ -108,5 +108,5 @@ def _truthfulqa(path: Path) -> DataSet:
 
 
 def _identify(text: str) -> str:
-    """Return an id made of the question itself, for sets that have none: it survives any reordering."""
+    """Return an id derived from the question's text, which survives any reordering of the set."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]

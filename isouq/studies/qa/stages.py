@@ -130,7 +130,7 @@ class _Batches:
     progress: bool | None
 
     def fill(self, stage: str, work: Callable[[list[int]], list[Records]], lengths: Sequence[int]) -> None:
-        """Call `work` on the rows that lack a record of `stage`; a row of length 0 has nothing to compute."""
+        """Call `work` on the rows that lack a record of `stage`; rows of length 0 are left out."""
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids))
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
@@ -165,7 +165,7 @@ def _chosen(question: Question, candidates: Sequence[Sequence[int]], log_probs: 
     return {"answer": answer, "verdict": verdict}
 
 
-def _record(found: Estimate, row: int) -> dict[str, Any]:
+def _record(estimate: Estimate, row: int) -> dict[str, Any]:
     names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
-    values = {name: getattr(found, name)[row].item() for name in names}
-    return {**values, "engine": found.engine, "n_parameters": found.n_parameters}
+    values = {name: getattr(estimate, name)[row].item() for name in names}
+    return {**values, "engine": estimate.engine, "n_parameters": estimate.n_parameters}

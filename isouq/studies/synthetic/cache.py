@@ -1,7 +1,7 @@
 """Draws on disk, as ArviZ InferenceData (netCDF) with their seed, versions and diagnostics.
 
-A file belongs to one problem, one set of settings and one version of the sampler. Loading refuses any other, draws
-that changed on the disk, and draws that failed the gate.
+A file belongs to one problem, one set of settings and one version of the sampler. Loading refuses files of others,
+draws that changed on the disk, and draws that failed the gate.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class PosteriorError(ValueError):
 
 
 def identity(problem: Problem, settings: Settings) -> dict[str, str]:
-    """Return what a file must agree with to be taken for draws of `problem` under `settings`."""
+    """Return the attributes that a file of draws of `problem` under `settings` must have."""
     return {
         "problem": problem.fingerprint(),
         "settings": json.dumps(settings.identity(), sort_keys=True),
@@ -40,7 +40,7 @@ def path(folder: str | Path, problem: Problem, settings: Settings) -> Path:
 
 
 def save(drawn: Posterior, file: str | Path) -> None:
-    """Write the draws, also failed ones, which say so; the file appears whole or not at all."""
+    """Write the draws with their diagnostics; the file appears whole or not at all."""
     file = Path(file)
     attributes = {
         **identity(drawn.problem, drawn.settings),
@@ -67,29 +67,26 @@ def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed
     file = Path(file)
     try:
         data = arviz.from_netcdf(str(file), engine="h5netcdf").load()
-        found = data.posterior.attrs
-        diagnostics = Diagnostics(**json.loads(found["diagnostics"]))
-        statistics = data.sample_stats
-        arrays = {name: statistics[name].to_numpy() for name in ("diverging", "energy", "n_steps")}
+        attributes = data.posterior.attrs
+        diagnostics = Diagnostics(**json.loads(attributes["diagnostics"]))
+        statistics = {name: data.sample_stats[name].to_numpy() for name in ("diverging", "energy", "n_steps")}
         draws = data.posterior["theta"].to_numpy()
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise PosteriorError(f"{file} is not a readable file of draws: {error}; delete it") from error
     for name, wanted in identity(problem, settings).items():
-        if found.get(name) != wanted:
-            raise PosteriorError(
-                f"{file} holds draws of another {name}: {str(found.get(name))[:60]!r}, wanted "
-                f"{wanted[:60]!r}; delete it or ask for what it holds"
-            )
+        if (given := attributes.get(name)) != wanted:
+            which = f"{str(given)[:60]!r}, wanted {wanted[:60]!r}"
+            raise PosteriorError(f"{file} holds draws of another {name}: {which}; delete it or ask for what it holds")
     drawn = Posterior(
         problem=problem,
         settings=settings,
         draws=draws,
-        divergent=arrays["diverging"].astype(bool),
-        energy=arrays["energy"],
-        n_steps=arrays["n_steps"].astype(np.int64),
+        divergent=statistics["diverging"].astype(bool),
+        energy=statistics["energy"],
+        n_steps=statistics["n_steps"].astype(np.int64),
         diagnostics=diagnostics,
     )
-    if found.get("content") != _content(drawn):
+    if attributes.get("content") != _content(drawn):
         raise PosteriorError(f"{file} does not hold the draws that were written to it; delete it")
     if not diagnostics.passed and not allow_failed:
         raise PosteriorError(f"{file} holds draws that failed the gate: {'; '.join(diagnostics.failures)}")
@@ -97,7 +94,7 @@ def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed
 
 
 def _content(drawn: Posterior) -> str:
-    """12 hex digits of all arrays, with their shapes, and of the diagnostics: what the file was written with."""
+    """Return 12 hex digits of all arrays, with their shapes, and of the diagnostics."""
     arrays = (drawn.draws, drawn.divergent, drawn.energy, drawn.n_steps.astype(np.int64))
     hashes = [[array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for array in arrays]
     return digest([hashes, json.dumps(asdict(drawn.diagnostics))])
@@ -106,7 +103,7 @@ def _content(drawn: Posterior) -> str:
 def draw(problem: Problem, settings: Settings, folder: str | Path | None = None) -> Posterior:
     """Return the draws of `problem`: from `folder` if they are there, else sampled and, with a folder, kept.
 
-    A posterior that failed the gate comes back too (`diagnostics.passed` is False): sampling again with the
+    A posterior that failed the gate is returned too (`diagnostics.passed` is False), since sampling again with the
     same seed would fail again.
     """
     if folder is None:

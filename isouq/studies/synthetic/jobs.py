@@ -1,8 +1,7 @@
 """One job: a problem, a data seed and a network; its reference, its estimates and how they correlate.
 
-`analyse` keeps the arrays for figures; `record` is the small JSON that a job leaves behind, so that a study of
-hundreds of jobs goes on where it stopped, on any machine. `run_all` runs what is missing, several at a time.
-`plan` lists a profile's jobs.
+`analyse` returns the arrays for figures. `record` is the small JSON that a job leaves behind, so that a study of
+hundreds of jobs resumes on any machine. `run_all` runs the jobs that have no record yet, several at a time.
 """
 
 import concurrent.futures
@@ -29,14 +28,14 @@ from isouq.studies.synthetic import cache, point, posterior, problems
 from isouq.studies.synthetic.posterior import Posterior, Reference, Settings
 from isouq.studies.synthetic.problems import Problem
 
-PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process that ran 130 of them crashed
-LARGEST_HESSIAN = 600  # parameters; beyond it the Laplace family is left out
+PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process crashed after 130 jobs
+LARGEST_HESSIAN = 600  # parameters; larger networks have no estimate of the Laplace family
 COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "mcmc"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to sample and how; what is None is as in ``problems.SPECS``."""
+    """What to sample and how; fields left None take the values of ``problems.SPECS``."""
 
     problem: str
     seed: int = 0
@@ -51,14 +50,15 @@ class Job:
     settings: Settings = field(default_factory=Settings)
 
     def make(self) -> Problem:
-        """Make the problem. Raises ValueError for what is unknown or impossible, before anything is sampled."""
+        """Make the problem. Raises ValueError for unknown or impossible settings, before anything is sampled."""
         require.one_of("problem", self.problem, problems.SPECS)
         require.count("n_starts", self.n_starts)
         model = problems.SPECS[self.problem].model
         network = replace(model.network, **self._given("width", "depth", "activation"))
         model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
-        given = self._given("n_examples", "resolution")
-        problem = problems.make(self.problem, seed=self.seed, model=model, **given)
+        problem = problems.make(
+            self.problem, seed=self.seed, model=model, n_examples=self.n_examples, resolution=self.resolution
+        )
         self.settings.require_memory(problem)
         return problem
 
@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """Everything about one job that a figure may want; arrays of `estimates` are (point,)."""
+    """The arrays behind a job's record; those of `estimates` are (point,)."""
 
     job: Job
     problem: Problem
@@ -87,11 +87,11 @@ class Case:
     estimates: dict[str, np.ndarray]
 
     def target(self, method: str) -> np.ndarray:
-        """Return what the method is held against: E[p(1−p)] for the aleatoric estimate, else Var[p]."""
-        if method == "aleatoric":
-            assert self.reference.aleatoric is not None  # a regression has no such estimate either
-            return self.reference.aleatoric
-        return self.reference.variance
+        """Return the reference of a method: E[p(1−p)] for the aleatoric estimate, else Var[p]."""
+        if method != "aleatoric":
+            return self.reference.variance
+        assert self.reference.aleatoric is not None  # a regression has no such estimate either
+        return self.reference.aleatoric
 
 
 def analyse(job: Job, folder: str | Path | None = None) -> Case:
@@ -102,11 +102,11 @@ def analyse(job: Job, folder: str | Path | None = None) -> Case:
     drawn = cache.draw(problem, job.settings, folder)
     large = problem.model.network.n_parameters > LARGEST_HESSIAN
     estimates = point.estimates(problem, best.theta, classes, laplace=not large)
-    # Not estimates that one could have without the posterior, but they tell the approximations apart.
+    # These two need the posterior's draws; they tell the approximations apart.
     g = point.gradients(problem, best.theta, classes)
     estimates["delta"] = (drawn.draws.reshape(-1, g.shape[1]) @ g.T).var(axis=0)
-    some = drawn.draws[:, :: max(1, drawn.draws.shape[1] // 4)].reshape(-1, g.shape[1])[:16]
-    at_draws = [np.square(point.gradients(problem, theta, classes)).sum(axis=1) for theta in some]
+    thetas = drawn.draws[:, :: max(1, drawn.draws.shape[1] // 4)].reshape(-1, g.shape[1])[:16]
+    at_draws = [np.square(point.gradients(problem, theta, classes)).sum(axis=1) for theta in thetas]
     estimates["gn_draws"] = np.mean(at_draws, axis=0)
     return Case(
         job=job,
@@ -123,20 +123,20 @@ def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) 
     """Return Pearson's r and Spearman's ρ over the points `where`; None where one side is constant."""
     where = np.ones(np.shape(a), dtype=bool) if where is None else require.labels("where", where)
     require.same_rows(a=a, b=b, where=where)
-    found: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for name, statistic in (("pearson", pearson), ("spearman", spearman)):
         try:
-            found[name] = statistic(a[where], b[where])
+            values[name] = statistic(a[where], b[where])
         except UndefinedStatisticError:
-            found[name] = None
-    return found
+            values[name] = None
+    return values
 
 
 def record(case: Case) -> dict[str, Any]:
-    """Return the small result of a job: correlations, noise ceiling, scale and diagnostics, no arrays.
+    """Return the result of a job without arrays: correlations, noise ceiling, scale and diagnostics.
 
-    `scale`: the geometric mean of Var[p]/‖g‖², the σ² that suits the grid best, and the ratio of its 95 % to its
-    5 % quantile: 1 would mean that one σ² serves all inputs.
+    `scale`: the geometric mean of Var[p]/‖g‖², the σ² that suits the grid best, and the ratio of the 95 % quantile of
+    Var[p]/‖g‖² to its 5 % quantile: 1 would mean that one σ² serves all inputs.
     """
     reference, near = case.reference, case.problem.near_data()
     diagnostics = case.posterior.diagnostics
@@ -151,7 +151,11 @@ def record(case: Case) -> dict[str, Any]:
         "passed": diagnostics.passed,
         "failures": list(diagnostics.failures),
         "diagnostics": asdict(diagnostics),
-        "map": _search(case.best),
+        "map": {
+            "energy": case.best.energy,
+            "gradient_norm": case.best.gradient_norm,
+            "at_best": float(np.mean(case.best.energies < case.best.energy + 0.1)),  # share of the starts, in nats
+        },
         "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
         "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
         "ceiling": ceiling,
@@ -162,11 +166,6 @@ def record(case: Case) -> dict[str, Any]:
         "version": posterior.VERSION,
         "versions": versions(*cache.PACKAGES),
     }
-
-
-def _search(best: point.Point) -> dict[str, float]:
-    at_best = float(np.mean(best.energies < best.energy + 0.1))  # share of the starts that ended within 0.1 nats of it
-    return {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": at_best}
 
 
 def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
@@ -180,54 +179,54 @@ def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] |
 def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
     """Return the job's record from the first of `folders` that has it, or None.
 
-    A record of another `posterior.VERSION` is not taken. Raises ValueError for a file that cannot be read, that is not
-    as it was written, or that holds another job.
+    A record of another `posterior.VERSION` does not count. Raises ValueError for a file that cannot be read, that was
+    changed after it was written, or that holds another job.
     """
     name = job.file()
     for file in (Path(folder) / name for folder in folders):
-        if file.exists() and (found := _read(file, job)).get("version") == posterior.VERSION:
-            return found
+        if file.exists() and (stored := _read(file, job)).get("version") == posterior.VERSION:
+            return stored
     return None
 
 
 def _read(file: Path, job: Job) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("content") != digest({name: value for name, value in found.items() if name != "content"}):
-            raise ValueError("what it holds is not what was written")
-        own = Job(**{**found["job"], "settings": Settings(**found["job"]["settings"])})
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("content") != digest({name: value for name, value in stored.items() if name != "content"}):
+            raise ValueError("its content is not what was written")
+        own = Job(**{**stored["job"], "settings": Settings(**stored["job"]["settings"])})
         if own != job and own.file() != job.file():
             raise ValueError(f"it belongs to {own.file()}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
         raise ValueError(f"{file} is not a record of a job, or not of this one ({error}); {advice}") from error
-    return found
+    return stored
 
 
 def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[str, Any]:
     """Run one job and leave its record in `folder`; the file appears whole or not at all.
 
-    `cpu_seconds` is what the job took of one core, compilation included; waiting for a busy machine does not count.
+    `cpu_seconds` is the processor time of the job, compilation included.
     """
     begun = time.process_time()
-    made = record(analyse(job, draws))
-    made = _rounded({**made, "cpu_seconds": time.process_time() - begun})
-    made["content"] = digest(made)
+    content = record(analyse(job, draws))
+    content = _rounded({**content, "cpu_seconds": time.process_time() - begun})
+    content["content"] = digest(content)
     file = Path(folder) / job.file()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, file)
-    return made
+    return content
 
 
 def _rounded(value: Any) -> Any:
-    # Six digits: hundreds of records are committed, and no statistic of theirs is known better. JSON has no NaN: what a
-    # posterior that failed the gate does not have is None.
+    # Six digits suffice for every statistic of a record, and hundreds of records are committed. JSON has no NaN, so a
+    # number that a failed posterior lacks becomes None.
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: _rounded(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
+        return [_rounded(inner) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -244,56 +243,57 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
 
-    Every job is checked before the first is run. They start in the order given, so that what a stopped study has
-    done is its first part. Processes share what they compiled through the folder `compiled`.
+    Every job is checked before the first one runs. Jobs start in the order given, so that a stopped study has done the
+    first ones. Processes share what they compile through the folder `compiled`.
     """
-    found = [find(job, [folder, *also]) for job in jobs]
-    missing = [i for i, one in enumerate(found) if one is None]
+    records = [find(job, [folder, *also]) for job in jobs]
+    missing = [i for i, record in enumerate(records) if record is None]
     n_workers = min(require.count("n_workers", n_workers), len(missing))
-    if n_workers < 2:
-        for i in tqdm(missing, desc="posteriors", mininterval=5, disable=not missing):
-            found[i] = run(jobs[i], folder, draws)
-        return [one for one in found if one is not None]
-    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
-    share = n_workers * PER_PROCESS
-    with tqdm(total=len(missing), desc="posteriors", mininterval=5) as bar:
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as bar:
+        if n_workers < 2:
+            for i in missing:
+                records[i] = run(jobs[i], folder, draws)
+                bar.update()
+            return [record for record in records if record is not None]
+        context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+        share = n_workers * PER_PROCESS
         for start in range(0, len(missing), share):
-            pool = concurrent.futures.ProcessPoolExecutor(n_workers, context, keep_compiled, (compiled,))
-            with pool:
+            with concurrent.futures.ProcessPoolExecutor(n_workers, context, keep_compiled, (compiled,)) as pool:
                 waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing[start : start + share]}
                 for future in concurrent.futures.as_completed(waiting):
-                    found[waiting[future]] = future.result()
+                    records[waiting[future]] = future.result()
                     bar.update()
-    return [one for one in found if one is not None]
+    return [record for record in records if record is not None]
 
 
 def keep_compiled(folder: str | Path | None) -> None:
-    """Have this process keep what jax compiles in `folder` and take from there what another has compiled."""
+    """Share what jax compiles with other processes through `folder`."""
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def mean_interval(values: ArrayLike) -> Interval | None:
-    """Return the mean over data seeds with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
+    """Return the mean of correlations with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
 
     Raises ValueError for values that are no correlations.
     """
-    n = len(found := require.numbers("values", values, least=0))
-    for value in found:
+    values = require.numbers("values", values, least=0)
+    n = len(values)
+    for value in values:
         require.number("values", value, -1 - 1e-9, 1 + 1e-9)
     if n < 2:
         return None
-    mean = float(np.mean(found))
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(found, ddof=1) / np.sqrt(n))
+    mean = float(np.mean(values))
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
 
 
 def trend(doublings: ArrayLike, values: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Interval:
     """Return the slope of `values` per doubling of the width, with its 95 % bootstrap interval over groups.
 
-    A group is one problem with one data seed, drawn again as a whole; each group has its own intercept, so only
-    changes with size within the same data count. Raises ValueError for fewer than two groups of two sizes.
+    A group is one problem with one data seed. It is resampled as a whole and has its own intercept, so that only
+    changes with size within a group count. Raises ValueError for fewer than two groups of two sizes.
     """
     require.same_rows(doublings=doublings, values=values, group=group)
     doublings, values = require.numbers("doublings", doublings), require.numbers("values", values)

@@ -1,7 +1,7 @@
 """Which jobs a profile asks for.
 
-``python -m isouq.pipeline.jobs sample --profile published`` runs whatever has no record yet; ``--problem`` and
-``--seed`` take a share of it, for several machines. A killed run goes on where it stopped.
+``python -m isouq.pipeline.jobs sample --profile published`` runs the jobs that have no record yet; ``--problem`` and
+``--seed`` select a share of them, for several machines.
 """
 
 import itertools
@@ -12,10 +12,10 @@ from isouq.studies.synthetic import jobs
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
-# One choice for every profile, so that the records of a large run serve the small ones too. Narrow networks mix
-# slowly and cost little: they get twice the draws, and steps so short that no narrow place of the posterior makes them
-# diverge. Wide ones cost most and mix best: they get fewer draws. A fixed prior's posterior is stiff and needs longer
-# trajectories. All have fewer examples than in Table 1, since the cost grows with them.
+# The same for every profile, so that the records of a large run serve the small ones too. Narrow networks mix slowly
+# and cost little: they get twice the draws, and short steps, which narrow regions of the posterior do not make diverge.
+# Wide ones cost most and mix best: they get fewer draws. Under a fixed prior the posterior is stiff and needs longer
+# trajectories. All have fewer examples than in Table 1, since the cost grows with their number.
 SIZE_SETTINGS = Settings(n_chains=4, n_warmup=300, n_draws=500, target_accept=0.8, max_tree_depth=8)
 NARROW, WIDE = 16, 128
 SIZE_EXAMPLES = 40
@@ -31,29 +31,29 @@ DATA_SIZE_PROBLEM, DATA_SIZE_SEEDS = "binary_rings", 3
 def table(section: Any) -> list[Job]:
     """Return the jobs behind Table 1: every problem with every data seed, as in ``problems.SPECS``.
 
-    Problems without a hidden layer get three times the draws: theirs are cheap, and each is worth less. The nonlinear
-    regression, whose noise is small, has a posterior of narrow places: its steps are shorter.
+    Problems without a hidden layer get three times the draws, which are cheap and correlated. The posterior of the
+    nonlinear regression, whose noise is small, has narrow regions, so its steps are shorter.
     """
-    found = []
+    chosen = []
     for name, spec in jobs.problems.SPECS.items():
         settings = Settings(n_chains=section.n_chains, n_warmup=section.n_warmup, n_draws=section.n_draws)
         if spec.model.network.depth == 0:
             settings = replace(settings, n_draws=3 * section.n_draws)
         elif spec.model.kind == "regression":
             settings = replace(settings, target_accept=0.95)
-        found += [Job(problem=name, seed=section.seed + k, settings=settings) for k in range(section.n_seeds)]
-    return found
+        chosen += [Job(problem=name, seed=section.seed + k, settings=settings) for k in range(section.n_seeds)]
+    return chosen
 
 
 def data_sizes(section: Any) -> list[Job]:
     """Return the jobs on the number of examples: one problem, the first data seeds of Table 1."""
-    mine = [job for job in table(section) if job.problem == DATA_SIZE_PROBLEM][:DATA_SIZE_SEEDS]
-    return [replace(job, n_examples=n) for job in mine for n in section.data_sizes]
+    of_problem = [job for job in table(section) if job.problem == DATA_SIZE_PROBLEM]
+    return [replace(job, n_examples=n) for job in of_problem[:DATA_SIZE_SEEDS] for n in section.data_sizes]
 
 
 def sizes(section: Any) -> list[Job]:
     """Return the jobs on the network's size: problem, activation, prior, depth, width and data seed."""
-    found = []
+    chosen = []
     for depth, prior in itertools.product(section.size_depths, PRIORS):
         widths, n_seeds = set(section.size_widths), section.size_seeds
         if prior == "fixed":
@@ -76,8 +76,8 @@ def sizes(section: Any) -> list[Job]:
                 n_starts=8,
                 settings=_size_settings(width, prior),
             )
-            found.append(job)
-    return found
+            chosen.append(job)
+    return chosen
 
 
 def _size_settings(width: int, prior: str) -> Settings:

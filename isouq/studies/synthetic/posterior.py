@@ -1,7 +1,7 @@
 """NUTS draws of a problem's posterior, the gate that a posterior must pass, and its variance maps.
 
-The gate looks at functions, not weights: the weights of a network cannot mix over its symmetries, while
-p(y|x, θ), the only thing that the study uses, can and must.
+The gate looks at functions, not weights: a network's weights cannot mix over its symmetries, while p(y|x, θ), all that
+the study uses, can and must.
 """
 
 import functools
@@ -19,9 +19,10 @@ from scipy.stats import norm, rankdata
 from isouq.studies import require
 from isouq.studies.synthetic.problems import Model, Problem, float64
 
-# Of all that decides a record or its draws: problems, sampler, MAP, estimates, statistics. Raise it by hand when a
-# number changes by more than rounding: what was stored is then made anew. The golden values of tests/synthetic fail
-# where somebody forgot. It is no digest of the sources, since records took hours, and most edits change no number.
+# The version of all code that decides a record or its draws: problems, sampler, MAP, estimates, statistics. Raise it by
+# hand when a number changes by more than rounding; stored records and draws are then computed again. The golden values
+# of tests/synthetic fail where it was forgotten. It is no digest of the sources: records took hours, and most edits
+# change no number.
 VERSION = 1
 MAX_RHAT = 1.01  # Vehtari et al. (2021)
 MIN_ESS = 400
@@ -30,7 +31,7 @@ MIN_EFMI = 0.3  # Betancourt (2016)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to sample: the algorithm ("nuts" or "hmc", both with dual averaging), its chains and its draws."""
+    """How to sample: the algorithm ("nuts" or "hmc", both with dual averaging), its chains and draws."""
 
     sampler: str = "nuts"
     n_chains: int = 8
@@ -111,13 +112,12 @@ class Posterior:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """What the draws say at each grid point; arrays are (point,), variances in units of p² (or of the mean²).
+    """Moments of the draws at each grid point; arrays are (point,), variances in units of p² (or of the mean²).
 
-    `variance` = `within` + `between`: the mean of the chains' variances and the variance of their means. A
-    Taylor expansion at one mode can only see the first. `mcse`: Monte Carlo standard error of `variance`.
-    `halves` (2, point): the variance from the first and from the second half of the chains, which share
-    nothing: how well they agree bounds what any estimate can reach. `aleatoric`: E_θ[p(1−p)], None for a
-    regression, and `aleatoric_halves` likewise.
+    `variance` = `within` + `between`: the mean of the chains' variances and the variance of their means. A Taylor
+    expansion at one mode can only see the first. `mcse`: Monte Carlo standard error of `variance`. `halves` (2, point):
+    the variance from the first and from the second half of the chains, which are independent, so that their agreement
+    bounds what any estimate can reach. `aleatoric`: E_θ[p(1−p)], None for a regression, and its `aleatoric_halves`.
     """
 
     mean: np.ndarray
@@ -159,8 +159,8 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
         state = jax.lax.fori_loop(0, settings.n_warmup, lambda _, state: step(state), state)
         return jax.lax.scan(draw, state, length=settings.n_draws)[1]
 
-    # One after another. In step (vmap) every leapfrog copies the trees of all chains, and all wait for the longest:
-    # a CPU then needs 1.6 to 3 times as long for 99 parameters and more, and no less for 27.
+    # Chains run one after another. Under vmap every leapfrog step copies the trees of all chains, and all wait for the
+    # longest: a CPU then needs 1.6 to 3 times as long for 99 parameters and more, and no less for 27.
     return jax.lax.map(chain, (keys, starts))
 
 
@@ -168,7 +168,7 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
 def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
     """Draw from the posterior of θ with chains that each start at a draw of the prior, and judge the draws.
 
-    A posterior that fails the gate is returned all the same: look at `diagnostics.failures`.
+    A posterior that fails the gate is returned too; see `diagnostics.failures`.
     Raises ValueError before sampling when the draws would not fit in memory.
     """
     settings = settings or Settings()
@@ -205,7 +205,7 @@ def _predict_all(model: Model, thetas, inputs):
 @float64
 def functions(problem: Problem, draws: np.ndarray) -> np.ndarray:
     """Return p(y|x, θ) (or the mean) of every draw at every grid point: (chain, draw, point, class)."""
-    # NaN may come in: a broken sampler makes it, and the gate is there to see it
+    # NaN is let in: a broken sampler makes it, and the gate has to see it
     draws = require.numbers("draws", draws, 3, width=problem.model.network.n_parameters, finite=None)
     flat = _predict_all(problem.model.unscaled(), draws.reshape(-1, draws.shape[-1]), problem.grid)
     return np.asarray(flat).reshape(*draws.shape[:2], *flat.shape[1:])

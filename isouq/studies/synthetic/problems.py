@@ -1,7 +1,7 @@
 """The paper's eight synthetic problems: data, network, prior, likelihood and evaluation grid.
 
-The paper's sample sizes, widths and priors are not known to us. Those in ``SPECS`` are our own choices,
-made so that NUTS converges in function space; none of them is the paper's.
+The paper does not state its sample sizes, widths and priors. Those in ``SPECS`` are our own, chosen so that NUTS
+converges in function space.
 """
 
 import functools
@@ -114,21 +114,21 @@ class Model:
         return self.prior_scale * np.concatenate(parts)
 
     def unscaled(self) -> "Model":
-        """Return the same likelihood under the prior N(0, 1), for what does not ask for the prior.
+        """Return the same likelihood under the prior N(0, 1), for functions that do not use the prior.
 
-        jax compiles that once for all priors, and for all problems of one shape.
+        jax then compiles them once for all priors and all problems of one shape.
         """
         return replace(self, prior_scale=1.0, prior_scaling="fixed")
 
     def predict(self, theta, inputs):
-        """Return p(class 1), p of every class, or the mean, after the kind of problem: (example, class)."""
+        """Return p(class 1), p of every class, or the mean, by the kind of problem: (example, class)."""
         outputs = self.network(theta, inputs)
         if self.kind == "binary":
             return jax.nn.sigmoid(outputs)
         return jax.nn.softmax(outputs) if self.kind == "multiclass" else outputs
 
     def quantity(self, theta, inputs, classes):
-        """Return what the estimates are about: p(y_c|x, θ) of the class given, or the mean: (example,)."""
+        """Return the quantity that is estimated, p(y_c|x, θ) of the given class, or the mean: (example,)."""
         return jnp.take_along_axis(self.predict(theta, inputs), classes[:, None], axis=1)[:, 0]
 
     def log_likelihood(self, theta, inputs, targets):
@@ -162,15 +162,18 @@ class Problem:
     limits: tuple[float, float]
 
     def __post_init__(self):
-        network, found = self.model.network, dict[str, np.ndarray]()
+        network, arrays = self.model.network, dict[str, np.ndarray]()
         for name, least in (("inputs", 3), ("grid", 1)):
-            found[name] = require.numbers(name, getattr(self, name), 2, least=least, width=network.n_inputs)
-        found["targets"] = require.numbers("targets", self.targets)
+            arrays[name] = require.numbers(name, getattr(self, name), 2, least=least, width=network.n_inputs)
+        arrays["targets"] = require.numbers("targets", self.targets)
         require.same_rows(inputs=self.inputs, targets=self.targets)
         if self.model.kind != "regression":
-            found["targets"] = require.integers("targets", self.targets, below=max(2, network.n_outputs))
-        require.seed("seed", self.seed), _limits(self.limits)
-        vars(self).update(found)  # as float64 and int64, whatever was given
+            arrays["targets"] = require.integers("targets", self.targets, below=max(2, network.n_outputs))
+        require.seed("seed", self.seed)
+        low, high = require.numbers("limits", self.limits, width=2)
+        if not low < high:
+            raise ValueError(f"limits: {self.limits} given, low < high wanted")
+        vars(self).update(arrays)  # as float64 and int64, whatever type was given
 
     def classes(self, classes: ArrayLike) -> np.ndarray:
         """Return a class (point,) per grid point. Raises ValueError for one that the model does not have."""
@@ -257,7 +260,7 @@ def _wave(noise):
 
 @dataclass(frozen=True)
 class Spec:
-    """How a named problem is made: generator (rng, n) -> (inputs, targets), sample size, model, limits."""
+    """A named problem: generator (rng, n) -> (inputs, targets), sample size, model, limits of the grid."""
 
     title: str
     generate: Callable
@@ -293,16 +296,15 @@ def make(
     n_examples: int | None = None,
     model: Model | None = None,
     resolution: int | None = None,
-    limits: tuple[float, float] | None = None,
 ) -> Problem:
-    """Make the problem `name` with the data of `seed`; fields left None take those of ``SPECS``.
+    """Make the problem `name` with the data of `seed`; arguments left None take the values of ``SPECS``.
 
-    The grid has `resolution` points a side (20 for two inputs, 100 for one) between `limits`.
+    The grid has `resolution` points a side: 20 for two inputs, 100 for one.
     Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid.
     """
     one_of("name", name, SPECS)
     spec = SPECS[name]
-    model, limits = model or spec.model, spec.limits if limits is None else limits
+    model = model or spec.model
     n = spec.n_examples if n_examples is None else require.count("n_examples", n_examples, 3)
     expected = (spec.model.kind, spec.model.network.n_inputs, spec.model.network.n_outputs)
     given = (model.kind, model.network.n_inputs, model.network.n_outputs)
@@ -311,29 +313,8 @@ def make(
     # a fixed number per problem, so that two problems of one seed do not share their random numbers
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     inputs, targets = spec.generate(np.random.default_rng([require.seed("seed", seed), stream]), n)
-    default = 20 if inputs.shape[1] == 2 else 100
-    grid = _grid(inputs, limits, default if resolution is None else resolution)
-    data = {"inputs": inputs, "targets": targets, "grid": grid, "limits": limits}
-    return Problem(name=name, seed=seed, model=model, **data)
-
-
-def _limits(limits: tuple[float, float]) -> tuple[float, float]:
-    low, high = require.numbers("limits", limits, width=2)
-    if not low < high:
-        raise ValueError(f"limits: {limits} given, low < high wanted")
-    return limits
-
-
-def _grid(inputs: np.ndarray, limits: tuple[float, float], resolution: int) -> np.ndarray:
-    low, high = _limits(limits)
-    require.count("resolution", resolution, 2)
-    least, most = inputs.min(), inputs.max()
-    span = most - least
-    if high < least or low > most or low < least - 2 * span or high > most + 2 * span:
-        wanted = "a grid that meets them and reaches no more than two spans beyond"
-        raise ValueError(f"limits: {limits} given, outside the data from {least:.2f} to {most:.2f}; {wanted} wanted")
-    axis = np.linspace(low, high, resolution)
-    if inputs.shape[1] == 1:
-        return axis[:, None]
-    x, y = np.meshgrid(axis, axis)
-    return np.stack([x.ravel(), y.ravel()], axis=1)
+    n_inputs = inputs.shape[1]
+    resolution = {1: 100, 2: 20}[n_inputs] if resolution is None else require.count("resolution", resolution, 2)
+    axes = np.meshgrid(*[np.linspace(*spec.limits, resolution)] * n_inputs)
+    grid = np.stack([axis.ravel() for axis in axes], axis=1)
+    return Problem(name=name, seed=seed, model=model, inputs=inputs, targets=targets, grid=grid, limits=spec.limits)
