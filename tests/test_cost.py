@@ -232,8 +232,10 @@ def test_where_gradients_do_not_fit_fewer_examples_are_taken_at_once():
     assert row["relative_error"] < 1e-5
 
 
-def test_a_model_that_cannot_be_loaded_is_named():
-    with pytest.raises(RuntimeError, match="smollm3-135m"):
+def test_a_model_that_cannot_be_loaded_is_named_with_the_last_line_of_the_error(monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nModelError: no such model\n")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"^model smollm3-135m: ModelError: no such model$"):
         memory.measure("smollm3-135m", ["forward"], sizes={})
 
 

@@ -128,7 +128,6 @@ ROWS_OF = {
     point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
     point.rescaled: {"model": (RELU, ""), "theta": (THETA, "array"), "factor": (2.0, "positive")},
     posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
-    posterior.convergence: {"values": (VALUES, "draws")},
     posterior.judge: {
         "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
         "seconds": (0.0, ""),

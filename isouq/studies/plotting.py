@@ -112,32 +112,32 @@ def intervals(
     *,
     xlabel: str,
     reference: float | None = None,
+    published: str = "the paper",
     logarithmic: bool = False,
 ) -> Axes:
-    """One row per method: its value as a marker, its interval as a line, the paper's value hollow beside it.
+    """Draw one row per method: its value as a marker, its interval as a line, the published value hollow beside it.
 
     `table` has the columns method (a key of METHODS), value, low and high; label (a row's name, by default the
     method's), paper and ceiling (the noise ceiling, a bar) are optional. Rows are drawn from top to bottom. An absent
     value (NaN) leaves its row empty, so that panels stay aligned. `reference` draws a dashed line, such as at chance.
 
     Raises:
-        ValueError: a column is missing, or a method is not in METHODS.
+        KeyError: a column is missing, or a method is not in METHODS.
     """
-    _require(table, ("method", "value", "low", "high"))
     ax = plt.gca() if ax is None else ax
     if reference is not None:
         ax.axvline(reference, **GUIDE)
     rows = np.arange(len(table))
     for row, entry in enumerate(table.to_dict("records")):
-        colour, marker, _ = _method(entry["method"])
+        colour, marker, _ = METHODS[entry["method"]]
         ax.plot([entry["low"], entry["high"]], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
         ax.plot(entry["value"], row, marker=marker, linestyle="none", color=colour, markersize=7)
     if "ceiling" in table.columns:
         ax.plot(table["ceiling"], rows, "|", color="black", markersize=11, label="noise ceiling")
     if "paper" in table.columns:
-        ax.plot(table["paper"], rows + 0.3, "o", mfc="white", mec="#444444", markersize=5, label="the paper")
+        ax.plot(table["paper"], rows + 0.3, "o", mfc="white", mec="#444444", markersize=5, label=published)
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0.1)
-    ax.set_yticks(rows, table.get("label", table["method"].map(lambda name: _method(name).label)))
+    ax.set_yticks(rows, table.get("label", table["method"].map(lambda name: METHODS[name].label)))
     ax.set(ylim=(len(table) - 0.4, -0.6), xlabel=xlabel)
     if logarithmic:
         ax.set_xscale("log")
@@ -148,9 +148,9 @@ def intervals(
 def interval_grid(
     tables: Mapping[tuple[str, str], pd.DataFrame], *, xlabel: str, reference: float, absent: str, aspect: float = 1.0
 ) -> Figure:
-    """Panels of `intervals` on one axis from 0 to 1, keyed by (label of the row, title of the column).
+    """Draw panels of `intervals` on one axis from 0 to 1, keyed by (label of the row, title of the column).
 
-    All tables name the same methods in the same order. A panel without any value says `absent`.
+    All tables name the same methods in the same order. A panel without any value shows the text `absent`.
     """
     rows, columns = (list(dict.fromkeys(key[place] for key in tables)) for place in (0, 1))
     figure, axes = panels(len(columns), len(rows), aspect=aspect, sharex=True, sharey=True)
@@ -171,8 +171,7 @@ def interval_grid(
 
 
 def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: str, ylabel: str) -> Axes:
-    """One point per answer: right ones as open circles, wrong ones as crosses; columns x, y and wrong."""
-    _require(table, (x, y, "wrong"))
+    """Draw one point per answer, right ones as open circles and wrong ones as crosses; columns x, y and wrong."""
     wrong = table["wrong"].astype(bool)
     right, failed = table[~wrong], table[wrong]
     ax.scatter(failed[x], failed[y], s=20, marker="x", color="#D55E00", linewidths=1, label="wrong")
@@ -181,7 +180,7 @@ def right_and_wrong(table: pd.DataFrame, ax: Axes, *, x: str, y: str, xlabel: st
     return ax
 
 
-def plane(problem, values: np.ndarray, ax: Axes, **look: Any) -> QuadMesh:
+def plane_map(problem, values: np.ndarray, ax: Axes, **look: Any) -> QuadMesh:
     """Draw `values` (point,) over the grid of a synthetic problem with two inputs; `look` goes to pcolormesh."""
     x, y, z = (array.reshape(problem.shape) for array in (*problem.grid.T, values))
     ax.set(xlim=problem.limits, ylim=problem.limits, xticks=[], yticks=[], aspect="equal")
@@ -198,7 +197,7 @@ def maps(problem, values: Mapping[str, np.ndarray]) -> Figure:
     """Draw a row of maps over the input plane, titled by the keys of `values`, each array (point,)."""
     figure, axes = panels(len(values), aspect=0.85)
     for ax, (title, array) in zip(axes[0], values.items(), strict=True):
-        bar = figure.colorbar(plane(problem, array, ax, cmap="viridis"), ax=ax, shrink=0.75, pad=0.02)
+        bar = figure.colorbar(plane_map(problem, array, ax, cmap="viridis"), ax=ax, shrink=0.75, pad=0.02)
         bar.ax.tick_params(labelsize="x-small")
         _examples(problem, ax, s=7, color="white", edgecolors="black", linewidths=0.5)
         ax.set_title(title)
@@ -206,14 +205,14 @@ def maps(problem, values: Mapping[str, np.ndarray]) -> Figure:
 
 
 def stepwise(chain: Mapping[str, np.ndarray]) -> Figure:
-    """Each array of `chain` (point,) against the one before it, logarithmic, with a line of slope one.
+    """Draw each array of `chain` (point,) against the one before it, logarithmic, with a line of slope one.
 
-    The line passes through the geometric means, so that a quantity known up to a factor can be shown too.
+    The line passes through the geometric means, since some quantities are known only up to a factor.
     """
     names, arrays = list(chain), list(chain.values())
     figure, axes = panels(len(chain) - 1, aspect=1.0)
     for ax, x, y, xlabel, ylabel in zip(axes[0], arrays, arrays[1:], names, names[1:], strict=False):
-        ax.loglog(x, y, ".", color=_method("epistemic").colour, markersize=4, alpha=0.6)
+        ax.loglog(x, y, ".", color=METHODS["epistemic"].colour, markersize=4, alpha=0.6)
         factor = np.exp(np.mean(np.log(y / x)))
         ends = np.array([x.min(), x.max()])
         ax.plot(ends, factor * ends, "--", color="black", linewidth=1)
@@ -238,9 +237,9 @@ def data_sets(problems: Mapping[str, Any]) -> Figure:
 
 
 def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """Maps with one row a problem and one column a quantity, each map scaled to [0, 1] by its own extremes.
+    """Draw maps with one row per problem and one column per quantity, each map scaled to its own extremes.
 
-    `columns`: title -> one array (point,) per problem; a title with a minus sign (−) is a difference, from −1 to 1.
+    `columns`: title → one array (point,) per problem. A title with a minus sign (−) is a difference, from −1 to 1.
     """
     figure, axes = panels(len(columns), len(problems), aspect=1.0)
     for row, name in zip(axes, problems, strict=True):
@@ -249,18 +248,18 @@ def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.nda
         axes[0, column].set_title(title, fontsize="x-small")
         for ax, problem, values in zip(axes[:, column], problems.values(), arrays, strict=True):
             look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if "−" in title else {"cmap": "viridis"}
-            plane(problem, values, ax, **look)
+            plane_map(problem, values, ax, **look)
             ax.plot(*problem.inputs.T, ".", color="white", markersize=1.2, alpha=0.7)
     return figure
 
 
 def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
-    """Standard deviations over a one-dimensional input, each divided by its largest; ticks mark the data.
+    """Draw standard deviations over a one-dimensional input, each divided by its largest; ticks mark the data.
 
-    `curves`: key of METHODS -> variance (point,).
+    `curves`: key of METHODS → variance (point,).
     """
     for name, variance in curves.items():
-        colour, marker, label = _method(name)
+        colour, marker, label = METHODS[name]
         height = np.sqrt(variance / variance.max())
         ax.plot(problem.grid[:, 0], height, color=colour, marker=marker, markevery=12, markersize=4, label=label)
     ax.plot(problem.inputs[:, 0], np.full(len(problem.inputs), -0.03), "|", color="#444444", markersize=6)
@@ -269,11 +268,10 @@ def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
 
 
 def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes:
-    """`y` against the width of the network, a thin line per data seed, a thick one for each problem's mean.
+    """Draw `y` against the width of the network: thin lines for data seeds, a thick one for each problem's mean.
 
     Columns: problem, seed, width and `y`.
     """
-    _require(table, ("problem", "seed", "width", y))
     for (name, group), (colour, marker) in zip(table.groupby("problem"), CLASSES, strict=False):
         for _, of_seed in group.groupby("seed"):
             ax.plot(of_seed["width"], of_seed[y], color=colour, linewidth=0.7, alpha=0.5)
@@ -287,10 +285,9 @@ def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes
 
 
 def against(table: pd.DataFrame, ax: Axes, *, x: str, xlabel: str, ylabel: str) -> Axes:
-    """One line a method on logarithmic axes, with bars to the extremes; columns method, `x`, value, low and high."""
-    _require(table, ("method", x, "value", "low", "high"))
+    """Draw a line per method on logarithmic axes, with bars to the extremes; columns method, `x`, value, low, high."""
     for name, group in table.groupby("method", sort=False):
-        colour, marker, label = _method(str(name))
+        colour, marker, label = METHODS[str(name)]
         ax.vlines(group[x], group["low"], group["high"], color=colour, linewidth=1)
         ax.plot(group[x], group["value"], color=colour, marker=marker, label=label, linewidth=1.3)
     ticks = sorted(table[x].unique())
@@ -302,14 +299,14 @@ def against(table: pd.DataFrame, ax: Axes, *, x: str, xlabel: str, ylabel: str) 
 
 
 def _round_numbers(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written plainly."""
+    """Put the ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written plainly."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def bars(values: pd.Series, ax: Axes, *, hatched: Sequence[str] = (), xlabel: str) -> Axes:
-    """A horizontal bar for each entry with its number beside it, first on top; those named in `hatched` are hatched."""
+    """Draw a horizontal bar for each entry with its number beside it, the first on top, hatched if in `hatched`."""
     names = [METHODS[name].label if name in METHODS else name for name in values.index]
     drawn = ax.barh(range(len(values)), values, color="#8FB3CC", edgecolor="#1F3B4D")
     for bar, name in zip(drawn, values.index, strict=True):
@@ -319,16 +316,3 @@ def bars(values: pd.Series, ax: Axes, *, hatched: Sequence[str] = (), xlabel: st
     ax.set(xlabel=xlabel, ylim=(len(values) - 0.4, -0.6))
     ax.margins(x=0.15)
     return ax
-
-
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise ValueError(f"method: {name!r} has no place in METHODS; wanted one of {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    for name in columns:
-        if name not in table.columns:
-            present = ", ".join(map(str, table.columns))
-            raise ValueError(f"table: column {name!r} is missing; it has {present}")

@@ -1,9 +1,12 @@
 """The study on a language model: forms equal those of whole gradients; texts are what their names say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from isouq.studies.cost.cases import random_llama
 from isouq.studies.isotropy import language
 from isouq.studies.isotropy.language import Study, Texts
 from isouq.studies.qa.sentences import SentenceEncoder
@@ -53,19 +56,18 @@ def test_bend_finds_a_planted_pull_towards_the_proxies(study, rows):
     share = np.tile(np.linspace(0, 1, 10), 2)
     toward = X[:6].sum(0)
     Y = (1 - share)[:, None] * Y + 3 * share[:, None] * toward
-    pulled = Study(**{**vars(study), "products": Y @ X.T, "squares": np.square(Y).sum(1)})
+    pulled = replace(study, products=Y @ X.T, squares=np.square(Y).sum(1))
     near = np.stack([share, share**2], 1)
-    found = language.bend(pulled, near, "triviaqa", damping=0.01)
-    assert found["within"].explained > 0.8
-    assert found["within"].p_value <= 0.01
+    within = language.bend(pulled, near, "triviaqa", damping=0.01)["within"]
+    assert within.explained > 0.8
+    assert within.p_value <= 0.01
     noise = np.random.default_rng(1).normal(size=(20, 2))
     assert language.bend(pulled, noise, "triviaqa", damping=0.01)["within"].p_value > 0.01
 
 
 def test_what_differs_between_sets_only_is_not_structure_within_them(study):
     split = np.repeat([0.0, 1.0], 10)
-    squares = study.squares.copy()
-    bent = Study(**{**vars(study), "products": study.products * (1 + 0.5 * split)[:, None], "squares": squares})
+    bent = replace(study, products=study.products * (1 + 0.5 * split)[:, None])
     near = np.stack([split, np.random.default_rng(0).normal(size=20)], 1)
     assert language.bend(bent, near, "random", damping=1e-3)["within"].p_value > 0.02
 
@@ -98,6 +100,15 @@ def test_padding_puts_prompt_and_answer_in_place():
     assert present.all()
 
 
+def test_exactness_sees_products_that_are_wrong():
+    model = random_llama(64, 1)
+    asked, given = (texts(kinds) for kinds in (KINDS, ["wikidata"] * 2))
+    exact = language.measure(model, asked, given)
+    assert np.abs(language.exactness(model, exact, 2)).max() <= 1e-4
+    spoilt = replace(exact, products=exact.products * 1.01)
+    assert np.abs(language.exactness(model, spoilt, 2)).max() > 9e-3
+
+
 @pytest.mark.assets
 def test_on_the_real_model(tmp_path):
     from isouq.language import scoring
@@ -105,15 +116,15 @@ def test_on_the_real_model(tmp_path):
 
     model, tokenizer = assets.load_causal_lm("smollm2-135m-instruct")
     asked = language.queries(model, tokenizer, 4, seed=1)
-    made = language.proxies(model, tokenizer, 2, seed=1)
-    assert made.table["kind"].tolist() == [kind for kind in KINDS for _ in range(2)]
+    texts = language.proxies(model, tokenizer, 2, seed=1)
+    assert texts.table["kind"].tolist() == [kind for kind in KINDS for _ in range(2)]
     assert asked.table["kind"].value_counts().to_dict() == dict.fromkeys(language.QUERY_SETS, 2)
-    assert made.prompts[:2] == made.prompts[2:4]  # the same questions, gold answers and the model's own
+    assert texts.prompts[:2] == texts.prompts[2:4]  # the same questions, gold answers and the model's own
     questions = " ".join(asked.table["question"])
-    assert not any(tokenizer.decode(prompt).strip() in questions for prompt in made.prompts)
-    longest = max(len(p) + len(a) for some in (made, asked) for p, a in zip(some.prompts, some.answers, strict=True))
+    assert not any(tokenizer.decode(prompt).strip() in questions for prompt in texts.prompts)
+    longest = max(len(p) + len(a) for part in (texts, asked) for p, a in zip(part.prompts, part.answers, strict=True))
     assert longest <= 64
-    study = language.measure(model, made, asked, checkpoint=tmp_path / "gram.sqlite")
+    study = language.measure(model, texts, asked, checkpoint=tmp_path / "gram.sqlite")
     scores = scoring.score_tokens(model, *asked.padded())
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)
@@ -121,8 +132,6 @@ def test_on_the_real_model(tmp_path):
     errors = language.exactness(model, study, 2, seed=1)
     assert errors.shape == (2, 4)
     assert np.abs(errors).max() <= 1e-4
-    spoilt = Study(**{**vars(study), "products": study.products * 1.01, "gram": study.gram * 1.01})
-    assert np.abs(language.exactness(model, spoilt, 2, seed=1)).max() > 9e-3
     with pytest.raises(ValueError, match="n: 1000 pieces of prose"):
         language._prose(tokenizer, 1000)
 

@@ -13,7 +13,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from isouq.studies.plotting import GUIDE, WIDTH, panels, plane
+from isouq.studies.plotting import GUIDE, WIDTH, panels, plane_map
 
 Array = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ def distortion_maps(problem, fields: Mapping[str, Array], proxies: Mapping[str, 
     for ax in axes.flat[len(fields) :]:
         ax.set_axis_off()
     for ax, (title, field) in zip(axes.flat, fields.items(), strict=False):
-        mesh = plane(problem, field, ax, cmap="RdBu_r", norm=norm)
+        mesh = plane_map(problem, field, ax, cmap="RdBu_r", norm=norm)
         ax.tricontour(*problem.grid.T, field, levels=[0], colors="#444444", linewidths=0.6)
         if title in proxies:
             ax.scatter(*proxies[title].T, s=6, color="white", edgecolors="black", linewidths=0.5)

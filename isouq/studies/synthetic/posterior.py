@@ -217,7 +217,7 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     Folded: the same R-hat on |value − median|, which catches chains that differ in spread and not in place.
     E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
     """
-    rhat, rhat_folded, ess = convergence(values)
+    rhat, rhat_folded, ess = _convergence(values)
     if divergent.shape != values.shape[:2] or energy.shape != values.shape[:2]:
         raise ValueError(f"divergent, energy: {divergent.shape}, {energy.shape} given, {values.shape[:2]} wanted")
     return Diagnostics(
@@ -230,7 +230,7 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     )
 
 
-def convergence(values: np.ndarray) -> tuple[float, float, float]:
+def _convergence(values: np.ndarray) -> tuple[float, float, float]:
     """Return the largest split and folded R-hat and the smallest ESS of (chain, draw, point, class).
 
     A NaN anywhere makes them NaN, which no gate passes.
