@@ -73,7 +73,9 @@ def measure(
     return Memory(reply["weights"], pd.DataFrame(reply["rows"]).set_index("method"))
 
 
-def _measure(model: str, methods: Sequence[str], sizes: dict[str, int], memory_gb: float, seed: int) -> dict[str, Any]:
+def _measure(
+    model: str, methods: Sequence[str], *, sizes: dict[str, int], memory_gb: float, seed: int
+) -> dict[str, Any]:
     """Load the model, fork once per method, and return the columns of `Memory` as JSON."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not look for a team of threads that it does not have

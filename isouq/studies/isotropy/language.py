@@ -89,7 +89,8 @@ def queries(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: i
     Wikidata: the greedy completion after N_SHOTS examples, right by exact match. TruthfulQA: the reference answer that
     the model finds likeliest, right if it is a true one. Empty answers and texts over `max_tokens` are left out.
     """
-    rows = [row for name in QUERY_SETS for row in _answered(model, tokenizer, name, n // 2, max_tokens, seed)]
+    options = {"max_tokens": max_tokens, "seed": seed}
+    rows = [row for name in QUERY_SETS for row in _answered(model, tokenizer, name, n // 2, **options)]
     return _texts(pd.DataFrame(rows), tokenizer)
 
 
@@ -99,7 +100,7 @@ def _texts(table: pd.DataFrame, tokenizer: Any) -> Texts:
     return Texts(prompts=prompts, answers=answers, table=table, vocabulary=vocabulary(tokenizer))
 
 
-def _answered(model: Any, tokenizer: Any, name: str, n: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
+def _answered(model: Any, tokenizer: Any, name: str, n: int, *, max_tokens: int, seed: int) -> list[dict[str, Any]]:
     choose = name.endswith("_choose")
     questions = load_questions(name.removesuffix("_choose"))
     n_drawn = min(3 * n, len(questions.questions) // 2)  # the second half of TruthfulQA is left for proxies
@@ -125,11 +126,11 @@ def proxies(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: i
 
     Raises ValueError when a source has fewer than n.
     """
-    trivia = _questions("triviaqa", tokenizer, n, max_tokens, seed)
+    trivia = _questions("triviaqa", tokenizer, n, max_tokens=max_tokens, seed=seed)
     pairs = {
         "triviaqa": trivia,
         "own_answers": [(ids, _sampled(model, tokenizer, ids, seed + i)) for i, (ids, _) in enumerate(trivia)],
-        "truthfulqa": _questions("truthfulqa", tokenizer, n, max_tokens, seed),
+        "truthfulqa": _questions("truthfulqa", tokenizer, n, max_tokens=max_tokens, seed=seed),
         "prose": _prose(tokenizer, n),
         "random": _random(tokenizer, n, seed),
     }
@@ -137,7 +138,7 @@ def proxies(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: i
     return _texts(pd.DataFrame(rows, columns=["kind", "text", "prompt_ids", "answer_ids"]), tokenizer)
 
 
-def _questions(name: str, tokenizer: Any, n: int, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+def _questions(name: str, tokenizer: Any, n: int, *, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
     """Return questions with their first accepted answers, from the end of the draw; queries come from its beginning."""
     content = load_questions(name)
     asked, _ = data.sample(content, len(content.questions), n_shots=0, seed=seed)

@@ -67,29 +67,26 @@ def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed
     file = Path(file)
     try:
         data = arviz.from_netcdf(str(file), engine="h5netcdf").load()
-        attributes = data.posterior.attrs
-        diagnostics = Diagnostics(**json.loads(attributes["diagnostics"]))
-        statistics = {name: data.sample_stats[name].to_numpy() for name in ("diverging", "energy", "n_steps")}
-        draws = data.posterior["theta"].to_numpy()
+        attributes, statistics = data.posterior.attrs, data.sample_stats
+        drawn = Posterior(
+            problem=problem,
+            settings=settings,
+            draws=data.posterior["theta"].to_numpy(),
+            divergent=statistics["diverging"].to_numpy().astype(bool),
+            energy=statistics["energy"].to_numpy(),
+            n_steps=statistics["n_steps"].to_numpy().astype(np.int64),
+            diagnostics=Diagnostics(**json.loads(attributes["diagnostics"])),
+        )
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise PosteriorError(f"{file} is not a readable file of draws: {error}; delete it") from error
     for name, wanted in identity(problem, settings).items():
         if (given := attributes.get(name)) != wanted:
             which = f"{str(given)[:60]!r}, wanted {wanted[:60]!r}"
             raise PosteriorError(f"{file} holds draws of another {name}: {which}; delete it or ask for what it holds")
-    drawn = Posterior(
-        problem=problem,
-        settings=settings,
-        draws=draws,
-        divergent=statistics["diverging"].astype(bool),
-        energy=statistics["energy"],
-        n_steps=statistics["n_steps"].astype(np.int64),
-        diagnostics=diagnostics,
-    )
     if attributes.get("content") != _content(drawn):
         raise PosteriorError(f"{file} does not hold the draws that were written to it; delete it")
-    if not diagnostics.passed and not allow_failed:
-        raise PosteriorError(f"{file} holds draws that failed the gate: {'; '.join(diagnostics.failures)}")
+    if drawn.diagnostics.failures and not allow_failed:
+        raise PosteriorError(f"{file} holds draws that failed the gate: {'; '.join(drawn.diagnostics.failures)}")
     return drawn
 
 

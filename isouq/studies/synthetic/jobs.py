@@ -151,11 +151,7 @@ def record(case: Case) -> dict[str, Any]:
         "passed": diagnostics.passed,
         "failures": list(diagnostics.failures),
         "diagnostics": asdict(diagnostics),
-        "map": {
-            "energy": case.best.energy,
-            "gradient_norm": case.best.gradient_norm,
-            "at_best": float(np.mean(case.best.energies < case.best.energy + 0.1)),  # share of the starts, in nats
-        },
+        "map": _search(case.best),
         "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
         "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
         "ceiling": ceiling,
@@ -166,6 +162,11 @@ def record(case: Case) -> dict[str, Any]:
         "version": posterior.VERSION,
         "versions": versions(*cache.PACKAGES),
     }
+
+
+def _search(best: point.Point) -> dict[str, float]:
+    at_best = float(np.mean(best.energies < best.energy + 0.1))  # the share of starts that ended within 0.1 nats of it
+    return {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": at_best}
 
 
 def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
