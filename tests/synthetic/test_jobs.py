@@ -1,6 +1,7 @@
 """Jobs: resumable, one small record each, and statistics over them that are right on known input."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -144,14 +145,29 @@ def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_run_all_runs_what_is_missing_and_renews_its_processes(made, tmp_path, monkeypatch):
+def test_run_all_runs_what_is_missing_in_processes(made, tmp_path):
     _, record = made
-    monkeypatch.setattr(jobs, "PER_PROCESS", 1)  # the third job is left to a second pair of processes
-    wanted = [SMALL, replace(SMALL, n_examples=20), replace(SMALL, n_examples=25)]
-    found = jobs.run_all(wanted, tmp_path, n_workers=2)
+    wanted = [SMALL, replace(SMALL, n_examples=20)]
+    records = jobs.run_all(wanted, tmp_path, n_workers=2)
     assert {file.name for file in tmp_path.iterdir()} == {job.file() for job in wanted}
-    assert [one["n_examples"] for one in found] == [30, 20, 25]
-    assert found[0]["correlation"]["gn"] == pytest.approx(record["correlation"]["gn"])
+    assert [one["n_examples"] for one in records] == [30, 20]
+    assert records[0]["correlation"]["gn"] == pytest.approx(record["correlation"]["gn"])
+
+
+def test_run_all_renews_its_processes_and_keeps_the_order(tmp_path, monkeypatch):
+    pools = []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, n_workers, *_):
+            pools.append(n_workers)
+            super().__init__(n_workers)
+
+    monkeypatch.setattr(jobs, "PER_PROCESS", 1)
+    monkeypatch.setattr(jobs, "run", lambda job, *_: {"n_examples": job.n_examples})
+    monkeypatch.setattr(jobs.concurrent.futures, "ProcessPoolExecutor", Threads)
+    records = jobs.run_all([replace(SMALL, n_examples=n) for n in (20, 25, 30)], tmp_path, n_workers=2)
+    assert [record["n_examples"] for record in records] == [20, 25, 30]
+    assert pools == [2, 2], "the third job is left to a second pool"
 
 
 def test_a_constant_map_has_no_correlation():
