@@ -1,6 +1,7 @@
 """The `isouq` command. A sub-command is a row of COMMANDS: its help, its arguments, what it does."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,10 +120,11 @@ def _score(args: argparse.Namespace) -> int:
     OUTPUT.partial by the same command; only --batch-size may differ. Exit code 1 if a row has no scores.
     """
     from isouq.language.files import Options, score_file
+    from isouq.language.scoring import Scoring
 
-    names = ("aggregation", "engine", "batch_size", "max_new_tokens")
-    options = Options(load=lambda: assets.load_causal_lm(args.model), **{name: getattr(args, name) for name in names})
-    done = score_file(args.input, args.output, options)
+    how = Scoring(aggregations=(args.aggregation,), engine=args.engine, batch_size=args.batch_size)
+    load = functools.partial(assets.load_causal_lm, args.model)
+    done = score_file(args.input, args.output, Options(load=load, how=how, max_new_tokens=args.max_new_tokens))
     for record in done:
         if record["error"]:
             print(f"isouq: row {record['row'] + 1}: {record['error']}", file=sys.stderr)

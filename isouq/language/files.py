@@ -1,6 +1,6 @@
 """A file of questions → a file of scores: what `isouq score` does.
 
-Finished rows are appended to `OUTPUT.partial`, a JSON line each, so that a killed run resumes where it stopped; the
+Finished rows are appended to `OUTPUT.partial`, one JSON line each, so that a killed run resumes where it stopped; the
 output itself appears whole or not at all. A run resumes only with the same texts, options and weights.
 """
 
@@ -22,12 +22,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from isouq import models
-from isouq.estimate import Aggregation
-from isouq.gradients import Engine
 from isouq.gradients.checks import ExampleError
 from isouq.language import encoding, generation, scoring, tables
+from isouq.language.examples import from_pairs
+from isouq.language.scoring import SCORES, Scoring
 
-SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
 COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
 # What a library may raise about a row: the row says so, and the others are scored.
 ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
@@ -36,13 +35,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to score."""
+    """How a file is scored.
 
-    load: Callable[[], tuple[Any, Any]]  # gives (model, tokenizer), once the files are known to be right
-    aggregation: Aggregation = "sequence"
-    engine: Engine = "auto"
-    batch_size: int = 8
-    max_new_tokens: int = 32
+    `load` gives (model, tokenizer) and is called once the files are known to be right. `how` has one aggregation and a
+    number of rows as its batch size. `max_new_tokens` is for answers that are missing.
+    """
+
+    load: Callable[[], tuple[Any, Any]]
+    how: Scoring
+    max_new_tokens: int
 
 
 class Question(NamedTuple):
@@ -106,7 +107,7 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
     if not questions:
         return []
     subject = _Subject(options)
-    run["model"] = subject.content()
+    run["model"] = models.weights(subject.model, subject.tokenizer)
     done = _kept(partial, run)
     todo = [row for row in range(len(questions)) if row not in done]
     records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
@@ -130,8 +131,8 @@ def _identity(questions: list[Question], options: Options, *, generates: bool) -
     """What decides the numbers, except what the model holds, which is known when it is loaded."""
     run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
     run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
-    names = ("aggregation", "engine", *["max_new_tokens"] * generates)
-    return run | {name: getattr(options, name) for name in names}
+    run |= {"aggregation": options.how.aggregations[0], "engine": options.how.engine}
+    return run | ({"max_new_tokens": options.max_new_tokens} if generates else {})
 
 
 def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
@@ -154,39 +155,35 @@ def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
 
 
 class _Subject:
-    """A model that answers and scores."""
+    """A model that answers and is scored."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.model, self.tokenizer = options.load()
         self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
 
-    def content(self) -> str:
-        """12 hex digits of the weights, the model's configuration and the tokenizer, whatever their names."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        parts = [models.weights(self.model, self.tokenizer), self.model.config.to_json_string()]
-        return hashlib.sha256("".join([*parts, backend.to_str() if backend else ""]).encode()).hexdigest()[:12]
-
     def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
         """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
-        for start in range(0, len(todo), self.options.batch_size):
-            batch = {row: questions[row] for row in todo[start : start + self.options.batch_size]}
+        for start in range(0, len(todo), int(self.options.how.batch_size)):
+            batch = {row: questions[row] for row in todo[start : start + int(self.options.how.batch_size)]}
             errors = {row: question.error for row, question in batch.items() if question.error}
             asked = {row: question for row, question in batch.items() if not question.error}
             pairs = _each(self._encode, asked, errors)
             prompts = {row: pair.prompt for row, pair in pairs.items() if not asked[row].answer}
-            made = _each(self._generate, prompts, errors)
-            pairs |= {row: pairs[row]._replace(answer=list(new.token_ids)) for row, new in made.items()}
+            answers = _each(self._generate, prompts, errors)
+            pairs |= {row: pairs[row]._replace(answer=list(answer.token_ids)) for row, answer in answers.items()}
             scores = _each(self._score, {row: pair for row, pair in pairs.items() if row not in errors}, errors)
             for row in batch:
-                record = {"row": row, "answer": made[row].text if row in made else None, **dict.fromkeys(COLUMNS)}
-                yield record | scores.get(row, {}) | {"error": errors.get(row)}
+                record = {"row": row, "answer": answers[row].text if row in answers else None}
+                yield record | dict.fromkeys(COLUMNS) | scores.get(row, {}) | {"error": errors.get(row)}
 
     def _encode(self, questions: list[Question]) -> list[encoding.Pair]:
-        def waiting(prompt: str) -> encoding.Pair:
+        def open_pair(prompt: str) -> encoding.Pair:
             return encoding.Pair(encoding.prompt_ids(self.tokenizer, prompt), [], False)
 
-        return [encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else waiting(q.prompt) for q in questions]
+        return [
+            encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else open_pair(q.prompt) for q in questions
+        ]
 
     def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
         n = self.options.max_new_tokens
@@ -195,10 +192,13 @@ class _Subject:
     def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
         if not all(pair.answer for pair in pairs):
             raise ValueError("answer: the model wrote none, its first token ends the text; give one")
-        options = {name: getattr(self.options, name) for name in ("aggregation", "engine", "batch_size")}
-        found = scoring.score_ids(self.model, pairs, **options)
-        rows = zip(*(getattr(found, name).tolist() for name in SCORES), [pair.straddles for pair in pairs], strict=True)
-        return [{k: v if math.isfinite(v) else None for k, v in zip(COLUMNS, row, strict=False)} for row in rows]
+        [scores] = scoring.score(self.model, from_pairs(pair[:2] for pair in pairs), self.options.how).values()
+        columns = [getattr(scores, name).tolist() for name in SCORES]
+        finite = [[x if math.isfinite(x) else None for x in row] for row in zip(*columns, strict=True)]
+        return [
+            {**dict(zip(SCORES, row, strict=True)), "straddles": pair.straddles}
+            for row, pair in zip(finite, pairs, strict=True)
+        ]
 
 
 def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""One forward pass over answers: log p of their tokens, with every digit, and how many sequences a pass may take."""
+"""All that is asked of a language model: log p of answers, what it accepts, what a pass costs, what padding helps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from isouq.gradients.checks import ExampleError, check_model, repeatable, run
+from isouq.gradients.checks import ExampleError, repeatable, run
 from isouq.gradients.common import check_differentiable, differentiable, select_parameters
 from isouq.gradients.isolation import is_decoder
-from isouq.language.examples import Batch, limits
-from isouq.language.examples import checked as sequences_without_padding
+from isouq.language.examples import Batch, Example
 
 
 def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
@@ -50,6 +49,15 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = LogProb.apply(wide, wanted.unsqueeze(2))
     return picked.gather(1, order).masked_fill(~exists, 0)
+
+
+def finite_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """`token_log_probs`. Raises ExampleError naming the first example of which one is NaN or infinite."""
+    values = token_log_probs(model, batch)
+    wrong = (~values.isfinite()).any(1).nonzero().flatten()
+    if len(wrong):
+        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])
+    return values
 
 
 def _by_fours(wanted: Tensor) -> Tensor:
@@ -96,17 +104,16 @@ class LogProb(torch.autograd.Function):
         return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
-Sequences = Sequence[tuple[Tensor, Tensor]]  # (ids, answer) of each
+def pass_cost(
+    model: nn.Module, examples: Sequence[Example], parameters: Sequence[str] | None = None
+) -> Callable[[Sequence[Example]], float]:
+    """A function giving the bytes above the model's weights that forward and backward pass of some examples take.
 
-
-def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] | None) -> Callable[[Sequences], float]:
-    """A function giving the bytes above the model's weights that forward and backward pass of a batch take.
-
-    A forward pass of the longest sequence tells: the storages that its graph holds, those of the logits by themselves,
-    since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph shows:
-    temporary copies, the trial that examples stay apart, holes in the heap.
+    It scales what a forward pass of the longest example holds: the storages of its graph, those of the logits by
+    themselves, since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph
+    shows: temporary copies, the comparison of examples in a batch and alone, holes in the heap.
     """
-    ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
+    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
 
@@ -117,7 +124,7 @@ def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] 
         return x.detach()  # without the graph, which an output would otherwise hold and be held by
 
     with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        values = token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
+        values = token_log_probs(model, Batch.of(examples, [longest]))  # alive while the storages are counted
         check_differentiable(values)
         node: Any = values.grad_fn
         while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
@@ -130,11 +137,11 @@ def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] 
     if not _takes(model, "logits_to_keep"):  # the head runs at every token
         body, head = body + head, 0
 
-    def cost(batch: Sequences) -> float:
-        width = max(len(tokens) for tokens, _ in batch)
-        n_kept = len({place for _, answer in batch for place in answer.nonzero().flatten().tolist()})
+    def cost(batch: Sequence[Example]) -> float:
+        width = max(map(len, batch))
+        n_kept = len({place for example in batch for place in example.answer.nonzero().flatten().tolist()})
         n_kept = min(width, n_kept + -n_kept % 4)
-        return 1.2 * len(batch) * (body * width / len(ids) + head * n_kept / logits.shape[1])
+        return 1.2 * len(batch) * (body * width / len(examples[longest]) + head * n_kept / logits.shape[1])
 
     return cost
 
@@ -150,21 +157,37 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return False
 
 
-def checked(
-    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """(ids, answer) of each example without its padding, after every check; what each door for sequences begins with.
+def limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """The size of the model's vocabulary and of its context in tokens, where its config states them (−1: no limit)."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary, context = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+    return vocabulary, context
 
-    Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
+
+def check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuse ids outside the model's vocabulary, texts longer than its context, and a model that is not causal.
+
+    Raises ValueError, naming the argument, what was given and what is wanted.
     """
-    check_model(model)
-    sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, sequences[0][0]):
+    if not examples:
+        raise ValueError("input_ids: no example given, at least one wanted")
+    vocabulary, context = limits(model)
+    for i, example in enumerate(examples):
+        low, high = int(example.ids.min()), int(example.ids.max())
+        if vocabulary is not None and (low < 0 or high >= vocabulary):
+            wrong = low if low < 0 else high
+            raise ExampleError(f"input_ids: {{}} has id {wrong}, ids from 0 to {vocabulary - 1} wanted", i)
+        if context is not None and len(example) - 1 > context:  # the last token is predicted and not read
+            given = f"input_ids: {{}} has {len(example)} tokens"
+            raise ExampleError(f"{given}, at most the model's context of {context} wanted", i)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, examples[0].ids):
         raise ValueError(
             "model: not causal, as tokens that follow change the log p of those before (an encoder sees them all); a "
             "causal, decoder-only language model wanted"
         )
-    return sequences
 
 
 def _is_causal(model: nn.Module, ids: Tensor) -> bool:
@@ -192,10 +215,3 @@ def padding(model: nn.Module, batch: Batch) -> int:
     n = -width % 8
     fits = 16 * n <= width and (context is None or width + n <= context)
     return n if fits and is_decoder(model) else 0
-
-
-def check_finite(values: Tensor, batch: Batch) -> None:
-    """Raise ExampleError naming the first example of which a log p is NaN or infinite."""
-    wrong = (~values.isfinite()).any(1).nonzero().flatten()
-    if len(wrong):
-        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])
