@@ -210,7 +210,7 @@ def inner_products(
         >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
         >>> last = torch.tensor([[False, False, False, True]]).expand(2, 4)
         >>> products = isouq.inner_products(model, ids, last)
-        >>> products.shape, torch.equal(products, products.T)
+        >>> products.shape, torch.allclose(products, products.T)
         (torch.Size([2, 2]), True)
     """
     rows = from_rectangle(input_ids, answer_mask, attention_mask)
