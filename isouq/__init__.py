@@ -65,19 +65,11 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
         ValueError: There is no such model, or no network to fetch it with. The message names the cause and the way out.
 
     Example:
-        >>> import tempfile
-        >>> import tokenizers
-        >>> import transformers
-        >>> import isouq
-        >>> folder = tempfile.mkdtemp()
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> config = transformers.LlamaConfig(vocab_size=50, **sizes)
-        >>> transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
-        >>> _ = transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+        With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
+
         >>> model, tokenizer = isouq.load_causal_lm(folder)
-        >>> model.training, model.dtype, tokenizer("hello")["input_ids"]
-        (False, torch.float32, [1])
+        >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
+        (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
     from isouq.studies import assets
 

@@ -37,9 +37,8 @@ def score_classes(
         inputs: A tensor (example, …), or a mapping of such tensors that the model takes by name.
         target: The class of each example, (example,) int64; None for the predicted class; "all" for every class.
         link: How logits become probabilities; "sigmoid" reads a single logit as that of class 1 of two.
-        engine: As in `score_tokens`.
+        engine, parameters: As in `score_tokens`.
         batch_size: Examples a pass. It does not change the scores.
-        parameters: As in `score_tokens`.
 
     Returns:
         An `Estimate` whose tensors are (example,) float64, or (example, class) for target "all": log-probabilities in
@@ -50,8 +49,6 @@ def score_classes(
             not finite. The message names the argument, what was given and what is wanted.
 
     Example:
-        >>> import torch
-        >>> import isouq
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> x = torch.randn(5, 2)
         >>> isouq.score_classes(net, x).epistemic.shape, isouq.score_classes(net, x, "all").epistemic.shape
@@ -98,11 +95,8 @@ def score_outputs(
 
     Args:
         model: An nn.Module in eval mode. Its output is (example, output) or (example,).
-        inputs: As in `score_classes`.
         noise_variance: The variance of the noise, in the square of the output's unit.
-        engine: As in `score_tokens`.
-        batch_size: As in `score_classes`.
-        parameters: As in `score_tokens`.
+        inputs, engine, batch_size, parameters: As in `score_classes`.
 
     Returns:
         A `Regression` whose tensors are (example, output) float64; U_E is in the square of the output's unit, per unit
@@ -112,8 +106,6 @@ def score_outputs(
         ValueError, TypeError: As `score_classes`.
 
     Example:
-        >>> import torch
-        >>> import isouq
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         >>> scores = isouq.score_outputs(net, torch.randn(5, 2), noise_variance=0.25)
         >>> scores.epistemic.shape, scores.aleatoric.unique().item()

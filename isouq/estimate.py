@@ -41,8 +41,6 @@ class Estimate:
         dataclasses.FrozenInstanceError: A field is assigned to.
 
     Example:
-        >>> import torch
-        >>> import isouq
         >>> scores = isouq.score_classes(torch.nn.Linear(2, 3), torch.zeros(4, 2))
         >>> len(scores), torch.equal(scores.epistemic, scores.log_epistemic.exp())
         (4, True)
@@ -93,8 +91,6 @@ class Regression:
         dataclasses.FrozenInstanceError: A field is assigned to.
 
     Example:
-        >>> import torch
-        >>> import isouq
         >>> scores = isouq.score_outputs(torch.nn.Linear(1, 1), torch.tensor([[2.0]]), noise_variance=0.1)
         >>> round(scores.epistemic.item(), 6), scores.n_parameters  # ‖∇(wx + b)‖² = x² + 1
         (5.0, 2)

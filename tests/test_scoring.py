@@ -110,7 +110,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, monkeypatch, capsys, chan
 
 def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    n = 400
+    n = 160
     pd.DataFrame({"prompt": [f"Is it {i}?" for i in range(n)], "answer": [" no"] * n}).to_csv(source, index=False)
     command = [sys.executable, "-m", "isouq.cli", "score", "--model", str(model_folder)]
     command += ["--input", str(source), "--output", str(target)]
@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model_folder, tmp_path, capsy
         patch.setattr(scoring, "score", stop_after(2, OSError(errno.ENOSPC, "No space left on device")))
         assert score(model_folder, source, target, "--batch-size", "1") == 1
     said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command goes on")
+    assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command resumes")
     assert len(read_lines(partial)) == 3
     with monkeypatch.context() as patch:
         patch.setattr(tables, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))

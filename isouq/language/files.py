@@ -28,7 +28,7 @@ from isouq.language.examples import from_pairs
 from isouq.language.scoring import SCORES, Scoring
 
 COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
-# What a library may raise about a row: the row says so, and the others are scored.
+# What a library may raise about a row. The row reports it, and the others are scored.
 ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 Record = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Options:
 
 
 class Question(NamedTuple):
-    """A row's texts, and why it cannot be scored; without an answer, one is generated."""
+    """A row's texts, and why it cannot be scored. An empty answer is to be generated."""
 
     prompt: str
     answer: str
@@ -58,7 +58,7 @@ def score_file(source: Path, target: Path, options: Options) -> list[Record]:
     """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
 
     A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
-    written as they are: before the model is loaded, where it can be known by then.
+    written as they are, if possible before the model is loaded.
     """
     table = tables.read(source)
     if taken := [name for name in COLUMNS if name in table]:
@@ -78,7 +78,7 @@ def score_file(source: Path, target: Path, options: Options) -> list[Record]:
 
 
 def _question(prompt: Any, answer: Any) -> Question:
-    """The texts of two cells; a whole number is its digits, and nothing else passes for a text."""
+    """The texts of two cells. A whole number is its digits; any other value that is no text is an error."""
     texts, errors = [], []
     for name, cell in (("prompt", prompt), ("answer", answer)):
         cell = "" if cell is None or cell is pd.NA else cell
@@ -96,19 +96,19 @@ def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) 
     return table.assign(answer=pd.Series(answers, dtype="string"), **results)
 
 
-# ---- what an interrupted run left ------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 def _finish(partial: Path, questions: list[Question], options: Options) -> list[Record]:
-    """Every row's record: those that an interrupted run left, and the others, scored now."""
+    """Every row's record: those that an interrupted run stored, and the others, scored now."""
     missing = sum(not (question.answer or question.error) for question in questions)
     run = _identity(questions, options, generates=missing > 0)
-    _kept(partial, run)  # what can be refused by now is refused before the model is loaded
+    _stored(partial, run)  # refuses another run's file before the model is loaded
     if not questions:
         return []
     subject = _Subject(options)
     run["model"] = models.weights(subject.model, subject.tokenizer)
-    done = _kept(partial, run)
+    done = _stored(partial, run)
     todo = [row for row in range(len(questions)) if row not in done]
     records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
     try:
@@ -120,7 +120,7 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
                 out.flush()
                 done[record["row"]] = record
     except OSError as error:
-        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command goes on") from error
+        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command resumes") from error
     finally:
         if not done:
             partial.unlink(missing_ok=True)
@@ -128,21 +128,21 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
 
 
 def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
-    """What decides the numbers, except what the model holds, which is known when it is loaded."""
+    """What decides the numbers, except the model's content, which is known once it is loaded."""
     run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
     run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
     run |= {"aggregation": options.how.aggregations[0], "engine": options.how.engine}
     return run | ({"max_new_tokens": options.max_new_tokens} if generates else {})
 
 
-def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
-    """The rows that an interrupted run left, if it was this one; a torn last line is dropped."""
+def _stored(partial: Path, run: Record) -> dict[int, Record]:
+    """The rows that an interrupted run stored, if it had the same identity; a torn last line is dropped."""
     if not partial.exists():
         return {}
     try:
         header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
-        there, done = header["isouq score"], {row["row"]: row for row in rows}
-        other = [f"{k} {there[k]!r} there, {v!r} here" for k, v in run.items() if there[k] != v]
+        stored, done = header["isouq score"], {row["row"]: row for row in rows}
+        other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in run.items() if stored[k] != v]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
     if other and done:
@@ -164,8 +164,9 @@ class _Subject:
 
     def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
         """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
-        for start in range(0, len(todo), int(self.options.how.batch_size)):
-            batch = {row: questions[row] for row in todo[start : start + int(self.options.how.batch_size)]}
+        size = int(self.options.how.batch_size)
+        for start in range(0, len(todo), size):
+            batch = {row: questions[row] for row in todo[start : start + size]}
             errors = {row: question.error for row, question in batch.items() if question.error}
             asked = {row: question for row, question in batch.items() if not question.error}
             pairs = _each(self._encode, asked, errors)
@@ -202,7 +203,7 @@ class _Subject:
 
 
 def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
-    """`work` of all items, together or, where that is refused, one by one: only the bad rows end in `errors`."""
+    """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
     if not items:
         return {}
     try:

@@ -21,14 +21,28 @@ from isouq.language.examples import Batch, Example
 def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """log p of each answer token, (example, answer token), zero beyond an answer's end.
 
-    The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
-    predict an answer token where the model can be asked to (`logits_to_keep`).
+    The last input position predicts nothing that is scored, so it is left out.
     """
-    device = next(model.parameters(), torch.empty(0)).device
-    if device.type == "meta":
-        device = torch.device("cpu")
     inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
     keep = _by_fours(scored.any(0))
+    logits = _logits(model, inputs, keep)
+    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
+    if len(unknown):
+        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
+        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
+    order = _answer_order(scored[:, keep]).to(logits.device)
+    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_p = LogProb.apply(wide, wanted.unsqueeze(2))
+    return log_p.gather(1, order).masked_fill(~exists, 0)
+
+
+def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
+    """Logits (example, kept position, vocab); the head runs at these only, where the model knows `logits_to_keep`."""
+    device = next(model.parameters(), torch.empty(0)).device
+    if device.type == "meta":  # offloaded
+        device = torch.device("cpu")
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
     if _takes(model, "logits_to_keep"):
         options["logits_to_keep"] = keep.to(device)
@@ -39,16 +53,7 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         logits, shape = logits[:, keep.to(logits.device)], (len(inputs), len(keep), *shape[2:])
     if len(shape) != 3 or shape[:2] != (len(inputs), len(keep)):
         raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
-    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
-    if len(unknown):
-        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
-        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
-    order = _answer_order(scored[:, keep]).to(logits.device)
-    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    picked = LogProb.apply(wide, wanted.unsqueeze(2))
-    return picked.gather(1, order).masked_fill(~exists, 0)
+    return logits
 
 
 def finite_log_probs(model: nn.Module, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +88,8 @@ def score_tokens(
             output, or is not finite. The message names the argument, what was given and what is wanted.
 
     Example:
-        >>> import torch
-        >>> import transformers
-        >>> import isouq
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> config = transformers.LlamaConfig(vocab_size=50, **sizes)
-        >>> model = transformers.LlamaForCausalLM(config).eval()
+        With a model from `load_causal_lm`:
+
         >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
         >>> answer_mask = torch.tensor([[False, False, True, True], [False, False, False, True]])
         >>> scores = isouq.score_tokens(model, ids, answer_mask)
@@ -131,9 +127,7 @@ def score_texts(
         tokenizer: The model's tokenizer.
         prompts: One text per example.
         answers: One text per prompt, of at least one token.
-        aggregation: As in `score_tokens`.
-        engine: As in `score_tokens`.
-        batch_size: As in `score_tokens`.
+        aggregation, engine, batch_size: As in `score_tokens`.
 
     Returns:
         A table with one row per pair, in order. Columns: prompt, answer, n_tokens, log_prob (nats), probability,
@@ -146,13 +140,8 @@ def score_texts(
         TypeError: A prompt or an answer is not a string.
 
     Example:
-        >>> import tokenizers
-        >>> import transformers
-        >>> import isouq
-        >>> words = tokenizers.models.BPE({letter: i for i, letter in enumerate("? abcdefghijklmnopqrstuvwxyz")}, [])
-        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=28, **sizes)).eval()
+        With a model and its tokenizer, here one of single letters, from `load_causal_lm`:
+
         >>> table = isouq.score_texts(model, tokenizer, ["is it a?", "is it b?"], [" yes", " no"])
         >>> table[["answer", "n_tokens"]].values.tolist()
         [[' yes', 4], [' no', 3]]
@@ -185,12 +174,8 @@ def inner_products(
     No gradient of the whole model is ever formed, except by engine "autograd".
 
     Args:
-        model: As in `score_tokens`.
-        input_ids: As in `score_tokens`.
-        answer_mask: As in `score_tokens`.
-        attention_mask: As in `score_tokens`.
-        others: The same three tensors of a second set of examples.
-        engine: As in `score_tokens`.
+        model, input_ids, answer_mask, attention_mask, engine: As in `score_tokens`.
+        others: Ids and masks of a second set of examples.
         memory: Bytes above the model's weights at the peak of the call. Less memory means more passes.
         progress: Whether to show a progress bar.
 
@@ -201,12 +186,8 @@ def inner_products(
         ValueError, TypeError: As `score_tokens`; also where `memory` is too small, before the work starts.
 
     Example:
-        >>> import torch
-        >>> import transformers
-        >>> import isouq
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> config = transformers.LlamaConfig(vocab_size=50, **sizes)
-        >>> model = transformers.LlamaForCausalLM(config).eval()
+        With a model from `load_causal_lm`:
+
         >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
         >>> last = torch.tensor([[False, False, False, True]]).expand(2, 4)
         >>> products = isouq.inner_products(model, ids, last)
@@ -271,25 +252,32 @@ def gram(
     check_model(model)
     for examples in (rows, others) if others else (rows,):
         check_examples(model, examples)
-    cost, in_pass = pass_cost(model, [*rows, *others]), 0.0
-    work: list[list[tuple[Objective, int]]] = []
-    places: list[Tensor] = []
-    for examples in (rows, others):
-        # An eighth of the memory for a pass, since most is for the factors that passes leave.
-        sized = [
-            (cost([examples[row] for row in batch.rows]), batch)
-            for batch in batches(examples, "auto", cost=cost, room=memory / 8)
-        ]
-        sized.sort(key=lambda x: x[0] / len(x[1].rows), reverse=True)  # the first batch tells what fits
-        in_pass = max([in_pass, *(size for size, _ in sized)])
-        work.append([(functools.partial(_whole_log_prob, model, batch), len(batch.rows)) for _, batch in sized])
-        order = [row for _, batch in sized for row in batch.rows]
-        places.append(torch.tensor(order, dtype=torch.int64).argsort())
+    cost = pass_cost(model, [*rows, *others])
+    work, sizes, order = zip(*(_gram_work(model, x, cost, memory) for x in (rows, others)), strict=True)
     products = gradient_products(
-        model, *work, engine=engine, memory=memory, in_pass=in_pass, progress=progress, checkpoint=checkpoint
+        model, *work, engine=engine, memory=memory, in_pass=max(sizes), progress=progress, checkpoint=checkpoint
     )
-    row, other = places
+    row, other = order
     return Gram(products.rows[row][:, row], products.between[row][:, other], products.squares[other])
+
+
+def _gram_work(
+    model: nn.Module, examples: Sequence[Example], cost: Callable[[Sequence[Example]], float], memory: float
+) -> tuple[list[tuple[Objective, int]], float, Tensor]:
+    """One set's batches as (objective, size), the bytes of the largest pass, and the order back to the caller's.
+
+    A pass gets an eighth of the memory: most is for the factors that passes leave.
+    """
+    sized = [
+        (cost([examples[row] for row in batch.rows]), batch)
+        for batch in batches(examples, "auto", cost=cost, room=memory / 8)
+    ]
+    sized.sort(key=lambda x: x[0] / len(x[1].rows), reverse=True)  # the first batch tells what fits
+    order = torch.tensor([row for _, batch in sized for row in batch.rows], dtype=torch.int64).argsort()
+    objectives: list[tuple[Objective, int]] = [
+        (functools.partial(_whole_log_prob, model, batch), len(batch.rows)) for _, batch in sized
+    ]
+    return objectives, max((size for size, _ in sized), default=0.0), order
 
 
 def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
