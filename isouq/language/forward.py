@@ -112,13 +112,28 @@ class LogProb(torch.autograd.Function):
 def pass_cost(
     model: nn.Module, examples: Sequence[Example], parameters: Sequence[str] | None = None
 ) -> Callable[[Sequence[Example]], float]:
-    """A function giving the bytes above the model's weights that forward and backward pass of some examples take.
+    """A function giving the bytes above the model's weights of a forward and backward pass over a batch of examples.
 
-    It scales what a forward pass of the longest example holds: the storages of its graph, those of the logits by
-    themselves, since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph
-    shows: temporary copies, the comparison of examples in a batch and alone, holes in the heap.
+    It scales what a pass over the longest example takes. A fifth more is for what no graph shows: temporary copies,
+    the comparison of examples in a batch and alone, holes in the heap.
     """
     longest = max(range(len(examples)), key=lambda i: len(examples[i]))
+    body, head, n_positions = _pass_bytes(model, Batch.of(examples, [longest]), parameters)
+
+    def cost(batch: Sequence[Example]) -> float:
+        width = max(map(len, batch))
+        n_kept = len({place for example in batch for place in example.answer.nonzero().flatten().tolist()})
+        n_kept = min(width, n_kept + -n_kept % 4)
+        return 1.2 * len(batch) * (body * width / len(examples[longest]) + head * n_kept / n_positions)
+
+    return cost
+
+
+def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None) -> tuple[float, float, int]:
+    """Bytes that a pass holds for all tokens, and for the logits, which are at as many positions as the last number.
+
+    Logits count apart, since the head runs at every position where one example of a batch has an answer.
+    """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
 
@@ -126,29 +141,22 @@ def pass_cost(
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1] if x.dim() else 1
-        return x.detach()  # without the graph, which an output would otherwise hold and be held by
+        return x.detach()  # with its graph, an output would hold itself
 
     with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        values = token_log_probs(model, Batch.of(examples, [longest]))  # alive while the storages are counted
+        values = token_log_probs(model, batch)  # a name, so that the graph lives while its storages are counted
         check_differentiable(values)
         node: Any = values.grad_fn
         while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
             node = node.next_functions[0][0]
         logits = node.saved_tensors[0].to("meta")  # its shape and type
-    head = sum(size for size, width in kept.values() if width == logits.shape[-1])
+    head = float(sum(size for size, width in kept.values() if width == logits.shape[-1]))
     body = sum(size for size, _ in kept.values()) - head
     # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
     head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
     if not _takes(model, "logits_to_keep"):  # the head runs at every token
-        body, head = body + head, 0
-
-    def cost(batch: Sequence[Example]) -> float:
-        width = max(map(len, batch))
-        n_kept = len({place for example in batch for place in example.answer.nonzero().flatten().tolist()})
-        n_kept = min(width, n_kept + -n_kept % 4)
-        return 1.2 * len(batch) * (body * width / len(examples[longest]) + head * n_kept / logits.shape[1])
-
-    return cost
+        body, head = body + head, 0.0
+    return body, head, logits.shape[1]
 
 
 def _answer_order(scored: Tensor) -> Tensor:

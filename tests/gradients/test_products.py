@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import rectangle as scoring
