@@ -92,14 +92,6 @@ def test_an_unknown_kind_is_refused(study):
         study.rows("poetry")
 
 
-def test_padding_puts_prompt_and_answer_in_place():
-    some = Texts(prompts=[[5], [6, 7]], answers=[[8, 9], [4]], table=pd.DataFrame({"kind": ["a", "b"]}), vocabulary="v")
-    ids, answer, present = some.padded()
-    assert ids.tolist() == [[5, 8, 9], [6, 7, 4]]
-    assert answer.tolist() == [[False, True, True], [False, False, True]]
-    assert present.all()
-
-
 def test_exactness_sees_products_that_are_wrong():
     model = random_llama(64, 1)
     asked, given = (texts(kinds) for kinds in (KINDS, ["wikidata"] * 2))
@@ -125,7 +117,7 @@ def test_on_the_real_model(tmp_path):
     longest = max(len(p) + len(a) for part in (texts, asked) for p, a in zip(part.prompts, part.answers, strict=True))
     assert longest <= 64
     study = language.measure(model, texts, asked, checkpoint=tmp_path / "gram.sqlite")
-    scores = scoring.score_tokens(model, *asked.padded())
+    scores = scoring.score(model, asked.examples(), scoring.Scoring())["sequence"]
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)
     assert (study.form("all", damping=0.1) > 0).all()

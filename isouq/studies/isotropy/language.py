@@ -18,14 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from isouq import models
-from isouq.language import generation, scoring
+from isouq.language import scoring
+from isouq.language.examples import Example, from_pairs
 from isouq.language.scoring import Gram
 from isouq.studies import identity
 from isouq.studies.evaluation import pearson
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Products
 from isouq.studies.isotropy.distortion import distortion, shuffles, structure
-from isouq.studies.qa import data, stages
+from isouq.studies.qa import data, generation, stages
 from isouq.studies.qa import study as qa_study
 from isouq.studies.store import Store, store_path
 
@@ -61,16 +62,9 @@ class Texts:
         """The number of texts."""
         return len(self.prompts)
 
-    def padded(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, answer_mask, attention_mask) of all or some `rows`, (example, token), padded on the right."""
-        width = max(len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True))
-        out = torch.zeros(3, len(self), width, dtype=torch.int64)
-        for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            end = len(prompt) + len(answer)
-            out[0, row, :end] = torch.tensor([*prompt, *answer])
-            out[1, row, len(prompt) : end] = 1
-            out[2, row, :end] = 1
-        return out[0][rows], out[1][rows].bool(), out[2][rows]
+    def examples(self) -> list[Example]:
+        """The texts as what is scored."""
+        return from_pairs(zip(self.prompts, self.answers, strict=True))
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -240,9 +234,9 @@ def measure(
         contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, proxies, queries, memory) as store
     ):
         found: Gram = scoring.gram(
-            model, proxies.padded(), queries.padded(), memory=memory, progress=progress, checkpoint=store
+            model, proxies.examples(), queries.examples(), memory=memory, progress=progress, checkpoint=store
         )
-    log_prob, _ = scoring.log_probs(model, *queries.padded())
+    log_prob, _ = scoring.log_probs(model, queries.examples())
     arrays = {"gram": found.rows, "products": found.between.T, "squares": found.squares, "log_prob": log_prob}
     return Study(proxies=proxies, queries=queries, **{name: value.numpy() for name, value in arrays.items()})
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
 from isouq.gradients import Engine
-from isouq.language import generation, scoring
-from isouq.language.examples import pad
-from isouq.studies.qa import data, judge
+from isouq.language import scoring
+from isouq.language.examples import from_pairs
+from isouq.language.generation import Generation, stop_token_ids
+from isouq.studies.qa import candidates, data, generation, judge
 from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.store import Store
 
@@ -58,7 +59,7 @@ class Subject:
     @functools.cached_property
     def stops(self) -> Any:
         """The ids that end an answer."""
-        return generation.stop_token_ids(self.tokenizer, self.model)
+        return stop_token_ids(self.tokenizer, self.model)
 
 
 def prepare(model: Any, tokenizer: Any, data_set: DataSet, settings: Settings, *, choose: bool = False) -> Subject:
@@ -87,7 +88,7 @@ def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[R
     if subject.choose:
         texts = [[*question.answers, *question.false_answers] for question in questions]
         ids = [[generation.encode_answer(subject.tokenizer, text) for text in group] for group in texts]
-        log_probs = generation.candidate_log_probs(subject.model, prompts, ids)
+        log_probs = candidates.candidate_log_probs(subject.model, prompts, ids)
         return [_chosen(*row) for row in zip(questions, ids, (scores.tolist() for scores in log_probs), strict=True)]
     answers = generation.generate(
         subject.model, subject.tokenizer, prompts, stops=subject.stops, max_new_tokens=max_new_tokens
@@ -107,10 +108,8 @@ def _score_all(store: Store, subject: Subject, settings: Settings, progress: boo
     lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
 
     def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[Records]:
-        tokens = pad([subject.prompts[row] for row in rows], [ids[row] for row in rows])
-        results = scoring.score_aggregations(
-            subject.model, *tokens, aggregations=aggregations, engine=settings.engine, batch_size=len(rows)
-        )
+        how = scoring.Scoring(aggregations=aggregations, engine=settings.engine, batch_size=len(rows))
+        results = scoring.score(subject.model, from_pairs((subject.prompts[row], ids[row]) for row in rows), how)
         return [{stage: {name: _record(found, i) for name, found in results.items()}} for i in range(len(rows))]
 
     batches = _Batches(store, subject, settings.batch_size, progress)
@@ -148,7 +147,7 @@ class _Batches:
                 bar.update(len(batch))
 
 
-def _generated(question: Question, answer: generation.Generation) -> Records:
+def _generated(question: Question, answer: Generation) -> Records:
     right = not answer.empty and judge.exact_match(answer.text, question.answers)
     return {"answer": asdict(answer), "verdict": {"right": right}}
 
