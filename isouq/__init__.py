@@ -9,20 +9,19 @@ The names below are loaded when they are first used, so that the command line an
 `isouq.language` and the modules beside them are the library; `isouq.studies` and `isouq.pipeline` make the book.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isouq.classifier import score_classes, score_outputs
     from isouq.estimate import Estimate, Regression
     from isouq.language.scoring import inner_products, score_texts, score_tokens
     from isouq.studies import assets
-    from isouq.studies.assets import load_causal_lm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,13 +37,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "estimate": ("Estimate", "Regression"),
-    "classifier": ("score_classes", "score_outputs"),
-    "language.scoring": ("inner_products", "score_texts", "score_tokens"),
-    "studies.assets": ("load_causal_lm",),
-    "studies": ("assets",),
+    **dict.fromkeys(("Estimate", "Regression"), "isouq.estimate"),
+    **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
+    **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
 }
-_MOVED = {  # what the README and the API page showed before the library and its studies had separate folders
+_MOVED = {  # modules that the README and the API page named before the library and its studies had separate folders
     "isouq.causal_lm": "isouq.language.scoring",
     "isouq.assets": "isouq.studies.assets",
     "isouq.evaluation": "isouq.studies.evaluation",
@@ -54,31 +51,52 @@ _MOVED = {  # what the README and the API page showed before the library and its
 }
 
 
+def load_causal_lm(name: str) -> tuple[Any, Any]:
+    """Load a causal language model in float32, in evaluation mode, on the CPU, together with its tokenizer.
+
+    Args:
+        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
+            `owner/name@revision`.
+
+    Returns:
+        (model, tokenizer). A Hub id's model and tokenizer are of one commit.
+
+    Raises:
+        ValueError: There is no such model, or no network to fetch it with. The message names the cause and the way out.
+
+    Example:
+        With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
+
+        >>> model, tokenizer = isouq.load_causal_lm(folder)
+        >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
+        (False, torch.float32, [10, 20, 1, 10, 21, 0])
+    """
+    from isouq.studies import assets
+
+    return assets.load_causal_lm(name)
+
+
 def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
-    for module, names in _HOMES.items():
-        if name in names:
-            home = importlib.import_module(f"isouq.{module}")
-            return getattr(home, name, None) or importlib.import_module(f"isouq.{module}.{name}")
+    if name == "assets":
+        return import_module("isouq.studies.assets")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'isouq' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
-class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Moved(MetaPathFinder, Loader):
     """Finds a public module under its old name, with a DeprecationWarning."""
 
-    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
         """Return a spec for an old name, None for all others."""
-        return importlib.machinery.ModuleSpec(name, self) if name in _MOVED else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Return a module with the names of the new one."""
-        warnings.warn(f"{spec.name} is now {_MOVED[spec.name]}", DeprecationWarning, stacklevel=2)
-        old = ModuleType(spec.name)
-        vars(old).update(vars(importlib.import_module(_MOVED[spec.name])))
-        return old
+        return ModuleSpec(name, self) if name in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the new module has been executed."""
+        """Put the module under its new name in the place of the old one, as the import system allows."""
+        old = module.__name__
+        warnings.warn(f"{old} is now {_MOVED[old]}", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = import_module(_MOVED[old])
 
 
 sys.meta_path.append(_Moved())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,26 @@ def score_classes(
     """U_E = ‖∇θ p(c|x,θ)‖² and U_A = p(1 − p) of one class per example (paper, delta method with Cov[θ] = σ²I).
 
     Args:
-        model: an nn.Module in eval mode; its output, or the output's `.logits`, is (example, class).
-        inputs: a tensor (example, …), or a mapping of such tensors that the model takes by name.
-        target: the class of each example, (example,) int64; None for the predicted one; "all" for every class, which
-            makes the result's tensors (example, class).
-        link: how logits become probabilities; "sigmoid" reads a single logit as that of class 1 of two.
-        engine, parameters: as in `score_tokens`.
-        batch_size: examples a pass; it does not change the scores.
+        model: An nn.Module in eval mode. Its output, or the output's `.logits`, is (example, class).
+        inputs: A tensor (example, …), or a mapping of such tensors that the model takes by name.
+        target: The class of each example, (example,) int64; None for the predicted class; "all" for every class.
+        link: How logits become probabilities; "sigmoid" reads a single logit as that of class 1 of two.
+        engine, parameters: As in `score_tokens`.
+        batch_size: Examples a pass. It does not change the scores.
+
+    Returns:
+        An `Estimate` whose tensors are (example,) float64, or (example, class) for target "all": log-probabilities in
+        nats, U_A as a variance of probability, and U_E in units of the parameter variance σ².
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is wanted.
+        ValueError, TypeError: An argument is wrong, or the model is in a training mode that changes its output or is
+            not finite. The message names the argument, what was given and what is wanted.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(5, 2)
+        >>> isouq.score_classes(net, x).epistemic.shape, isouq.score_classes(net, x, "all").epistemic.shape
+        (torch.Size([5]), torch.Size([5, 3]))
     """
 
     def objective(part: Inputs, rows: range) -> Tensor:
@@ -54,7 +64,7 @@ def score_classes(
         return _log_odds(logits).gather(1, chosen[:, None])
 
     _check_target(target, _length(inputs))
-    norms = _batched(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
+    norms = _squared_norms(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
     log_p, log_G = estimate.from_log_odds(norms.objective, norms.total)
     if not isinstance(target, str):
         log_p, log_G = log_p[:, 0], log_G[:, 0]
@@ -83,8 +93,23 @@ def score_outputs(
 ) -> Regression:
     """U_E = ‖∇θ f(x,θ)‖² of each output of a regressor; its aleatoric uncertainty is the noise's variance.
 
-    `noise_variance` is in the square of the output's unit, U_E in the same per unit of σ². Other arguments and errors
-    as in `score_classes`.
+    Args:
+        model: An nn.Module in eval mode. Its output is (example, output) or (example,).
+        noise_variance: The variance of the noise, in the square of the output's unit.
+        inputs, engine, batch_size, parameters: As in `score_classes`.
+
+    Returns:
+        A `Regression` whose tensors are (example, output) float64; U_E is in the square of the output's unit, per unit
+        of the parameter variance σ².
+
+    Raises:
+        ValueError, TypeError: As `score_classes`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> scores = isouq.score_outputs(net, torch.randn(5, 2), noise_variance=0.25)
+        >>> scores.epistemic.shape, scores.aleatoric.unique().item()
+        (torch.Size([5, 1]), 0.25)
     """
     if not isinstance(noise_variance, Real) or not 0 <= noise_variance < math.inf:
         raise ValueError(f"noise_variance: {noise_variance!r} given, a finite number of at least 0 wanted")
@@ -93,7 +118,7 @@ def score_outputs(
         outputs = _outputs(model, part, rows)
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
-    norms = _batched(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
+    norms = _squared_norms(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
     return Regression(
         mean=norms.objective,
         aleatoric=torch.full_like(norms.objective, noise_variance),
@@ -103,7 +128,7 @@ def score_outputs(
     )
 
 
-def _batched(
+def _squared_norms(
     model: nn.Module,
     inputs: Inputs,
     objective: Callable[[Inputs, range], Tensor],
@@ -112,7 +137,7 @@ def _batched(
     batch_size: int,
     parameters: Sequence[str] | None,
 ) -> SquaredNorms:
-    """Squared norms batch by batch, joined; `objective` sees some examples, and which rows of the whole they are."""
+    """Squared norms batch by batch, joined; `objective` takes part of the inputs and the rows that they come from."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
     check_model(model)
@@ -125,8 +150,9 @@ def _batched(
         def values(rows: slice, batch: range = batch) -> Tensor:
             return objective(_rows(inputs, batch[rows]), batch[rows])
 
-        options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch}
-        parts.append(squared_norms(model, values, len(batch), apart=True, **options))
+        parts.append(
+            squared_norms(model, values, len(batch), engine=engine, parameters=parameters, apart=True, rows=batch)
+        )
     return replace(
         parts[0],
         objective=torch.cat([part.objective for part in parts]),

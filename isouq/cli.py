@@ -1,6 +1,7 @@
 """The `isouq` command. A sub-command is a row of COMMANDS: its help, its arguments, what it does."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from isouq.studies import assets
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: `run` returns the exit code, or raises ValueError or TypeError with what to print."""
+    """A sub-command: `run` returns the exit code, or raises ValueError or TypeError with the text to print."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -42,24 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _assets_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
     actions.add_parser("list", help="show names, sizes, licences and sources")
-    for action, text in (
-        ("fetch", "download, verify and convert into the cache what is not there"),
-        ("verify", "hash again what the cache holds"),
-    ):
+    texts = {"fetch": "download, verify and convert what the cache lacks", "verify": "hash what the cache holds"}
+    for action, text in texts.items():
         sub = actions.add_parser(action, help=text, description=f"{text}; all assets without NAME")
         sub.add_argument("names", nargs="*", metavar="NAME", help="an asset, as `isouq assets list` shows it")
 
 
 def _assets(args: argparse.Namespace) -> int:
-    if args.action == "list":
-        return _list()
+    if args.action == "verify":
+        return _verify(args.names)
     if args.action == "fetch":
         assets.fetch(args.names or None)
         return 0
-    return _verify(args.names)
-
-
-def _list() -> int:
     for asset in assets.list_assets():
         state = "in the cache" if assets.is_cached(asset.name) else "not in the cache"
         size = f"{tqdm.format_sizeof(asset.size)}B"
@@ -74,7 +69,7 @@ def _list() -> int:
 
 
 def _verify(names: list[str]) -> int:
-    """Print a line for each asset; corrupt ones fail, and so do absent ones that were asked for by name."""
+    """Print a line for each asset; a corrupt one fails, and so does an absent one that was asked for by name."""
     failed = False
     for name in names or [asset.name for asset in assets.list_assets()]:
         try:
@@ -87,7 +82,7 @@ def _verify(names: list[str]) -> int:
     return int(failed)
 
 
-# Said here too, so that help needs no torch; a test compares them with isouq.estimate and isouq.gradients.
+# Repeated here so that --help does not import torch; a test compares them with isouq.estimate and isouq.gradients.
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 ENGINES = ("auto", "ghost", "autograd")
 
@@ -95,10 +90,8 @@ ENGINES = ("auto", "ghost", "autograd")
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _score.__doc__
     parser.add_argument("--model", required=True, help="an asset, a Hub id (id@revision), or a folder")
-    parser.add_argument(
-        "--input", required=True, type=Path, help=".csv, .jsonl or .parquet with columns prompt and, optionally, answer"
-    )
-    parser.add_argument("--output", required=True, type=Path, help=".csv, .jsonl or .parquet to write")
+    parser.add_argument("--input", required=True, type=Path, help="table with a column prompt and, optionally, answer")
+    parser.add_argument("--output", required=True, type=Path, help="table to write; both .csv, .jsonl or .parquet")
     parser.add_argument("--aggregation", default="sequence", choices=AGGREGATIONS, help="what p of an answer means")
     parser.add_argument("--engine", default="auto", choices=ENGINES, help="how gradients are computed")
     parser.add_argument("--batch-size", default=8, type=_positive, help="rows a pass; changes speed, not scores")
@@ -114,24 +107,25 @@ def _positive(text: str) -> int:
 def _score(args: argparse.Namespace) -> int:
     """Columns appended: n_tokens; log_prob (nats); probability, aleatoric, epistemic, log_epistemic of the answer under
     --aggregation; straddles, true where a token has characters of both prompt and answer, which are then tokenised
-    apart; error, why a row has no scores. Column answer holds the text that was scored: the cell as it is written, with
-    its spaces, or, where it is empty or missing, what the model generates. A run that was stopped resumes from
-    OUTPUT.partial by the same command; only --batch-size may differ. Exit code 1 if a row has no scores.
+    apart; error, why a row has no scores. Column answer holds the text that was scored: the cell as written, with its
+    spaces, or what the model generates where the cell is empty or missing. The same command resumes a run that was
+    stopped, from OUTPUT.partial; only --batch-size may differ. Exit code 1 if a row has no scores.
     """
     from isouq.language.files import Options, score_file
+    from isouq.language.scoring import Scoring
 
-    names = ("aggregation", "engine", "batch_size", "max_new_tokens")
-    options = Options(load=lambda: assets.load_causal_lm(args.model), **{name: getattr(args, name) for name in names})
-    done = score_file(args.input, args.output, options)
+    how = Scoring(aggregations=(args.aggregation,), engine=args.engine, batch_size=args.batch_size)
+    load = functools.partial(assets.load_causal_lm, args.model)
+    done = score_file(args.input, args.output, Options(load=load, how=how, max_new_tokens=args.max_new_tokens))
     for record in done:
         if record["error"]:
             print(f"isouq: row {record['row'] + 1}: {record['error']}", file=sys.stderr)
-    count = {
-        name: sum(record[name] not in (None, False) for record in done) for name in ("answer", "straddles", "error")
-    }
-    print(f"{args.output}: {len(done)} rows written, {count['error']} without scores; ", end="")
-    print(f"answers generated for {count['answer']} rows; {count['straddles']} rows straddle")
-    return int(count["error"] > 0)
+    answers, straddles, errors = (
+        sum(record[name] not in (None, False) for record in done) for name in ("answer", "straddles", "error")
+    )
+    print(f"{args.output}: {len(done)} rows written, {errors} without scores; ", end="")
+    print(f"answers generated for {answers} rows; {straddles} rows straddle")
+    return int(errors > 0)
 
 
 COMMANDS = {

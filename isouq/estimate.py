@@ -20,22 +20,30 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Uncertainty of a batch of predictions: float64 tensors over examples, on the CPU.
+    """Uncertainty of a batch of predictions: tensors (example,) float64 on the CPU, or (example, class).
 
     Attributes:
         log_prob: S, the log-probability of the whole answer (or of the class), in nats.
-        n_tokens: L, the answer's number of tokens (1 for a class).
+        n_tokens: L, the answer's number of tokens, int64 (1 for a class).
         probability: p under the aggregation: e^S, e^{S/L}, or the mean of the tokens' probabilities.
         aleatoric: U_A = p(1 − p), the variance of the indicator "the answer is y" (for `token_mean` the mean over
             tokens), between 0 and ¼.
         log_epistemic: log U_E, where U_E = ‖∇θ p‖² in units of the isotropic parameter variance σ².
             −inf where the gradient is exactly zero.
         epistemic: U_E itself, for display; it underflows to 0 for log U_E below −745. Rank on `log_epistemic`.
-        engine: which engine computed the gradients, "ghost" or "autograd".
-        n_parameters: how many parameters the squared norm runs over.
-        parameters: which ones, "all" unless a subset was asked for.
+        engine: The engine that computed the gradients, "ghost" or "autograd".
+        n_parameters: The number of parameters in the squared norm.
+        parameters: Their name patterns, "all" unless a subset was asked for.
         breakdown: log U_E of each parameter, by name; their exponentials add up to `epistemic`. None unless asked for.
-        log_probability: log p under the aggregation, which lives on where `probability` underflows to 0.
+        log_probability: log p under the aggregation in nats, which stays finite where `probability` underflows to 0.
+
+    Raises:
+        dataclasses.FrozenInstanceError: A field is assigned to.
+
+    Example:
+        >>> scores = isouq.score_classes(torch.nn.Linear(2, 3), torch.zeros(4, 2))
+        >>> len(scores), torch.equal(scores.epistemic, scores.log_epistemic.exp())
+        (4, True)
     """
 
     log_prob: Float[Tensor, "*example"]
@@ -58,7 +66,7 @@ class Estimate:
     def log_gradient(self) -> Float[Tensor, "*example"]:
         """The delta method's variance of log p, as a logarithm: log U_E − 2 log p; for `sequence` log G itself."""
         log_p = self.log_probability
-        if log_p is None:  # made by hand: only e^S of a long answer leaves the range of float64, and its log is S
+        if log_p is None:  # not given: only e^S of a long answer leaves the range of float64, and its log is S
             log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
         return self.log_epistemic - 2 * log_p
 
@@ -69,14 +77,23 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
-    """Uncertainty of a regressor: tensors (example, output), float64, on the CPU.
+    """Uncertainty of a regressor: tensors (example, output) float64 on the CPU.
 
     Attributes:
-        mean: the predicted outputs f(x, θ*).
-        aleatoric: the noise's variance, as given.
-        log_epistemic: log‖∇θ f‖², per unit of the parameter variance σ².
-        engine: which engine computed the gradients.
-        n_parameters: how many parameters the squared norm runs over.
+        mean: The predicted outputs f(x, θ*), in their own unit.
+        aleatoric: The noise's variance, as given, in the square of that unit.
+        log_epistemic: log U_E = log‖∇θ f‖², where U_E is in the same unit per unit of the parameter variance σ².
+        epistemic: U_E itself.
+        engine: The engine that computed the gradients, "ghost" or "autograd".
+        n_parameters: The number of parameters in the squared norm.
+
+    Raises:
+        dataclasses.FrozenInstanceError: A field is assigned to.
+
+    Example:
+        >>> scores = isouq.score_outputs(torch.nn.Linear(1, 1), torch.tensor([[2.0]]), noise_variance=0.1)
+        >>> round(scores.epistemic.item(), 6), scores.n_parameters  # ‖∇(wx + b)‖² = x² + 1
+        (5.0, 2)
     """
 
     mean: Float[Tensor, "example output"]

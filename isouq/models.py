@@ -13,7 +13,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 
 
 class ModelError(ValueError):
-    """A model that cannot be had; the message names the cause and the way out."""
+    """A model that cannot be loaded; the message names the cause and the way out."""
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def content(name: str) -> str:
 
 
 def _commit(name: str) -> tuple[str, Exception | None]:
-    """Return the commit of a Hub id, and why the Hub could not be asked where its local cache had to tell."""
+    """Return the commit of a Hub id, and the error of the Hub where its local cache had to answer in its place."""
     from huggingface_hub import HfApi, constants, errors
 
     repository, _, revision = name.partition("@")
@@ -64,7 +64,7 @@ def _commit(name: str) -> tuple[str, Exception | None]:
             return ref.read_text().strip(), error
         raise _no_copy(name, error) from error
     if commit != revision:
-        with contextlib.suppress(OSError):  # where it cannot be noted, it cannot be found without a network
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no use without a network
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
     return commit, None
@@ -105,13 +105,13 @@ def weights(model: Any, tokenizer: Any = None) -> str:
         "eos": getattr(getattr(model, "generation_config", None), "eos_token_id", None),
         "tokenizer": _tokenizer(tokenizer),
     }
-    for name in ("_name_or_path", "transformers_version"):  # where it lies, and what wrote it
+    for name in ("_name_or_path", "transformers_version"):  # the folder, and the version that wrote it
         about["config"].pop(name, None)
-    found = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=6)
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=6)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     names = ("special_tokens_map", "clean_up_tokenization_spaces")
     about = {"class": type(tokenizer).__name__} | {name: getattr(tokenizer, name, None) for name in names}
     if backend := getattr(tokenizer, "backend_tokenizer", None):
-        about |= json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # left over from the last call
+        about |= json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # these remember the last call
     elif tokenizer is not None:
         about["vocabulary"] = tokenizer.get_vocab()
     return about

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import VOCAB, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
+from rectangle import log_probs, score_aggregations
 from reference import pad, score
 from tokenizers import Tokenizer, models, processors
 from torch import nn
@@ -15,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import isouq
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import squared_norms
-from isouq.language import forward
-from isouq.language.scoring import log_probs, score_aggregations
+from isouq.language import forward, scoring
 
 CASE = examples((9, 5, 12, 7), (3, 1, 4, 2))
 
@@ -153,7 +153,7 @@ def test_an_estimate_has_a_float64_row_per_example_in_the_callers_order(llama):
 
 def test_a_batch_is_as_large_as_the_memory_for_its_activations_and_no_score_depends_on_it(llama, monkeypatch):
     sizes = []
-    monkeypatch.setattr(causal_lm, "squared_norms", lambda m, o, n, **k: sizes.append(n) or squared_norms(m, o, n, **k))
+    monkeypatch.setattr(scoring, "squared_norms", lambda m, o, n, **k: sizes.append(n) or squared_norms(m, o, n, **k))
     case = [CASE[2]] * 6
     one = 1.2 * _activation_bytes(llama, case[0])  # as the pass' cost allows for what its graph does not show
     found = [isouq.score_tokens(llama, *pad(case, "left"), memory=k * one) for k in (1.01, 2.01, 100)]
@@ -267,15 +267,14 @@ A, B, C, X, AB = 3, 4, 5, 7, 11
 
 
 def ids_scored(monkeypatch, model, tokenizer, prompts, answers) -> list[tuple[list[int], list[int]]]:
-    """The prompt's and the answer's ids that score_texts hands to score_tokens, for each pair."""
-    seen, score_tokens = [], isouq.score_tokens
+    """The prompt's and the answer's ids that score_texts scores, for each pair."""
+    seen, plain = [], scoring.score
 
-    def spy(model, ids, answer, present, **options):
-        for row, marks, there in zip(ids, answer, present.bool(), strict=True):
-            seen.append((row[there & ~marks].tolist(), row[marks].tolist()))
-        return score_tokens(model, ids, answer, present, **options)
+    def spy(model, examples, how):
+        seen.extend((x.ids[~x.answer].tolist(), x.ids[x.answer].tolist()) for x in examples)
+        return plain(model, examples, how)
 
-    monkeypatch.setattr("isouq.language.scoring.score_tokens", spy)
+    monkeypatch.setattr(scoring, "score", spy)
     isouq.score_texts(model, tokenizer, prompts, answers)
     return seen
 

@@ -5,15 +5,15 @@ import http.server
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import torch
 
+from isouq.models import ModelError
 from isouq.studies import assets
 
 FIRST, SECOND = "1" * 40, "2" * 40  # commits of the stand-in Hub's one repository
@@ -92,29 +92,24 @@ def hub(commits):
     server.shutdown()
 
 
-def load_in_child(names: list[str], **environment: str) -> list[dict]:
-    """Load each name in a new process (the Hub's address is read at import); what came of it, and in what time."""
-    script = """
-import json, sys, time
-from isouq.studies import assets
-import transformers
-for name in sys.argv[1:]:
-    began = time.monotonic()
-    try:
-        model, tokenizer = assets.load_causal_lm(name)
-        found = {"vocab": model.config.vocab_size, "ids": tokenizer("hello")["input_ids"], "dtype": str(model.dtype)}
-    except assets.AssetError as error:
-        found = {"error": str(error)}
-    print("found", json.dumps({**found, "seconds": time.monotonic() - began}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *names],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("found ")]
+@pytest.fixture
+def visit(hub, monkeypatch, tmp_path):
+    """Puts the Hub's client, with a cache of its own, before the stand-in, a port that refuses, or offline."""
+    from huggingface_hub import constants
+
+    def set_up(where: str) -> None:
+        endpoint = hub if where == "hub" else "http://127.0.0.1:9"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", where == "offline")
+
+    return set_up
+
+
+NO_NETWORK = ("refused", "offline")
 
 
 def test_a_local_folder_is_loaded_as_float32_in_evaluation_mode(commits):
@@ -125,7 +120,7 @@ def test_a_local_folder_is_loaded_as_float32_in_evaluation_mode(commits):
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(assets.AssetError, match=f"transformers cannot load '{tmp_path}' as a causal language"):
+    with pytest.raises(ModelError, match=f"transformers cannot load '{tmp_path}' as a causal language"):
         assets.load_causal_lm(str(tmp_path))
 
 
@@ -137,33 +132,38 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
         ("triviaqa", "triviaqa is no causal language model but 'data'; those are smollm2-135m-instruct, gemma-3"),
         ("./nowhere", "is no folder, no asset .* and no Hub id"),
         ("a/b/c", "is no folder, no asset .* and no Hub id"),
-        ("", "is no folder, no asset .* and no Hub id"),
+        ("", "is no folder.* and no Hub id"),
     ],
 )
 def test_a_name_that_cannot_be_a_model_is_refused_before_any_request(name, message):
-    with pytest.raises(assets.AssetError, match=message):
+    with pytest.raises(ModelError, match=message):
         assets.load_causal_lm(name)
 
 
-def test_the_hub_is_asked_at_the_revision(hub, tmp_path):
-    names = ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{FIRST}", "owner/tiny@v3", "owner/none"]
-    *loaded, no_revision, no_repository = load_in_child(names, HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    assert [found["vocab"] for found in loaded] == [22, 11, 11]
-    assert all(found["ids"] == [1] and found["dtype"] == "torch.float32" for found in loaded)
-    assert "the Hub has no 'owner/tiny@v3' for you: 404 Client Error. Revision Not Found" in no_revision["error"]
-    assert "the Hub has no 'owner/none' for you: 404 Client Error. Repository Not Found" in no_repository["error"]
+def test_the_hub_is_asked_at_the_revision(visit):
+    visit("hub")
+    for name, vocab in (("owner/tiny", 22), ("owner/tiny@v1", 11), (f"owner/tiny@{FIRST}", 11)):
+        model, tokenizer = assets.load_causal_lm(name)
+        assert (model.config.vocab_size, model.dtype, model.training) == (vocab, torch.float32, False)
+        assert tokenizer("hello")["input_ids"] == [1]
+    for name, kind in (("owner/tiny@v3", "Revision"), ("owner/none", "Repository")):
+        with pytest.raises(ModelError, match=f"the Hub has no '{name}' for you: 404 Client Error. {kind} Not Found"):
+            assets.load_causal_lm(name)
 
 
-def test_without_a_network_the_hub_fails_soon_and_its_cache_still_works(hub, tmp_path):
-    load_in_child([f"owner/tiny@{FIRST}"], HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    names = [f"owner/tiny@{FIRST}", "owner/tiny@v1", "owner/none"]
-    for environment in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        cached, absent, none = load_in_child(names, HF_HOME=str(tmp_path), **environment)
-        assert cached["vocab"] == 11
-        for found in (absent, none):
-            assert "no network: cannot reach the Hub" in found["error"]
-            assert "an asset (smollm2-135m-instruct, gemma-3-270m) or a local folder" in found["error"]
-            assert found["seconds"] < 10
+@pytest.mark.parametrize("where", NO_NETWORK)
+def test_without_a_network_the_hub_fails_soon_and_its_cache_still_works(visit, where):
+    visit("hub")
+    for name in ("owner/tiny", f"owner/tiny@{FIRST}"):
+        assets.load_causal_lm(name)
+    visit(where)
+    for name, vocab in (("owner/tiny", 22), (f"owner/tiny@{FIRST}", 11)):
+        assert assets.load_causal_lm(name)[0].config.vocab_size == vocab
+    began = time.monotonic()
+    for name in ("owner/tiny@v1", "owner/none", f"owner/none@{SECOND}"):
+        with pytest.raises(ModelError, match=r"no network: cannot reach the Hub .* local folder or an asset .*works"):
+            assets.load_causal_lm(name)
+    assert time.monotonic() - began < 10
 
 
 # ---- what a name stands for ---------------------------------------------------------------------------
@@ -191,22 +191,14 @@ def test_an_assets_content_is_its_pin_and_needs_no_cache(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_id_stands_for_a_commit_also_later_without_a_network(hub, tmp_path):
-    script = "import sys; from isouq import assets; print([assets.content(name) for name in sys.argv[1:]])"
-
-    def content(*names: str, **environment: str) -> subprocess.CompletedProcess:
-        options = {"env": {**os.environ, "HF_HOME": str(tmp_path), **environment}, "text": True, "capture_output": True}
-        return subprocess.run([sys.executable, "-c", script, *names], **options)
-
+@pytest.mark.parametrize("where", NO_NETWORK)
+def test_a_hub_id_stands_for_a_commit_also_later_without_a_network(visit, where):
     names = ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{FIRST}"]
-    for environment in ({"HF_ENDPOINT": hub}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        assert content(*names, **environment).stdout.strip() == str([SECOND, FIRST, FIRST])
-        unknown = content("owner/tiny@v3", **environment)
-        assert unknown.returncode == 1
-        assert ("the Hub has no 'owner/tiny@v3'" in unknown.stderr) == (environment.get("HF_ENDPOINT") == hub)
-    (loaded,) = load_in_child(["owner/tiny"], HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    (again,) = load_in_child(["owner/tiny"], HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    assert loaded["vocab"] == again["vocab"] == 22
+    for place, message in (("hub", "the Hub has no 'owner/tiny@v3'"), (where, "no network: cannot reach the Hub")):
+        visit(place)
+        assert [assets.content(name) for name in names] == [SECOND, FIRST, FIRST]
+        with pytest.raises(ModelError, match=message):
+            assets.content("owner/tiny@v3")
 
 
 # ---- the real ones ------------------------------------------------------------------------------------

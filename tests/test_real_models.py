@@ -6,7 +6,9 @@ from architectures import upcasts_to
 from closeness import assert_logs_close
 
 from isouq.estimate import AGGREGATIONS
-from isouq.language.scoring import encode, score_aggregations
+from isouq.language import encoding
+from isouq.language.examples import from_pairs
+from isouq.language.scoring import Scoring, score
 from isouq.studies import assets
 
 PAIRS = [("The capital of France is", " Paris."), ("Q: Who wrote Hamlet?\nA:", " William Shakespeare")]
@@ -20,16 +22,8 @@ def loaded(request):
     return (request.param, *assets.load_causal_lm(request.param))
 
 
-def batch_of(tokenizer):
-    pairs = [encode(tokenizer, i, *pair) for i, pair in enumerate(PAIRS)]
-    width = max(len(p) + len(a) for p, a in pairs)
-    ids, marks = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.bool)
-    present = torch.zeros(2, width, dtype=torch.int64)
-    for i, (prompt, answer) in enumerate(pairs):
-        ids[i, -len(prompt + answer) :] = torch.tensor(prompt + answer)
-        marks[i, -len(answer) :] = True
-        present[i, -len(prompt + answer) :] = 1
-    return ids, marks, present
+def examples_of(tokenizer):
+    return from_pairs(encoding.pair(tokenizer, *texts)[:2] for texts in PAIRS)
 
 
 def relative(log_a, log_b):
@@ -39,9 +33,9 @@ def relative(log_a, log_b):
 def test_ghost_equals_autograd(loaded):
     """U_E = e^{2S} G carries twice the rounding of S, which differs from one processor to another, besides G's own."""
     name, model, tokenizer = loaded
-    batch = batch_of(tokenizer)
+    examples = examples_of(tokenizer)
     ghost, autograd = (
-        score_aggregations(model, *batch, aggregations=AGGREGATIONS, engine=engine) for engine in ("ghost", "autograd")
+        score(model, examples, Scoring(aggregations=AGGREGATIONS, engine=engine)) for engine in ("ghost", "autograd")
     )
     for aggregation in AGGREGATIONS:
         assert ghost[aggregation].engine == "ghost"
@@ -59,13 +53,13 @@ def test_float32_and_float64(loaded):
     G = ‖∇S‖² is compared, the gradient itself; U_E = e^{2S} G also carries twice the rounding of S.
     """
     _, model, tokenizer = loaded
-    batch = batch_of(tokenizer)
+    examples = examples_of(tokenizer)
     found = {}
     try:
         for dtype in (torch.float32, torch.float64):
             with upcasts_to(dtype):
                 for engine in ("ghost", "autograd"):
-                    scores = score_aggregations(model.to(dtype), *batch, engine=engine)
+                    scores = score(model.to(dtype), examples, Scoring(engine=engine))
                     found[dtype, engine] = scores["sequence"].log_gradient
     finally:
         model.float()

@@ -61,7 +61,7 @@ def test_every_format_gives_the_scores_of_score_texts(model_folder, tmp_path, su
     assert score(model_folder, source, target, "--batch-size", "2") == 0
     read = {"csv": pd.read_csv, "parquet": pd.read_parquet, "jsonl": lambda p: pd.read_json(p, lines=True)}
     got = read[suffix](target)
-    model, tokenizer = isouq.studies.assets.load_causal_lm(str(model_folder))
+    model, tokenizer = isouq.load_causal_lm(str(model_folder))
     wanted = isouq.score_texts(model, tokenizer, list(QUESTIONS.prompt), list(QUESTIONS.answer))
     assert list(got.id.astype(int)) == [7, 8, 9]
     for column in ("log_prob", "log_epistemic", "aleatoric"):
@@ -110,7 +110,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, monkeypatch, capsys, chan
 
 def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    n = 400
+    n = 160
     pd.DataFrame({"prompt": [f"Is it {i}?" for i in range(n)], "answer": [" no"] * n}).to_csv(source, index=False)
     command = [sys.executable, "-m", "isouq.cli", "score", "--model", str(model_folder)]
     command += ["--input", str(source), "--output", str(target)]
@@ -128,10 +128,10 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     before = {json.loads(line)["row"] for line in partial.read_text().split("\n")[1:-1]}
     assert 5 <= len(before) < n
     scored = []
-    original = scoring.score_ids
+    original = scoring.score
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            causal_lm, "score_ids", lambda model, pairs, **o: (scored.extend(pairs), original(model, pairs, **o))[1]
+            scoring, "score", lambda model, examples, how: scored.extend(examples) or original(model, examples, how)
         )
         assert score(model_folder, source, target) == 0
     assert len(scored) == n - len(before)
@@ -144,16 +144,16 @@ def read_lines(path):
 
 
 def stop_after(n, error):
-    """causal_lm.score_ids that raises `error` once it has scored n times."""
-    calls, original = [], scoring.score_ids
+    """scoring.score that raises `error` once it has scored n times."""
+    calls, original = [], scoring.score
 
-    def score_ids(*args, **options):
+    def score_once(*args, **options):
         calls.append(1)
         if len(calls) > n:
             raise error
         return original(*args, **options)
 
-    return score_ids
+    return score_once
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def interrupted(model_folder, tmp_path, monkeypatch):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     QUESTIONS.to_csv(source, index=False)
     with monkeypatch.context() as patch:
-        patch.setattr(causal_lm, "score_ids", stop_after(1, KeyboardInterrupt()))
+        patch.setattr(scoring, "score", stop_after(1, KeyboardInterrupt()))
         assert score(model_folder, source, target, "--batch-size", "1") == 130
     partial = tmp_path / "out.csv.partial"
     assert len(read_lines(partial)) == 2
@@ -173,8 +173,8 @@ def test_a_run_resumes_with_another_batch_size_byte_for_byte(model_folder, tmp_p
     source, target, partial = interrupted
     assert score(model_folder, source, tmp_path / "whole.csv") == 0
     seen = []
-    original = scoring.score_ids
-    monkeypatch.setattr(causal_lm, "score_ids", lambda m, pairs, **o: (seen.extend(pairs), original(m, pairs, **o))[1])
+    original = scoring.score
+    monkeypatch.setattr(scoring, "score", lambda m, x, how: seen.extend(x) or original(m, x, how))
     assert score(model_folder, source, target, "--batch-size", "2", "--max-new-tokens", "7") == 0
     assert len(seen) == 2
     assert not partial.exists()
@@ -241,14 +241,14 @@ def test_a_second_run_is_refused_and_takes_nothing(model_folder, tmp_path, capsy
     QUESTIONS.to_csv(source, index=False)
     QUESTIONS.iloc[::-1].to_csv(other, index=False)
     refused = []
-    original = scoring.score_ids
+    original = scoring.score
 
     def meanwhile(*args, **options):
         refused.extend(score(model_folder, name, target) for name in (source, other))
         return original(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_lm, "score_ids", meanwhile)
+        patch.setattr(scoring, "score", meanwhile)
         assert score(model_folder, source, target) == 0
     assert refused == [1, 1]
     said = capsys.readouterr().err
@@ -262,13 +262,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model_folder, tmp_path, capsy
     source, target, partial = tmp_path / "in.csv", tmp_path / "out.csv", tmp_path / "out.csv.partial"
     QUESTIONS.to_csv(source, index=False)
     with monkeypatch.context() as patch:
-        patch.setattr(causal_lm, "score_ids", stop_after(2, OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(scoring, "score", stop_after(2, OSError(errno.ENOSPC, "No space left on device")))
         assert score(model_folder, source, target, "--batch-size", "1") == 1
     said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command goes on")
+    assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command resumes")
     assert len(read_lines(partial)) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        patch.setattr(tables, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
         assert score(model_folder, source, target) == 1
     assert score(model_folder, source, target) == 0
     assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]
@@ -279,7 +279,7 @@ def test_a_failure_before_the_first_row_leaves_nothing_that_blocks(model_folder,
     QUESTIONS.to_csv(source, index=False)
     assert score(tmp_path / "no-model", source, target) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(causal_lm, "score_ids", stop_after(0, KeyboardInterrupt()))
+        patch.setattr(scoring, "score", stop_after(0, KeyboardInterrupt()))
         assert score(model_folder, source, target) == 130
     assert os.listdir(tmp_path) == ["in.csv"]
 
@@ -308,7 +308,7 @@ def test_a_cell_is_scored_as_written_or_says_why_not(model_folder, tmp_path, cap
     rows = read_lines(target)
     assert [row["id"] for row in rows] == list(range(10))
     assert [row["answer"] for row in rows[:6]] == ["42", "1.50", "1e3", "true", '["1"]', '{"a": "1"}']
-    model, tokenizer = isouq.studies.assets.load_causal_lm(str(model_folder))
+    model, tokenizer = isouq.load_causal_lm(str(model_folder))
     wanted = isouq.score_texts(model, tokenizer, ["Is it?"] * 4, ["42", "1.50", "1e3", " no "])
     got = [rows[i]["log_prob"] for i in (0, 1, 2, 8)]
     assert got == pytest.approx(wanted.log_prob.to_numpy(), rel=1e-6)
@@ -340,7 +340,7 @@ def test_columns_of_any_name_are_kept_or_refused_before_the_model(model_folder, 
         row = next(csv.DictReader(file))
     assert list(row)[:5] == ["row", "answer", "index", "prompt", ""]
     assert list(row.values())[:5] == ["id-7", "yes", "007", "Is it?", "NA"]
-    for name in tables.COLUMNS:
+    for name in files.COLUMNS:
         source.write_text(f"prompt,answer,{name}\na,b,mine\n")
         assert score("no-model", source, target) == 1
         assert (
@@ -362,7 +362,7 @@ def test_what_the_output_cannot_hold_is_said_before_the_model(tmp_path, capsys):
 def test_a_header_alone_gives_a_header_alone(tmp_path, capsys):
     (tmp_path / "in.csv").write_text("prompt,answer,id\n")
     assert score("no-model", tmp_path / "in.csv", tmp_path / "o.csv") == 0
-    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(tables.COLUMNS) + "\n"
+    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(files.COLUMNS) + "\n"
 
 
 def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):

@@ -1,10 +1,11 @@
-"""What is refused before any forward pass, how padding is removed, and which sequences share a batch."""
+"""What is refused before any forward pass, how padding is removed, and which examples share a batch."""
 
 import pytest
 import torch
 from architectures import VOCAB, build
 
-from isouq.language.examples import TOKENS_PER_BATCH, Batch, batches, checked
+from isouq.language.examples import TOKENS_PER_BATCH, Batch, Example, batches, from_pairs, from_rectangle
+from isouq.language.forward import check_examples
 
 IDS = torch.tensor([[0, 5, 6, 7, 8], [9, 10, 11, 0, 0]])
 ANSWER = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]).bool()
@@ -16,36 +17,46 @@ def model():
     return build("llama", tied=True)
 
 
-def lists(sequences):
-    return [(ids.tolist(), answer.int().tolist()) for ids, answer in sequences]
+def lists(examples):
+    return [(x.ids.tolist(), x.answer.int().tolist()) for x in examples]
 
 
-def test_padding_is_removed_on_either_side(model):
-    assert lists(checked(model, IDS, ANSWER, PRESENT)) == [([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])]
+def test_padding_is_removed_on_either_side():
+    assert lists(from_rectangle(IDS, ANSWER, PRESENT)) == [([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])]
 
 
-def test_without_an_attention_mask_every_position_counts(model):
-    assert lists(checked(model, IDS, ANSWER, None))[0][0] == [0, 5, 6, 7, 8]
+def test_without_an_attention_mask_every_position_counts():
+    assert lists(from_rectangle(IDS, ANSWER, None))[0][0] == [0, 5, 6, 7, 8]
 
 
-def test_what_follows_the_answer_is_cut_off(model):
+def test_what_follows_the_answer_is_cut_off():
     answer = torch.tensor([[False, False, True, False, False]])
-    assert lists(checked(model, IDS[:1], answer, None)) == [([0, 5, 6], [0, 0, 1])]
+    assert lists(from_rectangle(IDS[:1], answer, None)) == [([0, 5, 6], [0, 0, 1])]
 
 
-def test_an_answer_may_have_a_gap(model):
+def test_an_answer_may_have_a_gap():
     """Several turns of a conversation, of which some tokens are the model's."""
     answer = torch.tensor([[False, True, False, True, False]])
-    assert lists(checked(model, IDS[:1], answer, None)) == [([0, 5, 6, 7], [0, 1, 0, 1])]
+    assert lists(from_rectangle(IDS[:1], answer, None)) == [([0, 5, 6, 7], [0, 1, 0, 1])]
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32])
-def test_the_attention_mask_may_be_of_any_type(model, kind):
-    assert lists(checked(model, IDS, ANSWER, PRESENT.to(kind))) == lists(checked(model, IDS, ANSWER, PRESENT))
+def test_the_attention_mask_may_be_of_any_type(kind):
+    assert lists(from_rectangle(IDS, ANSWER, PRESENT.to(kind))) == lists(from_rectangle(IDS, ANSWER, PRESENT))
 
 
-def test_narrow_ids_become_int64(model):
-    assert checked(model, IDS.int(), ANSWER, PRESENT)[0][0].dtype == torch.int64
+def test_narrow_ids_become_int64():
+    assert from_rectangle(IDS.int(), ANSWER, PRESENT)[0].ids.dtype == torch.int64
+
+
+def test_a_pair_is_an_example_whose_answer_follows_its_prompt():
+    assert lists(from_pairs([([5, 6], [7]), ([8], [9, 10])])) == [([5, 6, 7], [0, 0, 1]), ([8, 9, 10], [0, 1, 1])]
+
+
+@pytest.mark.parametrize("pair", [([], [7]), ([5], [])])
+def test_a_pair_without_prompt_or_answer_is_refused_by_its_place(pair):
+    with pytest.raises(ValueError, match="pairs: example 1 has no prompt or no answer token, at least one of each"):
+        from_pairs([([5], [6]), pair])
 
 
 BAD = [
@@ -122,7 +133,7 @@ BAD = [
 def test_bad_input_is_refused_by_name(model, changes, error, message, unchecked):
     given = {"input_ids": IDS, "answer_mask": ANSWER, "attention_mask": PRESENT, **changes}
     with pytest.raises(error, match=message):
-        checked(model, **given)
+        check_examples(model, from_rectangle(**given))
 
 
 def test_a_prompt_longer_than_the_models_context_is_refused(model):
@@ -130,21 +141,18 @@ def test_a_prompt_longer_than_the_models_context_is_refused(model):
     ids = torch.full((1, 66), 5)
     answer = torch.zeros(1, 66, dtype=torch.bool)
     answer[0, 64] = True
-    assert len(checked(model, ids, answer, None)[0][0]) == 65
+    check_examples(model, from_rectangle(ids, answer))
     answer[0, 65] = True
     with pytest.raises(ValueError, match=r"input_ids: example 0 has 66 tokens, at most the model's context of 64"):
-        checked(model, ids, answer, None)
+        check_examples(model, from_rectangle(ids, answer))
 
 
 # ── Batches ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def of_lengths(*lengths, n_answer=1):
-    sequences = []
-    for i, n in enumerate(lengths):
-        answer = torch.arange(n) >= n - (n_answer if isinstance(n_answer, int) else n_answer[i])
-        sequences.append((torch.arange(1, n + 1), answer))
-    return sequences
+    n_answers = [n_answer] * len(lengths) if isinstance(n_answer, int) else n_answer
+    return [Example(torch.arange(1, n + 1), torch.arange(n) >= n - k) for n, k in zip(lengths, n_answers, strict=True)]
 
 
 def test_similar_lengths_share_a_batch_the_longest_first():
@@ -153,15 +161,15 @@ def test_similar_lengths_share_a_batch_the_longest_first():
     assert [tuple(batch.ids.shape) for batch in found] == [(2, 9), (2, 5), (1, 3)]
 
 
-def test_every_sequence_is_in_exactly_one_batch_padded_on_the_right():
-    sequences = of_lengths(3, 9, 5, 8, 4, n_answer=2)
+def test_every_example_is_in_exactly_one_batch_padded_on_the_right():
+    examples = of_lengths(3, 9, 5, 8, 4, n_answer=2)
     for size in ("auto", 1, 2, 3, 7):
         seen = []
-        for batch in batches(sequences, size):
+        for batch in batches(examples, size):
             for ids, answer, row in zip(batch.ids, batch.answer, batch.rows, strict=True):
-                n = len(sequences[row][0])
-                assert ids[:n].equal(sequences[row][0])
-                assert answer[:n].equal(sequences[row][1])
+                n = len(examples[row])
+                assert ids[:n].equal(examples[row].ids)
+                assert answer[:n].equal(examples[row].answer)
                 assert not answer[n:].any()
                 seen.append(row)
         assert sorted(seen) == [0, 1, 2, 3, 4]
@@ -174,8 +182,8 @@ def test_chosen_for_the_caller_a_batch_holds_a_bounded_number_of_tokens():
     assert [len(batch.rows) for batch in batches(of_lengths(3 * TOKENS_PER_BATCH), "auto")] == [1]
 
 
-def n_padded(sequences) -> float:
-    return float(len(sequences) * max(len(ids) for ids, _ in sequences))
+def n_padded(examples) -> float:
+    return float(len(examples) * max(map(len, examples)))
 
 
 def test_a_batch_holds_no_more_tokens_than_there_is_room_for_but_one_sequence_at_least():

@@ -1,10 +1,10 @@
 """Texts → token ids: where a prompt ends and its answer begins.
 
 What a tokenizer puts in front of every text (BOS, [CLS]) comes before the prompt; what it puts at the end (EOS, [SEP])
-comes nowhere, since the answer has yet to follow. A given pair is encoded as one text and split where the answer's
-characters begin, so that its ids are those of the whole text: many tokenizers put a space before every text that they
-get, and would put one between. Where a token reaches over the border ("http:" before "//x", or a prompt that ends with
-a space before "Paris"), the pair is encoded in two parts and says so.
+is left out, since the answer has yet to follow. A pair is encoded as one text and split where the answer's characters
+begin, so that its ids are those of the whole text: many tokenizers put a space before every text, and would put one
+between. Where one token has characters of both ("http:" before "//x", or a prompt that ends with a space before
+"Paris"), the two are encoded apart, and the pair's `straddles` is True.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _split(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before every text, found on a text whose own ids come once among all."""
+    """The ids that the tokenizer puts before every text, read off a text whose own ids occur once in the whole."""
     words = (tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer)))
     for probe in itertools.chain("a0", words):
         content, whole = _ids(tokenizer, probe), list(tokenizer(probe)["input_ids"])

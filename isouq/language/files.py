@@ -1,6 +1,6 @@
 """A file of questions → a file of scores: what `isouq score` does.
 
-Finished rows are appended to `OUTPUT.partial`, a JSON line each, so that a killed run resumes where it stopped; the
+Finished rows are appended to `OUTPUT.partial`, one JSON line each, so that a killed run resumes where it stopped; the
 output itself appears whole or not at all. A run resumes only with the same texts, options and weights.
 """
 
@@ -22,31 +22,32 @@ import pandas as pd
 from tqdm import tqdm
 
 from isouq import models
-from isouq.estimate import Aggregation
-from isouq.gradients import Engine
 from isouq.gradients.checks import ExampleError
 from isouq.language import encoding, generation, scoring, tables
+from isouq.language.examples import from_pairs
+from isouq.language.scoring import SCORES, Scoring
 
-SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
 COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
-# What a library may raise about a row: the row says so, and the others are scored.
+# What a library may raise about a row. The row reports it, and the others are scored.
 ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to score."""
+    """How a file is scored.
 
-    load: Callable[[], tuple[Any, Any]]  # gives (model, tokenizer), once the files are known to be right
-    aggregation: Aggregation = "sequence"
-    engine: Engine = "auto"
-    batch_size: int = 8
-    max_new_tokens: int = 32
+    `load` gives (model, tokenizer) and is called once the files are known to be right. `how` has one aggregation and a
+    number of rows as its batch size. `max_new_tokens` is for answers that are missing.
+    """
+
+    load: Callable[[], tuple[Any, Any]]
+    how: Scoring
+    max_new_tokens: int
 
 
 class Question(NamedTuple):
-    """A row's texts, and why it cannot be scored; without an answer, one is generated."""
+    """A row's texts, and why it cannot be scored. An empty answer is to be generated."""
 
     prompt: str
     answer: str
@@ -57,7 +58,7 @@ def score_file(source: Path, target: Path, options: Options) -> list[Record]:
     """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
 
     A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
-    written as they are: before the model is loaded, where it can be known by then.
+    written as they are, if possible before the model is loaded.
     """
     table = tables.read(source)
     if taken := [name for name in COLUMNS if name in table]:
@@ -77,7 +78,7 @@ def score_file(source: Path, target: Path, options: Options) -> list[Record]:
 
 
 def _question(prompt: Any, answer: Any) -> Question:
-    """The texts of two cells; a whole number is its digits, and nothing else passes for a text."""
+    """The texts of two cells. A whole number is its digits; any other value that is no text is an error."""
     texts, errors = [], []
     for name, cell in (("prompt", prompt), ("answer", answer)):
         cell = "" if cell is None or cell is pd.NA else cell
@@ -95,19 +96,19 @@ def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) 
     return table.assign(answer=pd.Series(answers, dtype="string"), **results)
 
 
-# ---- what an interrupted run left ------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 def _finish(partial: Path, questions: list[Question], options: Options) -> list[Record]:
-    """Every row's record: those that an interrupted run left, and the others, scored now."""
+    """Every row's record: those that an interrupted run stored, and the others, scored now."""
     missing = sum(not (question.answer or question.error) for question in questions)
     run = _identity(questions, options, generates=missing > 0)
-    _kept(partial, run)  # what can be refused by now is refused before the model is loaded
+    _stored(partial, run)  # refuses another run's file before the model is loaded
     if not questions:
         return []
     subject = _Subject(options)
-    run["model"] = subject.content()
-    done = _kept(partial, run)
+    run["model"] = models.weights(subject.model, subject.tokenizer)
+    done = _stored(partial, run)
     todo = [row for row in range(len(questions)) if row not in done]
     records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
     try:
@@ -119,7 +120,7 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
                 out.flush()
                 done[record["row"]] = record
     except OSError as error:
-        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command goes on") from error
+        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command resumes") from error
     finally:
         if not done:
             partial.unlink(missing_ok=True)
@@ -127,21 +128,21 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
 
 
 def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
-    """What decides the numbers, except what the model holds, which is known when it is loaded."""
+    """What decides the numbers, except the model's content, which is known once it is loaded."""
     run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
     run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
-    names = ("aggregation", "engine", *["max_new_tokens"] * generates)
-    return run | {name: getattr(options, name) for name in names}
+    run |= {"aggregation": options.how.aggregations[0], "engine": options.how.engine}
+    return run | ({"max_new_tokens": options.max_new_tokens} if generates else {})
 
 
-def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
-    """The rows that an interrupted run left, if it was this one; a torn last line is dropped."""
+def _stored(partial: Path, run: Record) -> dict[int, Record]:
+    """The rows that an interrupted run stored, if it had the same identity; a torn last line is dropped."""
     if not partial.exists():
         return {}
     try:
         header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
-        there, done = header["isouq score"], {row["row"]: row for row in rows}
-        other = [f"{k} {there[k]!r} there, {v!r} here" for k, v in run.items() if there[k] != v]
+        stored, done = header["isouq score"], {row["row"]: row for row in rows}
+        other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in run.items() if stored[k] != v]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
     if other and done:
@@ -154,39 +155,36 @@ def _kept(partial: Path, run: dict[str, Any]) -> dict[int, Record]:
 
 
 class _Subject:
-    """A model that answers and scores."""
+    """A model that answers and is scored."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.model, self.tokenizer = options.load()
         self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
 
-    def content(self) -> str:
-        """12 hex digits of the weights, the model's configuration and the tokenizer, whatever their names."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        parts = [models.weights(self.model, self.tokenizer), self.model.config.to_json_string()]
-        return hashlib.sha256("".join([*parts, backend.to_str() if backend else ""]).encode()).hexdigest()[:12]
-
     def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
         """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
-        for start in range(0, len(todo), self.options.batch_size):
-            batch = {row: questions[row] for row in todo[start : start + self.options.batch_size]}
+        size = int(self.options.how.batch_size)
+        for start in range(0, len(todo), size):
+            batch = {row: questions[row] for row in todo[start : start + size]}
             errors = {row: question.error for row, question in batch.items() if question.error}
             asked = {row: question for row, question in batch.items() if not question.error}
             pairs = _each(self._encode, asked, errors)
             prompts = {row: pair.prompt for row, pair in pairs.items() if not asked[row].answer}
-            made = _each(self._generate, prompts, errors)
-            pairs |= {row: pairs[row]._replace(answer=list(new.token_ids)) for row, new in made.items()}
+            answers = _each(self._generate, prompts, errors)
+            pairs |= {row: pairs[row]._replace(answer=list(answer.token_ids)) for row, answer in answers.items()}
             scores = _each(self._score, {row: pair for row, pair in pairs.items() if row not in errors}, errors)
             for row in batch:
-                record = {"row": row, "answer": made[row].text if row in made else None, **dict.fromkeys(COLUMNS)}
-                yield record | scores.get(row, {}) | {"error": errors.get(row)}
+                record = {"row": row, "answer": answers[row].text if row in answers else None}
+                yield record | dict.fromkeys(COLUMNS) | scores.get(row, {}) | {"error": errors.get(row)}
 
     def _encode(self, questions: list[Question]) -> list[encoding.Pair]:
-        def waiting(prompt: str) -> encoding.Pair:
+        def open_pair(prompt: str) -> encoding.Pair:
             return encoding.Pair(encoding.prompt_ids(self.tokenizer, prompt), [], False)
 
-        return [encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else waiting(q.prompt) for q in questions]
+        return [
+            encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else open_pair(q.prompt) for q in questions
+        ]
 
     def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
         n = self.options.max_new_tokens
@@ -195,14 +193,17 @@ class _Subject:
     def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
         if not all(pair.answer for pair in pairs):
             raise ValueError("answer: the model wrote none, its first token ends the text; give one")
-        options = {name: getattr(self.options, name) for name in ("aggregation", "engine", "batch_size")}
-        found = scoring.score_ids(self.model, pairs, **options)
-        rows = zip(*(getattr(found, name).tolist() for name in SCORES), [pair.straddles for pair in pairs], strict=True)
-        return [{k: v if math.isfinite(v) else None for k, v in zip(COLUMNS, row, strict=False)} for row in rows]
+        [scores] = scoring.score(self.model, from_pairs(pair[:2] for pair in pairs), self.options.how).values()
+        columns = [getattr(scores, name).tolist() for name in SCORES]
+        finite = [[x if math.isfinite(x) else None for x in row] for row in zip(*columns, strict=True)]
+        return [
+            {**dict(zip(SCORES, row, strict=True)), "straddles": pair.straddles}
+            for row, pair in zip(finite, pairs, strict=True)
+        ]
 
 
 def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
-    """`work` of all items, together or, where that is refused, one by one: only the bad rows end in `errors`."""
+    """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
     if not items:
         return {}
     try:

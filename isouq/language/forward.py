@@ -1,4 +1,4 @@
-"""One forward pass over answers: log p of their tokens, with every digit, and how many sequences a pass may take."""
+"""All that is asked of a language model: log p of answers, what it accepts, what a pass costs, what padding helps."""
 
 from __future__ import annotations
 
@@ -12,24 +12,37 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from isouq.gradients.checks import ExampleError, check_model, repeatable, run
+from isouq.gradients.checks import ExampleError, repeatable, run
 from isouq.gradients.common import check_differentiable, differentiable, select_parameters
 from isouq.gradients.isolation import is_decoder
-from isouq.language.examples import Batch, limits
-from isouq.language.examples import checked as sequences_without_padding
+from isouq.language.examples import Batch, Example
 
 
 def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """log p of each answer token, (example, answer token), zero beyond an answer's end.
 
-    The last input position predicts nothing that is scored, so it is left out; the head runs only at the positions that
-    predict an answer token where the model can be asked to (`logits_to_keep`).
+    The last input position predicts nothing that is scored, so it is left out.
     """
-    device = next(model.parameters(), torch.empty(0)).device
-    if device.type == "meta":
-        device = torch.device("cpu")
     inputs, targets, scored = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer[:, 1:]
     keep = _by_fours(scored.any(0))
+    logits = _logits(model, inputs, keep)
+    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
+    if len(unknown):
+        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
+        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
+    order = _answer_order(scored[:, keep]).to(logits.device)
+    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_p = LogProb.apply(wide, wanted.unsqueeze(2))
+    return log_p.gather(1, order).masked_fill(~exists, 0)
+
+
+def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
+    """Logits (example, kept position, vocab); the head runs at these only, where the model knows `logits_to_keep`."""
+    device = next(model.parameters(), torch.empty(0)).device
+    if device.type == "meta":  # offloaded
+        device = torch.device("cpu")
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
     if _takes(model, "logits_to_keep"):
         options["logits_to_keep"] = keep.to(device)
@@ -40,16 +53,16 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         logits, shape = logits[:, keep.to(logits.device)], (len(inputs), len(keep), *shape[2:])
     if len(shape) != 3 or shape[:2] != (len(inputs), len(keep)):
         raise ValueError(f"model: logits of shape {shape} given, (example, token, vocab) wanted")
-    unknown = (batch.answer & (batch.ids >= logits.shape[2])).any(1).nonzero()
-    if len(unknown):
-        n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
-        raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
-    order = _answer_order(scored[:, keep]).to(logits.device)
-    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    picked = LogProb.apply(wide, wanted.unsqueeze(2))
-    return picked.gather(1, order).masked_fill(~exists, 0)
+    return logits
+
+
+def finite_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """`token_log_probs`. Raises ExampleError naming the first example of which one is NaN or infinite."""
+    values = token_log_probs(model, batch)
+    wrong = (~values.isfinite()).any(1).nonzero().flatten()
+    if len(wrong):
+        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])
+    return values
 
 
 def _by_fours(wanted: Tensor) -> Tensor:
@@ -96,17 +109,31 @@ class LogProb(torch.autograd.Function):
         return minus_p.scatter_(-1, wanted, rest.to(logits.dtype)), None
 
 
-Sequences = Sequence[tuple[Tensor, Tensor]]  # (ids, answer) of each
+def pass_cost(
+    model: nn.Module, examples: Sequence[Example], parameters: Sequence[str] | None = None
+) -> Callable[[Sequence[Example]], float]:
+    """A function giving the bytes above the model's weights of a forward and backward pass over a batch of examples.
 
-
-def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] | None) -> Callable[[Sequences], float]:
-    """A function giving the bytes above the model's weights that forward and backward pass of a batch take.
-
-    A forward pass of the longest sequence tells: the storages that its graph holds, those of the logits by themselves,
-    since the head runs wherever one example of the batch has an answer. A fifth more is for what no graph shows:
-    temporary copies, the trial that examples stay apart, holes in the heap.
+    It scales what a pass over the longest example takes. A fifth more is for what no graph shows: temporary copies,
+    the comparison of examples in a batch and alone, holes in the heap.
     """
-    ids, answer = max(sequences, key=lambda sequence: len(sequence[0]))
+    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
+    body, head, n_positions = _pass_bytes(model, Batch.of(examples, [longest]), parameters)
+
+    def cost(batch: Sequence[Example]) -> float:
+        width = max(map(len, batch))
+        n_kept = len({place for example in batch for place in example.answer.nonzero().flatten().tolist()})
+        n_kept = min(width, n_kept + -n_kept % 4)
+        return 1.2 * len(batch) * (body * width / len(examples[longest]) + head * n_kept / n_positions)
+
+    return cost
+
+
+def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None) -> tuple[float, float, int]:
+    """Bytes that a pass holds for all tokens, and for the logits, which are at as many positions as the last number.
+
+    Logits count apart, since the head runs at every position where one example of a batch has an answer.
+    """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
 
@@ -114,29 +141,22 @@ def pass_cost(model: nn.Module, sequences: Sequences, parameters: Sequence[str] 
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1] if x.dim() else 1
-        return x.detach()  # without the graph, which an output would otherwise hold and be held by
+        return x.detach()  # with its graph, an output would hold itself
 
     with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        values = token_log_probs(model, Batch(ids[None], answer[None], [0]))  # alive while the storages are counted
+        values = token_log_probs(model, batch)  # a name, so that the graph lives while its storages are counted
         check_differentiable(values)
         node: Any = values.grad_fn
         while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
             node = node.next_functions[0][0]
         logits = node.saved_tensors[0].to("meta")  # its shape and type
-    head = sum(size for size, width in kept.values() if width == logits.shape[-1])
+    head = float(sum(size for size, width in kept.values() if width == logits.shape[-1]))
     body = sum(size for size, _ in kept.values()) - head
     # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
     head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
     if not _takes(model, "logits_to_keep"):  # the head runs at every token
-        body, head = body + head, 0
-
-    def cost(batch: Sequences) -> float:
-        width = max(len(tokens) for tokens, _ in batch)
-        n_kept = len({place for _, answer in batch for place in answer.nonzero().flatten().tolist()})
-        n_kept = min(width, n_kept + -n_kept % 4)
-        return 1.2 * len(batch) * (body * width / len(ids) + head * n_kept / logits.shape[1])
-
-    return cost
+        body, head = body + head, 0.0
+    return body, head, logits.shape[1]
 
 
 def _answer_order(scored: Tensor) -> Tensor:
@@ -150,21 +170,37 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return False
 
 
-def checked(
-    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """(ids, answer) of each example without its padding, after every check; what each door for sequences begins with.
+def limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """The size of the model's vocabulary and of its context in tokens, where its config states them (−1: no limit)."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary, context = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+    return vocabulary, context
 
-    Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
+
+def check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuse ids outside the model's vocabulary, texts longer than its context, and a model that is not causal.
+
+    Raises ValueError, naming the argument, what was given and what is wanted.
     """
-    check_model(model)
-    sequences = sequences_without_padding(model, input_ids, answer_mask, attention_mask)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, sequences[0][0]):
+    if not examples:
+        raise ValueError("input_ids: no example given, at least one wanted")
+    vocabulary, context = limits(model)
+    for i, example in enumerate(examples):
+        low, high = int(example.ids.min()), int(example.ids.max())
+        if vocabulary is not None and (low < 0 or high >= vocabulary):
+            wrong = low if low < 0 else high
+            raise ExampleError(f"input_ids: {{}} has id {wrong}, ids from 0 to {vocabulary - 1} wanted", i)
+        if context is not None and len(example) - 1 > context:  # the last token is predicted and not read
+            given = f"input_ids: {{}} has {len(example)} tokens"
+            raise ExampleError(f"{given}, at most the model's context of {context} wanted", i)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not _is_causal(model, examples[0].ids):
         raise ValueError(
             "model: not causal, as tokens that follow change the log p of those before (an encoder sees them all); a "
             "causal, decoder-only language model wanted"
         )
-    return sequences
 
 
 def _is_causal(model: nn.Module, ids: Tensor) -> bool:
@@ -192,10 +228,3 @@ def padding(model: nn.Module, batch: Batch) -> int:
     n = -width % 8
     fits = 16 * n <= width and (context is None or width + n <= context)
     return n if fits and is_decoder(model) else 0
-
-
-def check_finite(values: Tensor, batch: Batch) -> None:
-    """Raise ExampleError naming the first example of which a log p is NaN or infinite."""
-    wrong = (~values.isfinite()).any(1).nonzero().flatten()
-    if len(wrong):
-        raise ExampleError("model: NaN or infinite logits for {}, finite ones wanted", batch.rows[int(wrong[0])])

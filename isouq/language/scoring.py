@@ -1,4 +1,4 @@
-"""Causal language models: model + token ids + answer mask → `Estimate`; texts → a table.
+"""Causal language models: answers as token ids or texts → `Estimate`, table, or inner products of gradients.
 
 The token at position t is predicted from position t − 1. Scores are of the given ids, never of re-tokenised text. The
 model is used as it is, over all its parameters; nothing is left on it.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -25,11 +25,30 @@ from isouq.gradients.products import Checkpoint, Gram
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.gradients.room import room
 from isouq.language import encoding
-from isouq.language.examples import Batch, batches, pad
-from isouq.language.forward import check_finite, checked, padding, pass_cost, token_log_probs
+from isouq.language.examples import Batch, BatchSize, Example, batches, from_pairs, from_rectangle
+from isouq.language.forward import check_examples, finite_log_probs, padding, pass_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SCORES = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")  # columns of a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How answers are scored: the keyword arguments of `score_tokens`, with any number of aggregations."""
+
+    aggregations: tuple[Aggregation, ...] = ("sequence",)
+    engine: Engine = "auto"
+    batch_size: BatchSize = "auto"
+    memory: float | None = None
+    parameters: Sequence[str] | None = None
+    breakdown: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.aggregations or (None,):
+            if name not in AGGREGATIONS:
+                raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
 
 
 def score_tokens(
@@ -40,97 +59,103 @@ def score_tokens(
     *,
     aggregation: Aggregation = "sequence",
     engine: Engine = "auto",
-    batch_size: int | Literal["auto"] = "auto",
+    batch_size: BatchSize = "auto",
     memory: float | None = None,
     parameters: Sequence[str] | None = None,
     breakdown: bool = False,
 ) -> Estimate:
-    """Epistemic and aleatoric uncertainty of each answer from one forward and one activation-gradient pass (C1).
+    """Epistemic and aleatoric uncertainty of each answer, from one forward and one activation-gradient pass (C1).
 
     Args:
-        model: any Hugging Face causal LM, or a module whose output has `.logits` (example, token, vocab).
-        input_ids: (example, token) int64, prompt and answer, padded on either side.
-        answer_mask: (example, token) bool, True at the answer's tokens.
-        attention_mask: (example, token), 0 at padding; without it every position counts.
-        aggregation: what p of an answer of several tokens means: "sequence", "geometric" or "token_mean".
-        engine: "ghost" (exact or refuses), "autograd" (the reference), "auto" (ghost, else autograd).
-        batch_size: sequences a pass; "auto" takes as many as `memory` holds. It does not change the scores.
-        memory: bytes above the model's weights at the peak of the call, for batch_size "auto". One example that needs
-            more is an error before any is scored. None: 2e9, or what the example that needs most takes.
-        parameters: name patterns such as "model.layers.29.*" to restrict the norm to; None for all.
-        breakdown: whether to keep log U_E by parameter.
+        model: Any Hugging Face causal LM, or a module whose output has `.logits` (example, token, vocab).
+        input_ids: Prompt and answer, (example, token) int64, padded on either side.
+        answer_mask: (example, token) bool, True at the answer's tokens, which need not be next to one another.
+        attention_mask: (example, token), 0 at padding. Without it every position counts.
+        aggregation: What p of an answer of several tokens means: "sequence", "geometric" or "token_mean".
+        engine: "ghost" (exact, or refuses), "autograd" (the reference) or "auto" (ghost, else autograd).
+        batch_size: Examples a pass; "auto" takes as many as `memory` holds. It does not change the scores.
+        memory: Bytes above the model's weights at the peak of the call, for batch_size "auto". One example that needs
+            more is an error before any is scored. None means 2e9, or what the largest example takes.
+        parameters: Name patterns such as "model.layers.29.*" to which the norm is restricted; None for all.
+        breakdown: Whether to keep log U_E by parameter.
+
+    Returns:
+        An `Estimate` whose tensors are (example,) float64: log-probabilities in nats, U_A as a variance of
+        probability, and U_E in units of the parameter variance σ².
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is wanted.
+        ValueError, TypeError: An argument is wrong, or the model is not causal, is in a training mode that changes its
+            output, or is not finite. The message names the argument, what was given and what is wanted.
+
+    Example:
+        With a model from `load_causal_lm`:
+
+        >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+        >>> answer_mask = torch.tensor([[False, False, True, True], [False, False, False, True]])
+        >>> scores = isouq.score_tokens(model, ids, answer_mask)
+        >>> scores.log_epistemic.shape, scores.n_tokens.tolist(), scores.engine
+        (torch.Size([2]), [2, 1], 'ghost')
     """
-    options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "memory": memory}
-    options |= {"parameters": parameters, "breakdown": breakdown}
-    return score_aggregations(model, input_ids, answer_mask, attention_mask, aggregations=(aggregation,), **options)[
-        aggregation
-    ]
+    how = Scoring(
+        aggregations=(aggregation,),
+        engine=engine,
+        batch_size=batch_size,
+        memory=memory,
+        parameters=parameters,
+        breakdown=breakdown,
+    )
+    return score(model, from_rectangle(input_ids, answer_mask, attention_mask), how)[aggregation]
 
 
-def score_aggregations(
+def score_texts(
     model: nn.Module,
-    input_ids: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
     *,
-    aggregations: Sequence[Aggregation] = ("sequence", "geometric"),
+    aggregation: Aggregation = "sequence",
     engine: Engine = "auto",
-    batch_size: int | Literal["auto"] = "auto",
-    memory: float | None = None,
-    parameters: Sequence[str] | None = None,
-    breakdown: bool = False,
-) -> dict[Aggregation, Estimate]:
-    """`score_tokens` for several aggregations at once; they share the forward pass, the first two the backward too."""
-    for name in aggregations or (None,):
-        if name not in AGGREGATIONS:
-            raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
-    check_model(model)
-    select_parameters(model, parameters)  # refused here, before a forward pass tries the model
-    sequences = checked(model, input_ids, answer_mask, attention_mask)
-    pieces: dict[Aggregation, list[Estimate]] = {name: [] for name in aggregations}
-    order: list[int] = []
-    fit: dict[str, Any] = {}
-    if batch_size == "auto" and (len(sequences) > 1 or memory is not None):
-        fit = {"cost": pass_cost(model, sequences, parameters), "room": 2e9 if memory is None else memory}
-        gradients = max(p.nbytes for p in model.parameters()) * 3.0 * (engine == "autograd")
-        most = max(fit["cost"]([one]) for one in sequences)
-        room(math.inf if memory is None else memory, gradients, most, "a pass of one example")
-    for batch in batches(sequences, batch_size, by_answer="token_mean" in aggregations, **fit):
-        order += batch.rows
-        whole, tokens = _differentiate(model, batch, aggregations, engine, parameters)
-        subset = "all" if parameters is None else ", ".join(parameters)
-        for name in aggregations:
-            norms = tokens if name == "token_mean" else whole
-            assert norms is not None
-            pieces[name].append(_estimate(name, batch, norms, subset=subset, breakdown=breakdown))
-    back = torch.tensor(order).argsort()
-    return {name: _join(parts, back) for name, parts in pieces.items()}
+    batch_size: BatchSize = 8,
+) -> pd.DataFrame:
+    """Score each answer as the continuation of its prompt.
 
+    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
+    the answer its leading space where the text has one.
 
-def log_probs(
-    model: nn.Module,
-    input_ids: Tensor,
-    answer_mask: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    batch_size: int | Literal["auto"] = "auto",
-) -> tuple[Tensor, Tensor]:
-    """S, the answers' log-probabilities in nats, and their numbers of tokens, from forward passes alone.
+    Args:
+        model: Any Hugging Face causal LM.
+        tokenizer: The model's tokenizer.
+        prompts: One text per example.
+        answers: One text per prompt, of at least one token.
+        aggregation, engine, batch_size: As in `score_tokens`.
 
-    Returns (example,) float64 and (example,) int64. Raises as `score_tokens`.
+    Returns:
+        A table with one row per pair, in order. Columns: prompt, answer, n_tokens, log_prob (nats), probability,
+        aleatoric, epistemic and log_epistemic (U_E in units of the parameter variance σ²), and straddles: True where
+        one token of the text has characters of both prompt and answer, which are then tokenised apart. A prompt that
+        ends with a space often does that.
+
+    Raises:
+        ValueError: The lists differ in length, an answer is empty, or a text exceeds the model's context.
+        TypeError: A prompt or an answer is not a string.
+
+    Example:
+        With a model and its tokenizer, here one of single letters, from `load_causal_lm`:
+
+        >>> table = isouq.score_texts(model, tokenizer, ["is it a?", "is it b?"], [" yes", " no"])
+        >>> table[["answer", "n_tokens"]].values.tolist()
+        [[' yes', 4], [' no', 3]]
     """
-    sequences = checked(model, input_ids, answer_mask, attention_mask)
-    totals = torch.zeros(len(sequences), dtype=torch.float64)
-    counts = torch.tensor([int(answer.sum()) for _, answer in sequences])
-    with torch.no_grad(), repeatable():
-        for batch in batches(sequences, batch_size):
-            values = token_log_probs(model, batch)
-            check_finite(values, batch)
-            totals[batch.rows] = values.double().sum(1).cpu()
-    return totals, counts
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise TypeError("prompts and answers: a string given, lists of strings wanted")
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
+    pairs = [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
+    how = Scoring(aggregations=(aggregation,), engine=engine, batch_size=batch_size)
+    scores = score(model, from_pairs(pair[:2] for pair in pairs), how)[aggregation]
+    table = {name: getattr(scores, name).numpy() for name in SCORES}
+    straddles = [pair.straddles for pair in pairs]
+    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
 
 
 def inner_products(
@@ -144,22 +169,75 @@ def inner_products(
     memory: float = 4e9,
     progress: bool = False,
 ) -> Tensor:
-    """⟨∇θ S_i, ∇θ S_j⟩ over all parameters: (example, example), or (example, other) where `others` are given; float64.
+    """Inner products ⟨∇θ S_i, ∇θ S_j⟩ of the gradients of the answers' log-probabilities, over all parameters.
 
-    `others` is (input_ids, answer_mask, attention_mask) of a second set. `memory` bounds the bytes above the model's
-    weights at the peak of the call; less memory means more passes, and too little is an error that says how much is
-    needed, before the work starts. No gradient of the whole model is ever formed, but by engine "autograd". Raises as
-    `score_tokens`.
+    No gradient of the whole model is ever formed, except by engine "autograd".
+
+    Args:
+        model, input_ids, answer_mask, attention_mask, engine: As in `score_tokens`.
+        others: Ids and masks of a second set of examples.
+        memory: Bytes above the model's weights at the peak of the call. Less memory means more passes.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        (example, example) float64 in nats² per unit of σ², or (example, other) where `others` are given.
+
+    Raises:
+        ValueError, TypeError: As `score_tokens`; also where `memory` is too small, before the work starts.
+
+    Example:
+        With a model from `load_causal_lm`:
+
+        >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+        >>> last = torch.tensor([[False, False, False, True]]).expand(2, 4)
+        >>> products = isouq.inner_products(model, ids, last)
+        >>> products.shape, torch.allclose(products, products.T)
+        (torch.Size([2, 2]), True)
     """
-    options: dict[str, Any] = {"engine": engine, "memory": memory, "progress": progress}
-    found = gram(model, (input_ids, answer_mask, attention_mask), others, **options)
-    return found.rows if others is None else found.between
+    rows = from_rectangle(input_ids, answer_mask, attention_mask)
+    columns = [] if others is None else from_rectangle(*others)
+    products = gram(model, rows, columns, engine=engine, memory=memory, progress=progress)
+    return products.rows if others is None else products.between
+
+
+def score(model: nn.Module, examples: Sequence[Example], how: Scoring) -> dict[Aggregation, Estimate]:
+    """An `Estimate` for each aggregation; they share the forward pass, and "sequence" and "geometric" the backward too.
+
+    Raises as `score_tokens`.
+    """
+    check_model(model)
+    select_parameters(model, how.parameters)  # refused here, before a forward pass tries the model
+    check_examples(model, examples)
+    parts: dict[Aggregation, list[Estimate]] = {name: [] for name in how.aggregations}
+    order: list[int] = []
+    for batch in _batches(model, examples, how):
+        order += batch.rows
+        for name, norms in _squared_norms(model, batch, how).items():
+            parts[name].append(_estimate(name, batch, norms, how))
+    back = torch.tensor(order).argsort()
+    return {name: _join(estimates, back) for name, estimates in parts.items()}
+
+
+def log_probs(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: BatchSize = "auto"
+) -> tuple[Tensor, Tensor]:
+    """S, the answers' log-probabilities in nats, and their numbers of tokens, from forward passes alone.
+
+    Returns (example,) float64 and (example,) int64. Raises as `score_tokens`.
+    """
+    check_model(model)
+    check_examples(model, examples)
+    totals = torch.zeros(len(examples), dtype=torch.float64)
+    with torch.no_grad(), repeatable():
+        for batch in batches(examples, batch_size):
+            totals[batch.rows] = finite_log_probs(model, batch).double().sum(1).cpu()
+    return totals, torch.tensor([example.n_answer for example in examples])
 
 
 def gram(
     model: nn.Module,
-    rows: tuple[Tensor, Tensor, Tensor | None],
-    others: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    rows: Sequence[Example],
+    others: Sequence[Example] = (),
     *,
     engine: Engine = "auto",
     memory: float = 4e9,
@@ -168,106 +246,83 @@ def gram(
 ) -> Gram:
     """All of `inner_products` at once: rows with rows, rows with others, and the others' ‖∇S‖², in the given order.
 
-    `rows` and `others` are (input_ids, answer_mask, attention_mask). Products among the others, as a rule the larger
-    set, are not taken. `memory` as in `inner_products`. With a `checkpoint` of this very run (same
-    model, examples, memory, code), a run that was killed goes on where it was.
+    Products among the others, usually the larger set, are not taken. `memory` as in `inner_products`. With a
+    `checkpoint` of this very run (same model, examples, memory, code), a run that was killed resumes.
     """
-    sets = [checked(model, *rows), [] if others is None else checked(model, *others)]
-    cost, in_pass = pass_cost(model, [*sets[0], *sets[1]], None), 0.0
-    work: list[list[tuple[Objective, int]]] = [[], []]
-    order: list[list[int]] = [[], []]
-    for place, sequences in enumerate(sets):
-        chosen = batches(sequences, "auto", cost=cost, room=memory / 8)  # most is for what passes leave
-        sizes = [(cost([sequences[row] for row in batch.rows]), batch) for batch in chosen]
-        for size, batch in sorted(
-            sizes, key=lambda x: x[0] / len(x[1].rows), reverse=True
-        ):  # the first tells what fits
-            in_pass = max(in_pass, size)
-            order[place] += batch.rows
-            work[place].append((functools.partial(_whole_log_prob, model, batch), len(batch.rows)))
-    options: dict[str, Any] = {"engine": engine, "memory": memory, "in_pass": in_pass, "progress": progress}
-    found = gradient_products(model, *work, **options, checkpoint=checkpoint)
-    row, other = (torch.tensor(places, dtype=torch.int64).argsort() for places in order)
-    return Gram(found.rows[row][:, row], found.between[row][:, other], found.squares[other])
+    check_model(model)
+    for examples in (rows, others) if others else (rows,):
+        check_examples(model, examples)
+    cost = pass_cost(model, [*rows, *others])
+    work, sizes, order = zip(*(_gram_work(model, x, cost, memory) for x in (rows, others)), strict=True)
+    products = gradient_products(
+        model, *work, engine=engine, memory=memory, in_pass=max(sizes), progress=progress, checkpoint=checkpoint
+    )
+    row, other = order
+    return Gram(products.rows[row][:, row], products.between[row][:, other], products.squares[other])
 
 
-def score_texts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    aggregation: Aggregation = "sequence",
-    engine: Engine = "auto",
-    batch_size: int | Literal["auto"] = 8,
-) -> pd.DataFrame:
-    """Score each answer as the continuation of its prompt: a table with a row per pair, in order.
+def _gram_work(
+    model: nn.Module, examples: Sequence[Example], cost: Callable[[Sequence[Example]], float], memory: float
+) -> tuple[list[tuple[Objective, int]], float, Tensor]:
+    """One set's batches as (objective, size), the bytes of the largest pass, and the order back to the caller's.
 
-    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
-    the answer its leading space where the text has one. Where a token of that text has characters of both (a prompt
-    that ends with a space does it), prompt and answer are tokenised apart, and column `straddles` is True.
-
-    Returns columns prompt, answer, n_tokens, log_prob (nats), probability, aleatoric, epistemic, log_epistemic,
-    straddles. Raises ValueError for lists of different length, an empty answer, or a text longer than the model's
-    context; TypeError for what is no text.
+    A pass gets an eighth of the memory: most is for the factors that passes leave.
     """
-    if isinstance(prompts, str) or isinstance(answers, str):
-        raise TypeError("prompts and answers: a string given, lists of strings wanted")
-    if len(prompts) != len(answers):
-        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    pairs = [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
-    scores = score_ids(model, pairs, aggregation=aggregation, engine=engine, batch_size=batch_size)
-    columns = ("n_tokens", "log_prob", "probability", "aleatoric", "epistemic", "log_epistemic")
-    table = {name: getattr(scores, name).numpy() for name in columns}
-    straddles = [pair.straddles for pair in pairs]
-    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
+    sized = [
+        (cost([examples[row] for row in batch.rows]), batch)
+        for batch in batches(examples, "auto", cost=cost, room=memory / 8)
+    ]
+    sized.sort(key=lambda x: x[0] / len(x[1].rows), reverse=True)  # the first batch tells what fits
+    order = torch.tensor([row for _, batch in sized for row in batch.rows], dtype=torch.int64).argsort()
+    objectives: list[tuple[Objective, int]] = [
+        (functools.partial(_whole_log_prob, model, batch), len(batch.rows)) for _, batch in sized
+    ]
+    return objectives, max((size for size, _ in sized), default=0.0), order
 
 
-def score_ids(model: nn.Module, pairs: Sequence[Sequence[Any]], **options: Any) -> Estimate:
-    """`score_tokens` for prompt ids and answer ids, the first two of each pair; `options` are its keyword arguments."""
-    return score_tokens(model, *pad([pair[0] for pair in pairs], [pair[1] for pair in pairs]), **options)
+def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
+    return finite_log_probs(model, batch.part(rows)).sum(1, keepdim=True)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt and of its answer, as `encoding.pair` finds them; `place` names the pair in errors."""
-    return encoding.pair(tokenizer, prompt, answer, place)[:2]
+def _batches(model: nn.Module, examples: Sequence[Example], how: Scoring) -> Iterator[Batch]:
+    """Batches that fit `how.memory`, where the caller leaves their size open."""
+    by_answer = "token_mean" in how.aggregations
+    if how.batch_size != "auto" or (len(examples) == 1 and how.memory is None):
+        return batches(examples, how.batch_size, by_answer=by_answer)
+    cost = pass_cost(model, examples, how.parameters)
+    gradients = 3.0 * max(p.nbytes for p in model.parameters()) * (how.engine == "autograd")
+    most = max(cost([example]) for example in examples)
+    room(math.inf if how.memory is None else how.memory, gradients, most, "a pass of one example")
+    memory = 2e9 if how.memory is None else how.memory
+    return batches(examples, "auto", cost=cost, room=memory, by_answer=by_answer)
 
 
-def _differentiate(
-    model: nn.Module,
-    batch: Batch,
-    aggregations: Sequence[Aggregation],
-    engine: Engine,
-    parameters: Sequence[str] | None,
-) -> tuple[SquaredNorms | None, SquaredNorms | None]:
-    """Values and squared gradient norms of S, and of each answer token's log p, where `aggregations` ask for them."""
-    whole = any(name != "token_mean" for name in aggregations)
-    tokens = "token_mean" in aggregations
+def _squared_norms(model: nn.Module, batch: Batch, how: Scoring) -> dict[Aggregation, SquaredNorms]:
+    """The log odds that each aggregation differentiates: of the whole answer, one column, or of each token."""
+    tokens, whole = "token_mean" in how.aggregations, any(name != "token_mean" for name in how.aggregations)
     longest = int(batch.answer.sum(1).max())
     extra = padding(model, batch)
 
     def objective(rows: slice) -> Tensor:
         part = batch.part(rows)
-        part = part if len(part.rows) < len(batch.rows) else part.padded(extra)
-        values = token_log_probs(model, part)
-        check_finite(values, part)
+        values = finite_log_probs(model, part if len(part.rows) < len(batch.rows) else part.padded(extra))
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
         return estimate.log_odds(torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1))
 
-    options: dict[str, Any] = {"engine": engine, "parameters": parameters, "rows": batch.rows}
-    norms = squared_norms(model, objective, len(batch.ids), apart=True, **options)
-    first = norms.columns(slice(0, 1)) if whole else None
-    return first, norms.columns(slice(int(whole), None)) if tokens else None
+    norms = squared_norms(
+        model,
+        objective,
+        len(batch.ids),
+        engine=how.engine,
+        parameters=how.parameters,
+        apart=True,
+        rows=batch.rows,
+    )
+    columns = {name: slice(int(whole), None) if name == "token_mean" else slice(0, 1) for name in how.aggregations}
+    return {name: norms.columns(which) for name, which in columns.items()}
 
 
-def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
-    part = batch.part(rows)
-    values = token_log_probs(model, part)
-    check_finite(values, part)
-    return values.sum(1, keepdim=True)
-
-
-def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: str, breakdown: bool) -> Estimate:
+def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, how: Scoring) -> Estimate:
     """One batch's Estimate, from log odds; for `token_mean` the norms' columns are tokens."""
     n_tokens = batch.answer.sum(1)
     exists = torch.arange(norms.objective.shape[1])[None] < n_tokens[:, None]
@@ -284,7 +339,7 @@ def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: s
     S = log_p.sum(1)
     log_mean = log_p.masked_fill(~exists, -torch.inf).logsumexp(1) - n_tokens.double().log()
     probability, aleatoric, log_epistemic = aggregate(norms.total)
-    parts = {p: aggregate(norms.by_parameter[..., i])[2] for i, p in enumerate(norms.names)} if breakdown else None
+    by_name = {p: aggregate(norms.by_parameter[..., i])[2] for i, p in enumerate(norms.names) if how.breakdown}
     return Estimate(
         log_prob=S,
         n_tokens=n_tokens,
@@ -293,18 +348,21 @@ def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, *, subset: s
         log_epistemic=log_epistemic,
         engine=norms.engine,
         n_parameters=norms.n_parameters,
-        parameters=subset,
-        breakdown=parts,
+        parameters="all" if how.parameters is None else ", ".join(how.parameters),
+        breakdown=by_name if how.breakdown else None,
         log_probability={"sequence": S, "geometric": S / n_tokens, "token_mean": log_mean}[name],
     )
 
 
 def _join(parts: Sequence[Estimate], order: Tensor) -> Estimate:
     """The batches' estimates as one, its examples in `order`."""
-    columns = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic", "log_probability")
-    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in columns}
-    by_name = parts[0].breakdown
-    if by_name is not None:
-        by_name = {name: torch.cat([part.breakdown[name] for part in parts])[order] for name in by_name}  # type: ignore[index]
-    engines = sorted({part.engine for part in parts})
-    return replace(parts[0], **joined, breakdown=by_name, engine="+".join(engines))
+
+    def column(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], dict):
+            return {key: torch.cat([value[key] for value in values])[order] for key in values[0]}
+        return None if values[0] is None else torch.cat(values)[order]
+
+    names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic", "log_probability", "breakdown")
+    engine = "+".join(sorted({part.engine for part in parts}))
+    return replace(parts[0], engine=engine, **{name: column(name) for name in names})

@@ -1,7 +1,7 @@
-"""Tables of CSV, JSON Lines and Parquet: read as they are written, or refused by the line; written whole or not at all.
+"""Tables of CSV, JSON Lines and Parquet: read exactly or refused by the line, written whole or not at all.
 
 A CSV cell is a text. A value of JSON Lines keeps its type, except that a number under prompt or answer is the text that
-is written there. A Parquet cell keeps its type.
+the file has there. A Parquet cell keeps its type.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read(path: Path) -> pd.DataFrame:
 
     Raises ValueError naming the file, the line where there is one, what is wrong and the way out.
     """
-    reader, _ = _format("--input", path)
+    reader = _format("--input", path)[0]
     if not path.is_file():
         raise ValueError(f"--input: there is no file {path}")
     table = reader(path)
@@ -45,7 +45,7 @@ def _format(option: str, path: Path) -> tuple[Any, Any]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    """Raise ValueError for a name given twice, for no prompt, and for a column that is almost called answer."""
+    """Raise ValueError for a name given twice, for no column prompt, and for a name that only resembles answer."""
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two columns of one name among {', '.join(names)}; rename one")
     if "prompt" not in names:
@@ -65,15 +65,14 @@ def _like(wanted: str, names: Sequence[str]) -> str | None:
 
 def _text(path: Path) -> str:
     content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-        wrong = text.find("\0")
-    except UnicodeDecodeError as error:
-        text, wrong = content.decode("latin-1"), error.start
-    if wrong >= 0:
-        line = text.count("\n", 0, wrong) + 1
-        raise ValueError(f"{path}: line {line} is no text in UTF-8 (other encoding, gzip, Excel?); save it as UTF-8")
-    return text
+    wrong = content.find(b"\0")
+    if wrong < 0:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            wrong = error.start
+    line = content.count(b"\n", 0, wrong) + 1
+    raise ValueError(f"{path}: line {line} is no text in UTF-8 (other encoding, gzip, Excel?); save it as UTF-8")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -132,7 +131,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except pa.ArrowException as error:
         raise ValueError(f"{path}: no Parquet file: {error}") from error
     table = arrow.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
-    # pandas' own notes (its index, Int64, categories) go back into the file; answer may get another type
+    # pandas' own notes (index, Int64, categories) are written back, except on answer, whose type may change
     notes = json.loads((arrow.schema.metadata or {}).get(b"pandas", "{}"))
     table.attrs = notes and notes | {"columns": [note for note in notes.get("columns", ()) if note["name"] != "answer"]}
     return table
@@ -142,7 +141,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def target(path: Path, source: Path) -> Path:
-    """Where to write: `path` with its links followed; its folder is made. Raises ValueError where it cannot be."""
+    """The file behind `path`, links followed, in a folder that exists. Raises ValueError where it cannot be written."""
     _format("--output", path)
     real = Path(os.path.realpath(path))
     if real.exists() and real.samefile(source):
@@ -157,7 +156,7 @@ def target(path: Path, source: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` for this process; the lock of a killed process is free. Raises ValueError where another holds it."""
+    """Hold `path` for this process, until it ends or is killed. Raises ValueError where another process holds it."""
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(blocking=False)
@@ -173,7 +172,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A new file that takes the place of `path` when it is complete."""
+    """A new file that replaces `path` when it is complete."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as out:
@@ -184,7 +183,7 @@ def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def write(table: pd.DataFrame, path: Path, out: io.BufferedIOBase) -> None:
-    """Write the table to `out` in the format of `path`. Raises ValueError for cells that it cannot hold."""
+    """Write the table to `out` in the format of `path`. Raises ValueError for cells that the format cannot hold."""
     try:
         _format("--output", path)[1](table, out)
     except (ValueError, OverflowError, pa.ArrowException) as error:

@@ -99,14 +99,6 @@ def test_an_unknown_kind_or_too_many_are_refused(study):
         study.rows("prose", 7)
 
 
-def test_padding_puts_prompt_and_answer_in_place():
-    some = Texts(prompts=[[5], [6, 7]], answers=[[8, 9], [4]], table=pd.DataFrame({"kind": ["a", "b"]}), vocabulary="v")
-    ids, answer, present = some.padded()
-    assert ids.tolist() == [[5, 8, 9], [6, 7, 4]]
-    assert answer.tolist() == [[False, True, True], [False, False, True]]
-    assert present.all()
-
-
 @pytest.mark.assets
 def test_on_the_real_model(tmp_path):
     from isouq.language import scoring
@@ -123,7 +115,7 @@ def test_on_the_real_model(tmp_path):
     longest = max(len(p) + len(a) for some in (made, asked) for p, a in zip(some.prompts, some.answers, strict=True))
     assert longest <= 64
     study = language.measure(model, made, asked, checkpoint=tmp_path / "gram.sqlite")
-    scores = scoring.score_tokens(model, *asked.padded())
+    scores = scoring.score(model, asked.examples(), scoring.Scoring())["sequence"]
     np.testing.assert_allclose(np.log(study.squares), scores.log_gradient, atol=1e-4)
     np.testing.assert_allclose(study.log_prob, scores.log_prob, rtol=1e-5)
     assert (study.form("all", damping=0.1) > 0).all()

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from tokenizers import processors
+from transformers import GenerationConfig
 
-from isouq.language import generation
+from isouq.language import generation as library
+from isouq.studies.qa import candidates, generation
 
 SHARED = list(range(10, 34))
 PROMPTS = [SHARED + rest for rest in ([40], [41, 42, 43, 44, 45], [46, 47, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9])]
@@ -34,9 +36,11 @@ def plain_greedy(model, prompt: list[int], stops: set[int], n: int) -> list[int]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, UNLIKE, PROMPTS[:1]], ids=["shared", "unlike", "single"])
-def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, prompts) -> None:
+@pytest.mark.parametrize("room", [library, generation], ids=["library", "study"])
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, room, prompts) -> None:
+    """Whether the tokens that all prompts share are read once, as a study does, or with every prompt."""
     stops = (frozenset({1, 2}), frozenset({0}))
-    answers = generation.generate(model, tokenizer, prompts, stops=stops, max_new_tokens=12)
+    answers = room.generate(model, tokenizer, prompts, stops=stops, max_new_tokens=12)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert list(answer.token_ids) == plain_greedy(model, prompt, {0, 1, 2}, 12)
 
@@ -55,6 +59,20 @@ def test_generation_stops_at_a_token_that_contains_a_newline_and_drops_it(llama,
     assert (list(answer.token_ids), answer.ended_by) == (free[:3], "length")
 
 
+def test_a_models_own_sampling_and_penalties_are_left_out_and_left_alone(llama, tokenizer) -> None:
+    own = llama.generation_config
+    llama.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, repetition_penalty=5.0, suppress_tokens=[*range(3, 90)], max_length=2
+    )
+    asked = llama.generation_config
+    try:
+        (answer,) = library.generate(llama, tokenizer, PROMPTS[:1], stops=(frozenset(), frozenset()), max_new_tokens=9)
+        assert llama.generation_config is asked
+    finally:
+        llama.generation_config = own
+    assert list(answer.token_ids) == plain_greedy(llama, PROMPTS[0], set(), 9)
+
+
 def test_an_answer_that_ends_at_once_is_empty(llama, tokenizer) -> None:
     first = plain_greedy(llama, PROMPTS[0], set(), 1)[0]
     (answer,) = generation.generate(
@@ -62,20 +80,20 @@ def test_an_answer_that_ends_at_once_is_empty(llama, tokenizer) -> None:
     )
     assert answer.empty
     assert answer.token_ids == ()
-    assert not generation.Generation((7,), "w", "eos").empty
+    assert not library.Generation((7,), "w", "eos").empty
 
 
 def test_stop_tokens_are_all_that_contain_a_newline_and_every_end_of_sequence(llama, tokenizer) -> None:
-    newline, eos = generation.stop_token_ids(tokenizer, llama)
+    newline, eos = library.stop_token_ids(tokenizer, llama)
     assert newline == {1, 2}
     assert eos == {0}
 
 
 def test_candidates_score_as_one_plain_forward_each(model) -> None:
     many = [[i % 40 + 5, (7 * i) % 50, 3][: 1 + i % 3] for i in range(11)]  # more than one group of rows
-    candidates = [[[5], [6, 7, 8, 9, 10]], [[11, 12]], [[13], [14]], many]
-    found = generation.candidate_log_probs(model, PROMPTS, candidates)
-    for prompt, answers, scores in zip(PROMPTS, candidates, found, strict=True):
+    groups = [[[5], [6, 7, 8, 9, 10]], [[11, 12]], [[13], [14]], many]
+    found = candidates.candidate_log_probs(model, PROMPTS, groups)
+    for prompt, answers, scores in zip(PROMPTS, groups, found, strict=True):
         for answer, score in zip(answers, scores, strict=True):
             log_p = plain_logits(model, prompt + answer).double().log_softmax(-1)
             plain = sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
@@ -84,7 +102,7 @@ def test_candidates_score_as_one_plain_forward_each(model) -> None:
 
 def test_an_empty_candidate_is_refused(llama) -> None:
     with pytest.raises(ValueError, match="none of them empty"):
-        generation.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
+        candidates.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
 
 
 def test_a_prompt_is_open_for_its_answer(tokenizer) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.language import generation, scoring
-from isouq.language.examples import pad
+from isouq import models
+from isouq.language import scoring
+from isouq.language.examples import from_pairs
 from isouq.studies import assets, identity
-from isouq.studies.qa import data, study
+from isouq.studies.qa import data, generation, study
 from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.qa.study import Settings
 from isouq.studies.store import Store
@@ -51,12 +52,8 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
     for row, (prompt, answer) in enumerate(zip(subject.prompts, ids, strict=True)):
         if not answer:
             continue
-        one = scoring.score_aggregations(
-            llama,
-            *pad([prompt], [answer]),
-            aggregations=("sequence", "geometric", "token_mean"),
-            engine="autograd",
-        )
+        how = scoring.Scoring(aggregations=("sequence", "geometric", "token_mean"), engine="autograd")
+        one = scoring.score(llama, from_pairs([(prompt, answer)]), how)
         assert table["log_prob"][row] == pytest.approx(one["sequence"].log_prob.item(), abs=1e-5)
         for name, found in one.items():
             if name == "token_mean" and row >= 3:
@@ -71,13 +68,13 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
 def test_a_larger_run_extends_a_smaller_and_scores_nothing_again(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
     small = run_small(tmp_path / "s.sqlite", llama, tokenizer, n=5)
     scored: list[int] = []
-    plain = scoring.score_aggregations
+    plain = scoring.score
 
-    def count(model, input_ids, *rest, **options):
-        scored.append(len(input_ids))
-        return plain(model, input_ids, *rest, **options)
+    def count(model, examples, how):
+        scored.append(len(examples))
+        return plain(model, examples, how)
 
-    monkeypatch.setattr(causal_lm, "score_aggregations", count)
+    monkeypatch.setattr(scoring, "score", count)
     large = run_small(tmp_path / "s.sqlite", llama, tokenizer, n=12)
     pd.testing.assert_frame_equal(large[:5], small)
     assert sum(scored) == (~large["empty"][5:]).sum()
@@ -110,7 +107,7 @@ def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path
         ]
         texts = [row.reference, "y", "zz", "a long one"]
         ids = [generation.encode_answer(tokenizer, text) for text in texts]
-        log_p, n_tokens = scoring.log_probs(llama, *pad([prompt] * 4, ids))
+        log_p, n_tokens = scoring.log_probs(llama, from_pairs((prompt, answer) for answer in ids))
         assert row.answer == texts[int(log_p.argmax())]
         assert row.right == (int(log_p.argmax()) < 2)
         assert row.right_by_mean == (int((log_p / n_tokens).argmax()) < 2)
@@ -184,7 +181,7 @@ def test_a_study_is_scored_again_exactly_where_something_that_decides_it_changed
             package = tmp_path / "isouq"
             shutil.copytree(identity.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
             edit = "CHANGED = 1" if change == "code" else "# other words"
-            with (package / "forward.py").open("a") as file:
+            with (package / "language" / "forward.py").open("a") as file:
                 file.write(f"\n\n{edit}\n")
             monkeypatch.setattr(identity, "PACKAGE", package)
             monkeypatch.setattr(identity, "code", identity.code.__wrapped__)

@@ -19,14 +19,16 @@ import torch
 from numpy.typing import NDArray
 
 from isouq import models
-from isouq.language import generation, scoring
+from isouq.language import scoring
+from isouq.language.examples import Example, from_pairs
+from isouq.language.generation import stop_token_ids
 from isouq.language.scoring import Gram
 from isouq.studies import assets, identity
 from isouq.studies.evaluation import pearson
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Products
 from isouq.studies.isotropy.distortion import distortion, nearness, overlap, shuffles, structure
-from isouq.studies.qa import data, judge
+from isouq.studies.qa import candidates, data, generation, judge
 from isouq.studies.store import Store, store_path
 
 Array = NDArray[np.float64]
@@ -61,16 +63,9 @@ class Texts:
         """The number of texts."""
         return len(self.prompts)
 
-    def padded(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, answer_mask, attention_mask) of all or some `rows`, (example, token), padded on the right."""
-        width = max(len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True))
-        out = torch.zeros(3, len(self), width, dtype=torch.int64)
-        for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            end = len(prompt) + len(answer)
-            out[0, row, :end] = torch.tensor([*prompt, *answer])
-            out[1, row, len(prompt) : end] = 1
-            out[2, row, :end] = 1
-        return out[0][rows], out[1][rows].bool(), out[2][rows]
+    def examples(self) -> list[Example]:
+        """The texts as what is scored."""
+        return from_pairs(zip(self.prompts, self.answers, strict=True))
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -120,7 +115,7 @@ def _answered(model: Any, tokenizer: Any, name: str, n: int, max_tokens: int, se
 def _completions(
     model: Any, tokenizer: Any, questions: Sequence[data.Question], prompts: Sequence[list[int]]
 ) -> list[dict[str, Any]]:
-    stops = generation.stop_token_ids(tokenizer, model)
+    stops = stop_token_ids(tokenizer, model)
     made = generation.generate(model, tokenizer, prompts, stops=stops, max_new_tokens=MAX_NEW_TOKENS)
     return [
         {
@@ -139,7 +134,7 @@ def _choices(
 ) -> list[dict[str, Any]]:
     texts = [[*question.answers, *question.false_answers] for question in questions]
     ids = [[generation.encode_answer(tokenizer, text) for text in some] for some in texts]
-    best = [int(scores.argmax()) for scores in generation.candidate_log_probs(model, prompts, ids)]
+    best = [int(scores.argmax()) for scores in candidates.candidate_log_probs(model, prompts, ids)]
     return [
         {
             "question": question.question,
@@ -276,9 +271,9 @@ def measure(
         contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, proxies, queries, memory) as store
     ):
         found: Gram = scoring.gram(
-            model, proxies.padded(), queries.padded(), memory=memory, progress=progress, checkpoint=store
+            model, proxies.examples(), queries.examples(), memory=memory, progress=progress, checkpoint=store
         )
-    log_prob, _ = scoring.log_probs(model, *queries.padded())
+    log_prob, _ = scoring.log_probs(model, queries.examples())
     arrays = {"gram": found.rows, "products": found.between.T, "squares": found.squares, "log_prob": log_prob}
     return Study(proxies=proxies, queries=queries, **{name: value.numpy() for name, value in arrays.items()})
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
 from isouq.gradients import Engine
-from isouq.language import generation, scoring
-from isouq.language.examples import pad
-from isouq.studies.qa import data, judge
+from isouq.language import scoring
+from isouq.language.examples import from_pairs
+from isouq.language.generation import Generation, stop_token_ids
+from isouq.studies.qa import candidates, data, generation, judge
 from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.store import Store
 
@@ -71,7 +72,7 @@ def complete(store: Store, subject: Subject, settings: Settings, *, progress: bo
 
 
 def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
-    stops = generation.stop_token_ids(subject.tokenizer, subject.model)
+    stops = stop_token_ids(subject.tokenizer, subject.model)
 
     def generate(rows: list[int]) -> list[dict[str, dict[str, Any]]]:
         prompts = [subject.prompts[row] for row in rows]
@@ -83,7 +84,7 @@ def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bo
     def choose(rows: list[int]) -> list[dict[str, dict[str, Any]]]:
         texts = [[*subject.questions[row].answers, *subject.questions[row].false_answers] for row in rows]
         ids = [[generation.encode_answer(subject.tokenizer, text) for text in group] for group in texts]
-        log_probs = generation.candidate_log_probs(subject.model, [subject.prompts[row] for row in rows], ids)
+        log_probs = candidates.candidate_log_probs(subject.model, [subject.prompts[row] for row in rows], ids)
         return [
             _chosen(subject.questions[row], group, scores.tolist())
             for row, group, scores in zip(rows, ids, log_probs, strict=True)
@@ -100,10 +101,8 @@ def _score_all(store: Store, subject: Subject, settings: Settings, progress: boo
     lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
 
     def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[dict[str, dict[str, Any]]]:
-        tokens = pad([subject.prompts[row] for row in rows], [ids[row] for row in rows])
-        results = scoring.score_aggregations(
-            subject.model, *tokens, aggregations=aggregations, engine=settings.engine, batch_size=len(rows)
-        )
+        how = scoring.Scoring(aggregations=aggregations, engine=settings.engine, batch_size=len(rows))
+        results = scoring.score(subject.model, from_pairs((subject.prompts[row], ids[row]) for row in rows), how)
         return [{stage: {name: _record(found, i) for name, found in results.items()}} for i in range(len(rows))]
 
     batches = _Batches(store, subject, settings.batch_size, progress)
@@ -141,7 +140,7 @@ class _Batches:
                 bar.update(len(batch))
 
 
-def _generated(question: Question, answer: generation.Generation) -> dict[str, dict[str, Any]]:
+def _generated(question: Question, answer: Generation) -> dict[str, dict[str, Any]]:
     right = not answer.empty and judge.exact_match(answer.text, question.answers)
     return {"answer": asdict(answer), "verdict": {"right": right}}
 

@@ -10,13 +10,13 @@ import torch
 from architectures import COVERED, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import is_exact, tokens
+from rectangle import score_aggregations
 from reference import pad, score
 from torch import nn
 from toy import N_WORDS, Toy, random_ids
 
 import isouq
 from isouq.estimate import AGGREGATIONS
-from isouq.language.scoring import score_aggregations
 
 
 @pytest.mark.parametrize(
