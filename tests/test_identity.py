@@ -37,14 +37,21 @@ def code(*jobs: str) -> str:
 
 
 def test_what_computes_is_reached_and_what_starts_fetches_or_draws_is_not():
-    gradients = ("autograd", "common", "factors", "ghost", "graph", "products", "rules")
-    inner = {"estimate.py", *(f"gradients/{name}.py" for name in gradients)}
-    inner |= {f"language/{name}.py" for name in ("encoding", "examples", "forward", "scoring")}
-    asked = {f"studies/qa/{name}.py" for name in ("candidates", "data", "generation", "judge", "stages")}
-    for job, expected in ((JOBS[1], inner), (JOBS[0], inner | asked | {"language/generation.py"})):
+    inner = {
+        f"gradients/{name}.py" for name in ("autograd", "common", "factors", "ghost", "graph", "products", "rules")
+    }
+    inner |= {"causal_lm.py", "estimate.py", "forward.py", "sequences.py"}
+    questions = {f"qa/{name}.py" for name in ("data", "generation", "judge", "stages")}
+    for job, expected in (("isouq.language.scoring", inner), ("isouq.studies.qa.stages", inner | questions)):
         assert expected <= files_of(job)
-        names = ("assets/__init__", "plotting", "qa/study", "qa/analysis")
-        assert not files_of(job) & {"cli.py", "pipeline/profiles.py", *(f"studies/{name}.py" for name in names)}
+        assert not files_of(job) & {
+            "assets.py",
+            "profiles.py",
+            "plotting.py",
+            "qa/study.py",
+            "qa/analysis.py",
+            "cli.py",
+        }
 
 
 def test_a_job_whose_name_is_no_module_is_refused():
