@@ -63,10 +63,10 @@ def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_extra_notebooks_brings_what_a_notebook_and_its_modules_import(path):
-    from isouq.studies import results
+    from isouq.studies import identity
 
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    sources = ["\n".join(code), *(file.read_text() for file in results.module_files(path))]
+    sources = ["\n".join(code), *(file.read_text() for file in identity.module_files(path))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module}
@@ -161,14 +161,10 @@ class TestNotebook:
         assert {cell.execution_count for cell in code} == {None}
         assert notebook.metadata.kernelspec.name == "python3", "papermill by hand asks for it"
 
-    def test_its_parameters_are_the_fields_and_defaults_of_its_schema(self, path):
+    def test_its_parameters_cell_holds_literals_that_its_schema_allows(self, path):
         code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert code[0].metadata.get("tags") == ["parameters", "remove-cell"]  # the page shows those of the run
-        given = {}
-        for statement in ast.parse(code[0].source).body:
-            assert isinstance(statement, ast.Assign), "the parameters cell holds literals only"
-            given[statement.targets[0].id] = ast.literal_eval(statement.value)
-        assert given == profiles.SCHEMAS[path.stem]().model_dump()
+        assert profiles.SCHEMAS[path.stem](**profiles.defaults(path.stem))
 
     def test_it_checks_its_parameters_and_saves_its_results(self, path):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]

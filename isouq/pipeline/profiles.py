@@ -1,10 +1,12 @@
 """What a profile may say: one schema per notebook, and errors that name the nearest valid word.
 
-A profile (`profiles/*.yml`) sets the size of a run. Each notebook has a class below whose fields are exactly
-the names of the notebook's `parameters` cell, with that cell's values as defaults.
+A profile (`profiles/*.yml`) sets the size of a run. Each notebook has a class below with the types and limits of its
+parameters. Their defaults stand in the notebook's `parameters` cell and nowhere else; a profile says what differs.
 """
 
+import ast
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ from isouq.models import HUB_ID
 from isouq.studies import assets
 from isouq.studies.results import key_of
 
-FOLDER = Path(__file__).resolve().parents[2] / "profiles"
+CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 SET_BY_PIPELINE = {"profile", "results_path"}
 _TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
@@ -33,6 +35,13 @@ SyntheticProblem = Literal[
     MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
 ]
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+NotEmpty = Annotated[list[Item], Field(min_length=1)]
+Several = Annotated[list[Item], Field(min_length=2)]
+Chains = Annotated[int, Field(ge=4)]
+Draws = Annotated[int, Field(ge=100)]
+Resamples = Annotated[int, Field(ge=40)]  # fewer leave an end of a 95 % interval empty
+Gigabytes = Annotated[float, Field(gt=0)]
 
 
 def _known_models(models: list[str]) -> list[str]:
@@ -78,9 +87,9 @@ class _Strict(BaseModel):
 class Parameters(_Strict):
     """What every notebook takes: the profile's name, a seed, and where its named results go ("": nowhere)."""
 
-    profile: str = "embedded"
-    seed: Seed = 0
-    results_path: str = ""
+    profile: str
+    seed: Seed
+    results_path: str
     data: ClassVar[tuple[str, ...]] = ()
 
     def assets(self) -> list[str]:
@@ -92,52 +101,50 @@ class Parameters(_Strict):
 class Derivation(Parameters):
     """01_derivation: both approximations, one after the other, on a small classifier."""
 
-    problem_name: MulticlassProblem = "multiclass_clusters"
-    width: Count = 8
-    n_samples: Annotated[int, Field(ge=100)] = 4000
-    n_sigmas: Annotated[int, Field(ge=5)] = 17
-    n_chains: Annotated[int, Field(ge=4)] = 8
-    n_warmup: Count = 500
-    n_draws: Count = 1000
+    problem_name: MulticlassProblem
+    width: Count
+    n_samples: Draws
+    n_sigmas: Annotated[int, Field(ge=5)]
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Count
 
 
 class Isotropy(Parameters):
     """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
 
     data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
-    store_dir: str = "build/store"
-    problem_names: list[IsotropyProblem] = Field(
-        default=["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"], min_length=1
-    )
-    n_seeds: Count = 2
-    n_chains: Annotated[int, Field(ge=4)] = 8
-    n_warmup: Count = 400
-    n_draws: Annotated[int, Field(ge=100)] = 500
-    widths: list[Count] = Field(default=[8, 32, 128, 512, 2048], min_length=2)
-    width_seeds: Count = 3
-    models: Models = ["smollm2-135m-instruct"]
-    n_proxies: Annotated[int, Field(ge=3)] = 13  # of each of five kinds
-    n_queries: Annotated[int, Field(ge=8, multiple_of=2)] = 60
-    n_checked: Count = 2  # proxies and queries whose inner products autograd computes again
-    memory_gb: Annotated[float, Field(gt=0)] = 2.0
-    n_resamples: Annotated[int, Field(ge=40)] = 300  # fewer leave an end of a 95 % interval empty
+    store_dir: str
+    problem_names: NotEmpty[IsotropyProblem]
+    n_seeds: Count
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Draws
+    widths: Several[Count]
+    width_seeds: Count
+    models: Models
+    n_proxies: Annotated[int, Field(ge=3)]  # of each of five kinds
+    n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
+    n_checked: Count  # proxies and queries whose inner products autograd computes again
+    memory_gb: Gigabytes
+    n_resamples: Resamples
 
 
 class Mcmc(Parameters):
     """03_mcmc: eight problems against reference posteriors, and the network's size."""
 
-    store_dir: str = "build/store"
-    records_dir: str = "build/store/mcmc"
-    n_workers: Count = 2
-    n_seeds: Count = 2
-    n_chains: Annotated[int, Field(ge=4)] = 8
-    n_warmup: Count = 400
-    n_draws: Annotated[int, Field(ge=100)] = 500
-    data_sizes: list[Count] = Field(default=[20, 80, 320], min_length=2)
-    size_problems: list[SyntheticProblem] = Field(default=["binary_rings", "multiclass_clusters"], min_length=1)
-    size_widths: list[Count] = Field(default=[4, 16, 64], min_length=2)
-    size_depths: list[Count] = Field(default=[1], min_length=1)
-    size_seeds: Count = 2
+    store_dir: str
+    records_dir: str
+    n_workers: Count
+    n_seeds: Count
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Draws
+    data_sizes: Several[Count]
+    size_problems: NotEmpty[SyntheticProblem]
+    size_widths: Several[Count]
+    size_depths: NotEmpty[Count]
+    size_seeds: Count
 
     @staticmethod
     def problems() -> list[str]:
@@ -148,17 +155,17 @@ class Mcmc(Parameters):
 class LlmQa(Parameters):
     """04_llm_qa: real language models on real questions."""
 
-    store_dir: str = "build/store"
-    models: Models = ["smollm2-135m-instruct"]
-    data_sets: list[DataSet] = Field(default=["triviaqa", "wikidata", "truthfulqa_choose"], min_length=1)
-    n_questions: Annotated[int, Field(ge=4)] = 120  # fewer have no correlation to report
-    n_shots: Annotated[int, Field(ge=0, le=32)] = 5
-    n_token_mean: Annotated[int, Field(ge=0)] = 40
-    engine: Engine = "auto"
-    batch_size: Count = 8
-    max_new_tokens: Count = 24
-    n_resamples: Annotated[int, Field(ge=40)] = 300  # fewer leave an end of a 95 % interval empty
-    n_folds: Annotated[int, Field(ge=2, le=10)] = 5  # each needs right and wrong answers, of which 10 are enough
+    store_dir: str
+    models: Models
+    data_sets: NotEmpty[DataSet]
+    n_questions: Annotated[int, Field(ge=4)]  # fewer have no correlation to report
+    n_shots: Annotated[int, Field(ge=0, le=32)]
+    n_token_mean: Annotated[int, Field(ge=0)]
+    engine: Engine
+    batch_size: Count
+    max_new_tokens: Count
+    n_resamples: Resamples
+    n_folds: Annotated[int, Field(ge=2, le=10)]  # each needs right and wrong answers, of which 10 are enough
 
     def assets(self) -> list[str]:
         """Return the manifest's names among the models, and the data sets'."""
@@ -173,19 +180,19 @@ class Cost(Parameters):
     """05_cost: time, memory and exactness of every method, measured on the machine."""
 
     data = ("triviaqa", "all-minilm-l6-v2")
-    models: Models = ["smollm2-135m-instruct", "gemma-3-270m"]
-    n_examples: Count = 8
-    n_tokens: Annotated[int, Field(ge=2)] = 64
-    n_answer: Count = 6
-    n_points: Count = 2048
-    n_rounds: Count = 6
-    n_rival_rounds: Count = 2
-    n_sweep_rounds: Count = 2
-    memory_gb: Annotated[float, Field(gt=0)] = 5.0
-    sweep_tokens: list[Annotated[int, Field(ge=2)]] = Field(default=[16, 64, 256], min_length=2)
-    sweep_answers: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
-    sweep_examples: list[Count] = Field(default=[1, 2, 4, 8], min_length=2)
-    sweep_widths: list[Annotated[int, Field(ge=64, multiple_of=64)]] = Field(default=[128, 256, 512], min_length=2)
+    models: Models
+    n_examples: Count
+    n_tokens: Annotated[int, Field(ge=2)]
+    n_answer: Count
+    n_points: Count
+    n_rounds: Count
+    n_rival_rounds: Count
+    n_sweep_rounds: Count
+    memory_gb: Gigabytes
+    sweep_tokens: Several[Annotated[int, Field(ge=2)]]
+    sweep_answers: Several[Count]
+    sweep_examples: Several[Count]
+    sweep_widths: Several[Annotated[int, Field(ge=64, multiple_of=64)]]
 
     @pydantic.model_validator(mode="after")
     def _answer_in_text(self) -> "Cost":
@@ -204,7 +211,7 @@ SCHEMAS: dict[str, type[Parameters]] = {
     "05_cost": Cost,
 }
 
-# No default that validates: a section is there, as a mapping, or the notebook does not run.
+# A notebook without a section does not run.
 _SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}
 Notebooks = create_model("Notebooks", __base__=_Strict, **cast(Any, _SECTIONS))
 
@@ -215,30 +222,51 @@ class Profile(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     description: Annotated[str, Field(pattern=r"\S")]  # may have several lines
     minutes: Annotated[float, Field(gt=0)]
-    memory_gb: Annotated[float, Field(gt=0)]
+    memory_gb: Gigabytes
     seed: Seed = 0
     notebooks: Notebooks  # type: ignore[valid-type]
 
-    @pydantic.model_validator(mode="after")
-    def _pipeline_sets_the_rest(self) -> "Profile":
-        for chapter in self.chapters():
-            taken = SET_BY_PIPELINE & getattr(self.notebooks, chapter).model_fields_set
-            if taken:
-                raise ValueError(f"notebooks.{chapter}.{min(taken)} is set by the pipeline; remove it")
-        return self
+    @pydantic.field_validator("notebooks", mode="before")
+    @classmethod
+    def _over_defaults(cls, sections: Any, info: Any) -> Any:
+        """Lay each section over its notebook's own values and over the profile's name and seed."""
+        if not isinstance(sections, dict):
+            return sections
+        own = {"profile": info.data.get("name", "unnamed"), "seed": info.data.get("seed", 0)}
+        complete = dict(sections)
+        for chapter in SCHEMAS.keys() & sections.keys():
+            if isinstance(section := sections[chapter], dict):
+                if taken := SET_BY_PIPELINE & section.keys():
+                    raise ValueError(f"{chapter}.{min(taken)} is set by the pipeline; remove it")
+                complete[chapter] = defaults(chapter) | own | section
+        return complete
 
     def chapters(self) -> list[str]:
         """Return the names of the notebooks that this profile runs, in order."""
         return sorted(self.notebooks.model_fields_set)  # type: ignore[attr-defined]
 
     def parameters(self, chapter: str, *, results_path: str = "") -> Parameters:
-        """Return one notebook's parameters, with the profile's name and, unless it has its own, its seed."""
+        """Return one notebook's parameters. Raises ProfileError for a notebook that the profile does not run."""
         if chapter not in self.chapters():
             advice = _nearest(chapter, self.chapters())
             raise ProfileError(f"profile {self.name!r} does not run {chapter!r}{advice}")
         section: Parameters = getattr(self.notebooks, chapter)
-        seed = section.seed if "seed" in section.model_fields_set else self.seed
-        return section.model_copy(update={"profile": self.name, "seed": seed, "results_path": results_path})
+        return section.model_copy(update={"results_path": results_path})
+
+
+def defaults(chapter: str) -> dict[str, Any]:
+    """Return the values in the `parameters` cell of a notebook of this clone.
+
+    Raises:
+        ProfileError: isouq is installed without its notebooks.
+    """
+    try:
+        notebook = json.loads((CLONE / "notebooks" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    except OSError:
+        raise ProfileError(f"notebooks/{chapter}.ipynb is not there: a profile needs a clone of isouq") from None
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    assignments = cast(list[ast.Assign], ast.parse("".join(cell["source"])).body)
+    return {cast(ast.Name, line.targets[0]).id: ast.literal_eval(line.value) for line in assignments}
 
 
 def load(path_or_name: str | Path) -> Profile:
@@ -252,17 +280,11 @@ def load(path_or_name: str | Path) -> Profile:
     try:
         with path.open("rb") as stream:  # bytes: YAML tells UTF-8 from UTF-16 itself
             content = yaml.load(stream, Loader=_UniqueKeys)
-    except yaml.MarkedYAMLError as error:
-        raise ProfileError(str(error)) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ProfileError(
-            f"{path.name} cannot be read: {' '.join(str(error).split())}; wanted YAML, as UTF-8"
-        ) from None
+        problem = " ".join(str(error).split())
+        raise ProfileError(f"{path.name} cannot be read: {problem}; wanted YAML, as UTF-8") from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name}: {content!r:.80} given; wanted a mapping with name, notebooks, ...")
-    name = content.get("name", "")
-    if not isinstance(name, str):
-        raise ProfileError(f"{path.name}: name: YAML reads {name!r}, which is no text; write name: '{path.stem}'")
     profile = _checked(Profile, content, where=path.name)
     if profile.name != path.stem:
         raise ProfileError(f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}")
@@ -286,29 +308,25 @@ def validate(chapter: str, namespace: Mapping[str, Any]) -> Parameters:
         for name, value in namespace.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in {"In", "Out"}
     }
-    unset = sorted(SCHEMAS[chapter].model_fields.keys() - given.keys())
-    if unset:
-        raise ProfileError(f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}")
     return _checked(SCHEMAS[chapter], given, where=chapter)
 
 
 def _find(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if path.suffix not in {".yml", ".yaml"}:
-        path = FOLDER / f"{path_or_name}.yml"
+        path = CLONE / "profiles" / f"{path_or_name}.yml"
     if not path.is_file():
-        names = sorted(p.stem for p in FOLDER.glob("*.yml"))
-        listed = (
-            f"profiles: {', '.join(names)}" if names else "the named ones are in a clone of isouq only; give a file"
+        names = sorted(p.stem for p in (CLONE / "profiles").glob("*.yml"))
+        advice = (
+            _nearest(path.stem, names) or f"; profiles: {', '.join(names) or 'none, they come with a clone of isouq'}"
         )
-        advice = _nearest(path.stem, names) or f"; {listed}"
         raise ProfileError(f"no profile {str(path_or_name)!r}{advice}")
     return path
 
 
-def _checked(schema: type[Model], content: Mapping[str, Any], *, where: str) -> Model:
+def _checked(schema: type[Model], content: dict[str, Any], *, where: str) -> Model:
     try:
-        return schema.model_validate(dict(content))
+        return schema.model_validate(content)
     except ValidationError as error:
         problems = [f"{where}: {_readable(schema, e)}" for e in error.errors(include_url=False)]
         raise ProfileError("\n".join(problems)) from None
@@ -323,7 +341,7 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
         known = _fields_at(schema, loc[:-1])
         return f"{where} is not a known name{_nearest(str(loc[-1]), known) or '; known: ' + ', '.join(known)}"
     if kind == "missing":
-        return f"{where} is missing"
+        return f"{where} is missing, or is no plain value"
     if kind == "value_error":
         return f"{where}: {context['error']}" if where else str(context["error"])
     if kind == "literal_error":
@@ -335,6 +353,8 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
     if kind == "too_short":
         return f"{where}: {given!r} given; wanted at least {context['min_length']} of them"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if kind == "string_type":
+        wanted += "; put it in quotes"
     if kind == "float_type" and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", str(given)):
         wanted += "; YAML reads this as text: write a point, as in 1.0e-3"
     return f"{where}: {given!r} given; wanted {wanted}"
