@@ -32,7 +32,7 @@ STUDIES = (
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )
-PIPELINE = (("profiles",), ("runner", "jobs"))
+PIPELINE = (("profiles",), ("runner", "graph"), ("jobs",))
 STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
