@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from isouq.pipeline import graph, profiles
+from isouq.pipeline import graph, profiles, schemas
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_wrong_configuration_is_refused(config, message):
 def test_without_a_word_the_profile_is_embedded():
     run = graph.Graph({})
     assert (run.profile.name, run.build) == ("embedded", "build/embedded")
-    assert run.chapters == sorted(profiles.SCHEMAS)
+    assert run.chapters == sorted(schemas.SCHEMAS)
     assert {"gemma-3-270m", "triviaqa", "all-minilm-l6-v2"} <= set(run.assets)
 
 

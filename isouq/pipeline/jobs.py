@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from isouq.pipeline import profiles, runner
+from isouq.pipeline import profiles, runner, schemas
 from isouq.studies import assets
 from isouq.studies.results import ResultError
 
@@ -74,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--profile", default="embedded", help="name or path of a profile")
         add[job] = command.add_argument
     add[score]("--model", required=True, help="asset name, Hub id or folder")
-    add[score]("--data-set", required=True, choices=get_args(profiles.DataSet))
-    add[sample]("--problem", choices=get_args(profiles.SyntheticProblem), help="only this problem")
+    add[score]("--data-set", required=True, choices=get_args(schemas.DataSet))
+    add[sample]("--problem", choices=get_args(schemas.SyntheticProblem), help="only this problem")
     add[sample]("--seed", type=int, help="only this data seed")
     add[sample]("--workers", type=int, help="processes (default: as the profile says)")
-    add[notebook]("chapter", choices=profiles.SCHEMAS)
+    add[notebook]("chapter", choices=schemas.SCHEMAS)
     for name in ("results", "records", "timings"):
         add[runner.collect](f"--{name}", type=Path, nargs="+", required=True)
     add[runner.collect]("--out", type=Path, required=True)
