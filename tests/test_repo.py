@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from isouq.pipeline import profiles, schemas
+from isouq.studies import identity
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -67,8 +68,6 @@ def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_extra_notebooks_brings_what_a_notebook_and_its_modules_import(path):
-    from isouq.studies import identity
-
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     sources = ["\n".join(code), *(file.read_text() for file in identity.module_files(path))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
@@ -172,6 +171,8 @@ class TestNotebook:
     def test_it_checks_its_parameters_and_saves_its_results(self, path):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert f'profiles.validate("{path.stem}", globals())' in code[1]
+        used = {file.name for file in identity.module_files(path)}
+        assert {"profiles.py", "plotting.py"} <= used, "an import by an old name does not tell what a change reaches"
         assert "results_path" in code[-1]
 
     def test_every_shipped_profile_runs_it(self, path):
