@@ -9,7 +9,9 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 READY := .venv/isouq-installed
-SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress --nolock --rerun-incomplete
+# machine=100: one job at a time that needs the machine for itself. --nolock: the Snakefile has a lock that ends with
+# the process, while Snakemake's own outlives a kill. Jobs tell what they do themselves, so `rules` is quiet.
+SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress rules --resources machine=100 --nolock --rerun-incomplete
 CONFIG := --config profile="$$PROFILE"
 export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +31,7 @@ book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
 
 plan: $(READY) ## what `make book` would run, and why
-	@$(SNAKEMAKE) --dry-run $(CONFIG)
+	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)
 
 assets: $(READY) ## fetch the models and data that the profile needs, and nothing else
 	@$(SNAKEMAKE) fetch $(CONFIG)

@@ -20,7 +20,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
-    """Build the book into the folder `html`; beside it stay its source, `book`, and what was said, `book.log`."""
+    """Build the book into the folder `html`; its source stays beside it as `book`, what Sphinx wrote as `book.log`."""
+    print("Building the book", file=sys.stderr, flush=True)
     source, log = html.with_name("book"), html.with_name("book.log")
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,9 +21,8 @@ def threads(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def smoke() -> Path:
     """The run at smoke size that `make test` makes; one that is absent or out of date is not looked at."""
-    plan = pipeline.run(pipeline.ROOT, "--dry-run", profile="smoke").stdout
-    if "Nothing to be done" not in plan:
-        why = next(iter(pipeline.jobs(plan).items()), plan.strip())
+    if plan := pipeline.plan(pipeline.ROOT, profile="smoke"):
+        why = next(iter(plan.items()))
         pytest.fail(f"the book at smoke size is not built or not of this code: run `make test`; {why}", pytrace=False)
     return pipeline.ROOT / "build" / "smoke"
 

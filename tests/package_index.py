@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from isouq.studies.assets import manifest
+
 BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
@@ -55,7 +57,7 @@ def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
         monkeypatch.delenv(name)
     for name, value in index.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_manifest, "FILE", index.manifest)
+    monkeypatch.setattr(manifest, "FILE", index.manifest)
     return index
 
 

@@ -16,11 +16,18 @@ def command(*arguments: str, profile: str) -> list[str]:
 
 
 def run(folder: Path, *arguments: str, profile: str, **options) -> subprocess.CompletedProcess:
-    """Run it in a folder; what it says on both streams is in `stdout`."""
+    """Run it in a folder; both streams are in `stdout`."""
     options = {"cwd": folder, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
     return subprocess.run(command(*arguments, profile=profile), **options)
 
 
-def jobs(output: str) -> dict[str, str]:
-    """Each announced job with its reason."""
-    return dict(re.findall(r"^((?:Running|Scoring|Joining|Fetching|Building)[^(\n]*) \((.*)\)$", output, re.MULTILINE))
+def plan(folder: Path, *arguments: str, profile: str) -> dict[str, str]:
+    """What would run in a folder, as the Makefile's `plan` asks: each job with Snakemake's reason."""
+    dry = run(folder, "--dry-run", "--quiet", "host", "progress", "--nolock", *arguments, profile=profile)
+    assert dry.returncode == 0, dry.stdout
+    return dict(re.findall(r"^Job \d+: (.*)\nReason: (.*)$", dry.stdout, re.MULTILINE))
+
+
+def jobs(output: str) -> list[str]:
+    """Each job of the output of a run, in the words in which it announces itself."""
+    return re.findall(r"^(?:Running|Scoring|Sampling) .*$", output, re.MULTILINE)

@@ -17,7 +17,7 @@ import package_index
 import pytest
 
 from isouq.studies import assets
-from isouq.studies.assets import manifest, pip
+from isouq.studies.assets import pip
 
 # What a child process runs: fetch from the test's index, after a line of its own.
 CHILD = """
@@ -63,7 +63,7 @@ def downloads(monkeypatch):
         made.append(package.name)
         return real(package, scratch, progress)
 
-    monkeypatch.setattr(_pip, "download", download)
+    monkeypatch.setattr(pip, "download", download)
     return made
 
 
@@ -110,7 +110,7 @@ def test_licence_and_size_are_shown_before_the_download(index, monkeypatch, caps
     def refuse(package, scratch, progress):
         raise assets.AssetError("not now")
 
-    monkeypatch.setattr(_pip, "download", refuse)
+    monkeypatch.setattr(pip, "download", refuse)
     with pytest.raises(assets.AssetError, match="not now"):
         assets.fetch("half")
     shown = capsys.readouterr().err
@@ -119,9 +119,11 @@ def test_licence_and_size_are_shown_before_the_download(index, monkeypatch, caps
     assert re.search(r"\d\.\d+kB from fake-front==1\.0, fake-back==1\.0", shown)
 
 
-def test_the_bar_ends_at_the_size_of_the_package(index, capsys):
+def test_pips_own_words_go_to_standard_error(index, capfd):
     assets.fetch("notes")
-    assert re.search(r"fake-notes: 100%\|[^|]*\| 1\.0\dM/1\.0\dM", capsys.readouterr().err)
+    shown = capfd.readouterr()
+    assert "fake_notes-1.0-py3-none-any.whl" in shown.err
+    assert shown.out == ""
 
 
 def test_quiet_without_progress(index, capfd):
@@ -232,7 +234,6 @@ def test_bytes_that_the_manifest_does_not_name_are_not_kept(index):
     wrong = hashlib.sha256(b"other bytes").hexdigest()
     right = hashlib.sha256(package_index.NOTES).hexdigest()
     index.manifest.write_text(index.manifest.read_text().replace(right, wrong))
-    manifest._read.cache_clear()
     with pytest.raises(assets.AssetError, match=f"expected SHA-256 {wrong}, got {right}"):
         assets.fetch("notes")
     assert tree(index.cache) == set()
@@ -240,7 +241,6 @@ def test_bytes_that_the_manifest_does_not_name_are_not_kept(index):
 
 def test_a_member_that_the_archive_lacks_is_named(index):
     index.manifest.write_text(index.manifest.read_text().replace("notes/b.txt", "notes/z.txt"))
-    manifest._read.cache_clear()
     with pytest.raises(assets.AssetError, match=r"fake_notes-1\.0-py3-none-any\.whl has no member notes/z\.txt"):
         assets.fetch("notes")
 
@@ -331,23 +331,19 @@ def test_a_fetch_killed_at_a_later_step_leaves_nothing_in_the_way(index, convers
 
 def test_an_interrupted_fetch_ends_pip_and_cleans_up(index, monkeypatch, stalling_index):
     url, sent = stalling_index
-    started, real = [], subprocess.Popen
-    monkeypatch.setattr(pip.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[0])
-
-    measure = pip._bytes_on_disk
-
-    def interrupt(folder, file):
-        if sent.is_set() and 0 < measure(folder, file) < manifest.asset("notes").size:
-            raise KeyboardInterrupt
-        return 0
-
-    monkeypatch.setattr(_pip, "_bytes_on_disk", interrupt)
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_INDEX_URL", url)
-    with pytest.raises(KeyboardInterrupt):
-        assets.fetch("notes")
-    assert started[0].poll() == -signal.SIGKILL
+    before = """
+import atexit, subprocess
+real, processes = subprocess.Popen, []
+pip.subprocess.Popen = lambda *args, **options: processes.append(real(*args, **options)) or processes[0]
+atexit.register(lambda: print(processes[0].poll()))
+"""
+    child = start(index, "notes", before=before, PIP_INDEX_URL=url)
+    assert sent.wait(30)
+    child.send_signal(signal.SIGINT)  # not to the group: pip is to be ended by its parent
+    assert child.wait(30) != 0
+    assert child.stdout.read() == f"{-signal.SIGKILL}\n"
     assert [file.name for file in index.cache.iterdir()] == [".lock"]
 
 

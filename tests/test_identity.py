@@ -3,7 +3,6 @@
 import ast
 import copy
 import hashlib
-import shutil
 
 import nbformat
 import pytest
@@ -11,10 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from isouq import models as isouq_models
 from isouq.studies import identity
-
-PACKAGE = identity.PACKAGE
-JOBS = ("isouq.studies.qa.stages", "isouq.language.scoring")  # what computes: scored questions, inner products
 
 
 def files_of(job: str) -> set[str]:
@@ -22,53 +19,19 @@ def files_of(job: str) -> set[str]:
     return {file.relative_to(identity.PACKAGE).as_posix() for file in identity.module_files(start)}
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the package, whose code is what `identity.code` reads; the digest is taken anew at each call."""
-    package = tmp_path_factory.mktemp("tree") / "isouq"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "PACKAGE", package)
-        yield package
-
-
-def code(*jobs: str) -> str:
-    return identity.code.__wrapped__(*jobs)
-
-
 def test_what_computes_is_reached_and_what_starts_fetches_or_draws_is_not():
-    inner = {
-        f"gradients/{name}.py" for name in ("autograd", "common", "factors", "ghost", "graph", "products", "rules")
-    }
-    inner |= {"causal_lm.py", "estimate.py", "forward.py", "sequences.py"}
-    questions = {f"qa/{name}.py" for name in ("data", "generation", "judge", "stages")}
-    for job, expected in (("isouq.language.scoring", inner), ("isouq.studies.qa.stages", inner | questions)):
-        assert expected <= files_of(job)
-        assert not files_of(job) & {
-            "assets.py",
-            "profiles.py",
-            "plotting.py",
-            "qa/study.py",
-            "qa/analysis.py",
-            "cli.py",
-        }
+    scoring, questions = files_of("isouq.language.scoring"), files_of("isouq.studies.qa.stages")
+    assert {"estimate.py", "gradients/autograd.py", "language/scoring.py", "language/forward.py"} <= scoring
+    assert {"studies/qa/stages.py", "studies/qa/data.py", "studies/store.py"} | scoring <= questions
+    for name in ("cli.py", "pipeline/profiles.py", "studies/assets/__init__.py", "studies/plotting.py"):
+        assert (identity.PACKAGE / name).is_file()
+        assert name not in questions
+    assert not {"studies/qa/study.py", "studies/qa/analysis.py"} & questions
 
 
 def test_a_job_whose_name_is_no_module_is_refused():
-    with pytest.raises(ValueError, match=r"modules: 'isouq\.qa\.stage' given"):
+    with pytest.raises(ValueError, match=r"modules: 'isouq\.studies\.qa\.stage' given"):
         identity.code("isouq.studies.qa.stage")
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_a_change_of_any_module_that_a_job_reaches_makes_it_run_again(tree, job):
-    before = code(job)
-    for name in sorted(files_of(job)):
-        file, source = tree / name, (tree / name).read_text()
-        file.write_text(source + "\nCHANGED = 1\n")
-        assert code(job) != before, name
-        file.write_text('"""Other words."""\n' + source.partition('"""\n')[2] + "\n\n# a comment\n")
-        assert code(job) == before, name
-        file.write_text(source)
 
 
 SOURCE = r'''
@@ -151,7 +114,9 @@ def test_a_change_of_words_or_layout_is_not(old, new):
     assert canonical(SOURCE.replace(old, new)) == canonical(SOURCE)
 
 
-def test_module_files_follow_imports_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A small package in the place of isouq."""
     package = tmp_path / "isouq"
     for name, source in {
         "__init__": "from isouq.deep import thing",
@@ -167,17 +132,35 @@ def test_module_files_follow_imports_and_nothing_else(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
     monkeypatch.setattr(identity, "PACKAGE", package)
+    return package
 
-    def found(source: str) -> set[str]:
+
+def test_a_change_of_any_module_that_a_job_reaches_changes_its_code(package):
+    def code() -> str:
+        return identity.code.__wrapped__("isouq.sub.c")  # which a process takes once
+
+    before, changing = code(), set()
+    for file in package.rglob("*.py"):
+        source = file.read_text()
+        file.write_text('"""Other words."""\n' + source + "\n\n# a comment\n")
+        assert code() == before, file
+        file.write_text(source + "\nCHANGED = 1\n")
+        changing |= {file.relative_to(package).as_posix()} if code() != before else set()
+        file.write_text(source)
+    assert changing == {"__init__.py", "sub/__init__.py", "sub/c.py", "sub/d.py", "b.py"}
+
+
+def test_module_files_follow_imports_and_nothing_else(package, tmp_path):
+    def used(source: str) -> set[str]:
         notebook = tmp_path / "n.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), notebook)
         return {file.relative_to(package).with_suffix("").as_posix() for file in identity.module_files(notebook)}
 
-    assert found("from isouq import a") == {"__init__", "a", "b"}, "also an import inside a function"
-    assert found("import isouq.sub.c as c") == {"__init__", "sub/__init__", "sub/c", "sub/d", "b"}
-    assert found("import isouq") == {"__init__", "deep"}, "a package's own names: what it imports counts"
-    assert found("from isouq import thing") == {"__init__", "deep"}
-    assert found("import isouq_other, numpy") == set()
+    assert used("from isouq import a") == {"__init__", "a", "b"}, "also an import inside a function"
+    assert used("import isouq.sub.c as c") == {"__init__", "sub/__init__", "sub/c", "sub/d", "b"}
+    assert used("import isouq") == {"__init__", "deep"}, "a package's own names: what it imports counts"
+    assert used("from isouq import thing") == {"__init__", "deep"}
+    assert used("import isouq_other, numpy") == set()
     itself = {file.name for file in identity.module_files(package / "a.py")}
     assert itself == {"__init__.py", "a.py", "b.py"}, "a job that runs a module depends on it"
 
@@ -233,28 +216,28 @@ CHANGES += (the_end_of_generation, the_normaliser, a_special_token, a_word)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_of_what_a_model_computes_with_is_seen(change):
     model, tokenizer = language_model()
-    before = models.weights(model, tokenizer)
+    before = isouq_models.weights(model, tokenizer)
     change(model, tokenizer)
-    assert models.weights(model, tokenizer) != before
+    assert isouq_models.weights(model, tokenizer) != before
 
 
 def test_where_a_model_lies_and_how_it_was_used_is_not_seen():
     model, tokenizer = language_model()
-    before = models.weights(model, tokenizer)
+    before = isouq_models.weights(model, tokenizer)
     model.config._name_or_path, model.config.transformers_version = "/elsewhere", "0.0"
     tokenizer.pad_token = tokenizer.eos_token
-    padded = models.weights(model, tokenizer)
+    padded = isouq_models.weights(model, tokenizer)
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=3)
-    assert models.weights(model, tokenizer) == padded
+    assert isouq_models.weights(model, tokenizer) == padded
     tokenizer.pad_token = None
-    assert models.weights(copy.deepcopy(model), tokenizer) == before
+    assert isouq_models.weights(copy.deepcopy(model), tokenizer) == before
 
 
 def test_a_plain_module_has_an_identity_too():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    before = models.weights(model)
+    before = isouq_models.weights(model)
     model[1].running_mean += 1
-    assert models.weights(model) != before
+    assert isouq_models.weights(model) != before
 
 
 def test_a_number_that_is_none_has_no_digest():

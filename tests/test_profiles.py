@@ -8,9 +8,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from isouq.pipeline import profiles
+from isouq.pipeline import profiles, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
+QA = profiles.defaults("04_llm_qa")
 SHIPPED = sorted(path.stem for path in (ROOT / "profiles").glob("*.yml"))
 
 
@@ -33,13 +34,21 @@ def test_a_shipped_profile_loads_by_name_and_by_path(name):
     assert profiles.load(name) == profiles.load(ROOT / "profiles" / f"{name}.yml")
 
 
-def test_a_section_overrides_the_schema_and_only_what_it_names(tmp_path):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_says_only_what_differs_from_the_notebooks(name):
+    content = yaml.safe_load((ROOT / "profiles" / f"{name}.yml").read_text())
+    for chapter, section in content["notebooks"].items():
+        own = profiles.defaults(chapter)
+        assert not [name for name, value in section.items() if value == own[name]]
+
+
+def test_a_section_overrides_the_notebook_and_only_what_it_names(tmp_path):
     path = written(tmp_path, seed=7, notebooks={"01_derivation": {"seed": 3}, "04_llm_qa": {"n_questions": 11}})
     profile = profiles.load(path)
     assert profile.chapters() == ["01_derivation", "04_llm_qa"]
     section = profile.parameters("04_llm_qa", results_path="out.json")
-    expected = profiles.LlmQa(profile="mine", seed=7, results_path="out.json", n_questions=11)
-    assert section == expected
+    changed = {"profile": "mine", "seed": 7, "results_path": "out.json", "n_questions": 11}
+    assert section.model_dump() == QA | changed
     assert profile.parameters("01_derivation").seed == 3, "a section's own seed goes before the profile's"
 
 
@@ -54,7 +63,7 @@ def test_a_section_overrides_the_schema_and_only_what_it_names(tmp_path):
         ({"models": []}, "models: [] given; wanted at least 1 of them"),
         ({"models": ["smolm2-135m-instruct"]}, "did you mean 'smollm2-135m-instruct'?"),
         ({"data_sets": ["trivaqa"]}, "did you mean 'triviaqa'?"),
-        ({"results_path": "x.json"}, "notebooks.04_llm_qa.results_path is set by the pipeline; remove it"),
+        ({"results_path": "x.json"}, "notebooks: 04_llm_qa.results_path is set by the pipeline; remove it"),
         (None, "notebooks.04_llm_qa: nothing given; wanted a value ({} takes the defaults)"),
     ],
 )
@@ -78,7 +87,8 @@ def test_every_problem_is_named_at_once(tmp_path):
 def test_a_key_given_twice_is_refused_although_yaml_would_keep_the_last(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text() + "seed: 1\nseed: 2\n")
-    assert complaints(path)[0] == "given twice: seed"
+    (line,) = complaints(path)
+    assert line.startswith("mine.yml cannot be read: given twice: seed in ")
 
 
 def test_a_name_other_than_the_files_is_refused(tmp_path):
@@ -98,26 +108,25 @@ def test_a_profile_cannot_be_changed_after_it_was_checked(tmp_path):
 
 
 def test_validate_takes_a_notebooks_globals_as_they_are():
-    given = profiles.LlmQa(n_questions=9).model_dump()
+    given = QA | {"n_questions": 9}
     noise = {"In": [""], "Out": {}, "_": 1, "json": json, "Path": Path, "profiles": profiles}
-    assert profiles.validate("04_llm_qa", given | noise) == profiles.LlmQa(n_questions=9)
+    assert profiles.validate("04_llm_qa", given | noise).model_dump() == given
 
 
 def test_validate_refuses_a_name_misspelt_after_papermills_p():
-    given = profiles.LlmQa().model_dump() | {"n_question": 20}
+    given = QA | {"n_question": 20}
     with pytest.raises(profiles.ProfileError, match="n_question is not a known name; did you mean 'n_questions'"):
         profiles.validate("04_llm_qa", given)
 
 
 def test_validate_refuses_a_parameter_that_the_cell_does_not_set():
-    given = profiles.LlmQa().model_dump()
-    del given["n_shots"]
-    with pytest.raises(profiles.ProfileError, match=r"04_llm_qa: not set .*: n_shots"):
+    given = QA | {"n_shots": Path()}
+    with pytest.raises(profiles.ProfileError, match="04_llm_qa: n_shots is missing, or is no plain value"):
         profiles.validate("04_llm_qa", given)
 
 
 def test_only_what_scoring_depends_on_makes_a_score_stale():
-    base = profiles.LlmQa()
+    base = schemas.LlmQa(**QA)
     analysis = base.model_copy(update={"n_resamples": 7, "n_folds": 2, "results_path": "x", "profile": "y"})
     assert analysis.scoring() == base.scoring()
     for name, value in {"seed": 1, "n_questions": 61, "n_shots": 4, "engine": "autograd"}.items():
@@ -125,19 +134,17 @@ def test_only_what_scoring_depends_on_makes_a_score_stale():
 
 
 def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
-    section = profiles.LlmQa(models=["gemma-3-270m", "Qwen/Qwen3-0.6B"], data_sets=["truthfulqa_choose"])
+    models = ["gemma-3-270m", "Qwen/Qwen3-0.6B"]
+    section = schemas.LlmQa(**QA | {"models": models, "data_sets": ["truthfulqa_choose"]})
     assert section.assets() == ["gemma-3-270m", "truthfulqa"]
 
 
 # ---- what would be refused after hours, or mean something else ------------------------------------------
 
 BASE = {"name": "mine", "description": "for a test", "minutes": 1.5, "memory_gb": 1.5, "seed": 1}
-FIELDS = [
-    (schema, name, field.get_default() if not field.is_required() else BASE.get(name))
-    for schema in (profiles.Profile, *profiles.SCHEMAS.values())
-    for name, field in schema.model_fields.items()
-    if name != "notebooks"
-]
+VALID = {schema: profiles.defaults(chapter) for chapter, schema in schemas.SCHEMAS.items()}
+VALID[profiles.Profile] = BASE | {"notebooks": {}}
+FIELDS = [(schema, name) for schema, values in VALID.items() for name in values if name != "notebooks"]
 
 
 def senseless(name: str, value):
@@ -155,15 +162,14 @@ def senseless(name: str, value):
             yield from (" smoke", "smoke ", "smo\nke", "smo\0ke", "smo\u200bke")
 
 
-@pytest.mark.parametrize(("schema", "name", "value"), FIELDS, ids=lambda part: getattr(part, "__name__", None))
-def test_no_field_of_any_schema_takes_an_infinite_repeated_empty_or_blank_value(schema, name, value):
-    others = BASE | {"notebooks": {}} if schema is profiles.Profile else {}
-    schema.model_validate(others | {name: value})
-    tried = list(senseless(name, value))
+@pytest.mark.parametrize(("schema", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", None))
+def test_no_field_of_any_schema_takes_an_infinite_repeated_empty_or_blank_value(schema, name):
+    schema.model_validate(VALID[schema])
+    tried = list(senseless(name, VALID[schema][name]))
     assert len(tried) >= 3
     for bad in tried:
         with pytest.raises(ValidationError) as caught:
-            schema.model_validate(others | {name: bad})
+            schema.model_validate(VALID[schema] | {name: bad})
         assert {error["loc"][0] for error in caught.value.errors()} == {name}, bad
 
 
@@ -197,8 +203,8 @@ def test_a_name_that_yaml_reads_as_something_else_is_refused_with_how_to_write_i
     assert profiles.load(path).name == name, "quoted it is a name"
     path.write_text(path.read_text().replace(f"name: '{name}'", f"name: {name}"))
     (line,) = complaints(path)
-    assert line.startswith(f"{name}.yml: name: YAML reads ")
-    assert line.endswith(f"write name: '{name}'")
+    assert line.startswith(f"{name}.yml: name: ")
+    assert line.endswith("put it in quotes" if name != "null" else "nothing given; wanted a value")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -217,7 +223,7 @@ def test_another_encoding_is_refused_in_one_line_that_names_the_file(tmp_path, e
     assert line.endswith("wanted YAML, as UTF-8")
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "&a [*a]", "[" * 5000, "name: 2024-13-45", "text"])
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "&a [*a]", "[" * 1500, "name: 2024-13-45", "text"])
 def test_what_is_no_mapping_is_refused_in_one_line(tmp_path, text):
     path = tmp_path / "mine.yml"
     path.write_text(text)
@@ -240,7 +246,10 @@ def test_sections_may_share_entries_by_yamls_merge(tmp_path):
     assert profiles.load(path).parameters("04_llm_qa").seed == 3
 
 
-def test_outside_a_clone_the_named_profiles_are_said_to_be_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "FOLDER", tmp_path)
-    with pytest.raises(profiles.ProfileError, match="the named ones are in a clone of isouq only; give a file"):
+def test_outside_a_clone_a_notebook_is_checked_and_a_profile_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "CLONE", tmp_path)
+    assert profiles.validate("04_llm_qa", QA).model_dump() == QA
+    with pytest.raises(profiles.ProfileError, match="'smoke'; profiles: none, they come with a clone of isouq"):
         profiles.load("smoke")
+    (line,) = complaints(written(tmp_path))
+    assert line.endswith("notebooks/04_llm_qa.ipynb is not there: a profile needs a clone of isouq")

@@ -1,6 +1,7 @@
 """What a stranger relies on outside the code: pins, licence, citation, sources without outputs or private paths."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from isouq.pipeline import profiles
+from isouq.pipeline import profiles, schemas
+from isouq.studies import identity
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -51,6 +53,9 @@ def declared_by(extra: str) -> set[str]:
     return found
 
 
+distributions = functools.cache(metadata.packages_distributions)  # it takes seconds
+
+
 def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
     declared = {name for extra in PROJECT["optional-dependencies"] for name in declared_by(extra)}
     assert len(declared) > len(PROJECT["dependencies"]) > 0
@@ -63,18 +68,15 @@ def test_the_lock_pins_every_declared_dependency_to_a_version_that_it_allows():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_extra_notebooks_brings_what_a_notebook_and_its_modules_import(path):
-    from isouq.studies import results
-
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    sources = ["\n".join(code), *(file.read_text() for file in results.module_files(path))]
+    sources = ["\n".join(code), *(file.read_text() for file in identity.module_files(path))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module}
-    distributions = metadata.packages_distributions()
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"isouq"}
     brought = {normal(Requirement(text).name) for text in declared_by("notebooks")}
     assert {"papermill", "ipykernel"} < brought
-    missing = {top for top in tops if not brought & set(map(normal, distributions[top]))}
+    missing = {top for top in tops if not brought & set(map(normal, distributions()[top]))}
     # What these bring with them: seaborn matplotlib, pydantic its core, ipykernel the others.
     assert missing <= {"matplotlib", "pydantic_core", "IPython", "jupyter_client", "matplotlib_inline"}
 
@@ -161,18 +163,16 @@ class TestNotebook:
         assert {cell.execution_count for cell in code} == {None}
         assert notebook.metadata.kernelspec.name == "python3", "papermill by hand asks for it"
 
-    def test_its_parameters_are_the_fields_and_defaults_of_its_schema(self, path):
+    def test_its_parameters_cell_holds_literals_that_its_schema_allows(self, path):
         code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert code[0].metadata.get("tags") == ["parameters", "remove-cell"]  # the page shows those of the run
-        given = {}
-        for statement in ast.parse(code[0].source).body:
-            assert isinstance(statement, ast.Assign), "the parameters cell holds literals only"
-            given[statement.targets[0].id] = ast.literal_eval(statement.value)
-        assert given == profiles.SCHEMAS[path.stem]().model_dump()
+        assert schemas.SCHEMAS[path.stem](**profiles.defaults(path.stem))
 
     def test_it_checks_its_parameters_and_saves_its_results(self, path):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert f'profiles.validate("{path.stem}", globals())' in code[1]
+        used = {file.name for file in identity.module_files(path)}
+        assert {"profiles.py", "plotting.py"} <= used, "an import by an old name does not tell what a change reaches"
         assert "results_path" in code[-1]
 
     def test_every_shipped_profile_runs_it(self, path):
@@ -183,4 +183,4 @@ class TestNotebook:
 
 
 def test_every_schema_has_its_notebook():
-    assert list(profiles.SCHEMAS) == [path.stem for path in NOTEBOOKS]
+    assert list(schemas.SCHEMAS) == [path.stem for path in NOTEBOOKS]

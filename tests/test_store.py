@@ -118,7 +118,7 @@ READ_ONLY = stat.S_IRUSR | stat.S_IXUSR
 def test_a_read_only_folder_is_said(plain_user: Path) -> None:
     folder = plain_user / "store"
     folder.mkdir(mode=READ_ONLY)
-    with pytest.raises(StoreError, match=r"store/s\.sqlite cannot be opened .*read-only folder; make both writable"):
+    with pytest.raises(StoreError, match=r"store/s\.sqlite cannot be opened .*read-only folder; make it writable"):
         Store(folder / "s.sqlite", RUN)
     with pytest.raises(StoreError, match=r"store/deep cannot be made \(Permission denied\); use another folder"):
         Store(folder / "deep" / "s.sqlite", RUN)

@@ -32,7 +32,7 @@ STUDIES = (
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )
-PIPELINE = (("profiles",), ("runner", "jobs"))
+PIPELINE = (("schemas",), ("profiles",), ("runner", "graph"), ("jobs",))
 STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
@@ -44,7 +44,7 @@ STEP = {room: number for number, rooms in enumerate(STEPS) for room in rooms}
 ONLY_IN = {
     "jax": {"studies.synthetic"},
     "numpyro": {"studies.synthetic"},
-    "pydantic": {"pipeline.profiles"},
+    "pydantic": {"pipeline.schemas", "pipeline.profiles"},
     "papermill": {"pipeline.runner"},
     "sklearn": {"studies.evaluation", "studies.synthetic", "studies.qa", "studies.isotropy"},
 }

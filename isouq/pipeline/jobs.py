@@ -1,4 +1,4 @@
-"""The long jobs that run before a notebook: score a model's answers, sample a problem's posteriors."""
+"""The commands behind the Snakefile's rules: score answers, sample posteriors, run a notebook, join the results."""
 
 import argparse
 import json
@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from isouq.pipeline import profiles
+from isouq.pipeline import profiles, runner, schemas
+from isouq.studies import assets
+from isouq.studies.results import ResultError
 
 
 def score(profile: str, model: str, data_set: str) -> str:
     """Answer, judge and score one data set with one model, as 04_llm_qa asks; return counts as JSON."""
     from isouq.studies.qa import study
 
-    settings = study.Settings(**profiles.load(profile).parameters("04_llm_qa").scoring())  # type: ignore[attr-defined]
-    table = study.run(model, data_set, settings, progress=True)
+    _say(f"Scoring {data_set} with {model}")
+    section: Any = profiles.load(profile).parameters("04_llm_qa")
+    table = study.run(model, data_set, study.Settings(**section.scoring()), progress=True)
     counts = {"questions": len(table), "right": int(table["right"].sum()), "empty": int(table["empty"].sum())}
     return json.dumps({"model": model, "data_set": data_set, **counts})
 
@@ -25,6 +28,7 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     """Sample the posteriors that 03_mcmc asks for, those of one problem or data seed only; return a summary."""
     from isouq.studies.synthetic import jobs, plan
 
+    _say(f"Sampling posteriors of {problem or 'all problems'}")
     section: Any = profiles.load(profile).parameters("03_mcmc")
     store = Path(section.store_dir)
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": store / "jax"}
@@ -42,31 +46,51 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     return f"{len(records)} records, {failed} of them failed the gate; {hours:.2f} hours of one core"
 
 
+def notebook(profile: str, chapter: str) -> None:
+    """Run one chapter's notebook, and record what ran, on what, from what."""
+    source = Path("notebooks", f"{chapter}.ipynb")
+    _say(f"Running {source}")
+    loaded = profiles.load(profile)
+    build = Path("build", loaded.name)
+    section = loaded.parameters(chapter, results_path=str(build / "results" / f"{chapter}.json"))
+    models = {name: assets.content(name) for name in getattr(section, "models", [])}
+    places = {"record": build / "records" / f"{chapter}.json", "failed": build / "failed"}
+    output = build / "notebooks" / source.name
+    runner.run_notebook(source, output, parameters=section.model_dump(), models=models, **places)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one job of a profile, print what it did, and leave that in a file for the pipeline."""
+    """Run one job of a profile, and print its summary where it has one."""
     parser = argparse.ArgumentParser(prog="python -m isouq.pipeline.jobs", description=main.__doc__)
     commands = parser.add_subparsers(required=True)
-    for job in (score, sample):
-        command = commands.add_parser(job.__name__, help=job.__doc__, description=job.__doc__)
+    add = {}
+    for job in (score, sample, notebook, runner.collect):
+        command = commands.add_parser(job.__name__, help=(job.__doc__ or "").partition("\n")[0])
         command.set_defaults(job=job)
         command.add_argument("--profile", default="embedded", help="name or path of a profile")
-        command.add_argument("--done", type=Path, help="a file to write at the end")
-    commands.choices["score"].add_argument("--model", required=True, help="asset name, Hub id or folder")
-    commands.choices["score"].add_argument("--data-set", required=True, choices=get_args(profiles.DataSet))
-    commands.choices["sample"].add_argument(
-        "--problem", choices=get_args(profiles.SyntheticProblem), help="only this problem"
-    )
-    commands.choices["sample"].add_argument("--seed", type=int, help="only this data seed")
-    commands.choices["sample"].add_argument("--workers", type=int, help="processes (default: as the profile says)")
+        add[job] = command.add_argument
+    add[score]("--model", required=True, help="asset name, Hub id or folder")
+    add[score]("--data-set", required=True, choices=get_args(schemas.DataSet))
+    add[sample]("--problem", choices=get_args(schemas.SyntheticProblem), help="only this problem")
+    add[sample]("--seed", type=int, help="only this data seed")
+    add[sample]("--workers", type=int, help="processes (default: as the profile says)")
+    add[notebook]("chapter", choices=schemas.SCHEMAS)
+    for name in ("results", "records", "timings"):
+        add[runner.collect](f"--{name}", type=Path, nargs="+", required=True)
+    add[runner.collect]("--out", type=Path, required=True)
     options = vars(parser.parse_args(arguments))
-    done, job = options.pop("done"), options.pop("job")
-    summary = job(**options)
-    print(summary)
-    if done:
-        partial = done.with_name(f"{done.name}.{os.getpid()}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(summary + "\n", encoding="utf-8")
-        partial.replace(done)
+    # There are no widgets on a page: tqdm need not say in a notebook's output that it writes text instead.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    try:
+        if summary := options.pop("job")(**options):
+            print(summary)
+    except (runner.NotebookError, ResultError) as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

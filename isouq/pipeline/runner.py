@@ -1,9 +1,6 @@
-"""Run one notebook and record what ran, on what, from what; join the results of all: the pipeline's two commands.
+"""Run one notebook and record what ran, on what, from what; join the results of all."""
 
-The pipeline calls `python -m isouq.pipeline.runner run`, and joins all records with `... collect`.
-"""
-
-import argparse
+import csv
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,13 @@ class NotebookError(RuntimeError):
 
 
 def run_notebook(
-    source: Path, output: Path, *, parameters: Mapping[str, Any], record: Path, failed: Path, models: Any = None
+    source: Path,
+    output: Path,
+    *,
+    parameters: Mapping[str, Any],
+    record: Path,
+    failed: Path,
+    models: Mapping[str, str],
 ) -> None:
     """Execute a notebook with papermill in this interpreter's own kernel, keep the copy, and record what ran.
 
@@ -46,14 +48,9 @@ def run_notebook(
     kept = failed / source.name
     for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
         stale.unlink(missing_ok=True)
-    inputs = [
-        source,
-        *module_files(source),
-        manifest.FILE,
-        PACKAGE.parent / "requirements.lock",
-    ]
+    inputs = [source, *module_files(source), manifest.FILE, PACKAGE.parent / "requirements.lock"]
     run = {"notebook": source.stem, "started": _now(), "parameters": _without_places(parameters), **environment()}
-    hashes = {"inputs": _hashes(inputs), "models": {key_of(name): content for name, content in (models or {}).items()}}
+    hashes = {"inputs": _hashes(inputs), "models": {key_of(name): content for name, content in models.items()}}
     partial = output.with_suffix(".running.ipynb")
     # The kernel's own warnings are about its transport, not about the notebook.
     kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": _own_kernel()}
@@ -88,12 +85,7 @@ def _without_places(parameters: Mapping[str, Any]) -> Any:
 
 
 def collect(
-    results: Sequence[Path],
-    out: Path,
-    *,
-    profile: str,
-    records: Sequence[Path] = (),
-    timings: Sequence[Path] = (),
+    results: Sequence[Path], out: Path, *, profile: str, records: Sequence[Path], timings: Sequence[Path]
 ) -> None:
     """Join the notebooks' named results into `results.json`, with the record of the run as its `meta`.
 
@@ -143,15 +135,7 @@ def environment() -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ResultError(f"given twice: {', '.join(sorted(twice))}")
-    return dict(pairs)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _failure(error: Exception, source: Path, kept: Path) -> str:
@@ -163,8 +147,8 @@ def _failure(error: Exception, source: Path, kept: Path) -> str:
 
 def _timing(path: Path) -> tuple[float, float | None]:
     """Return seconds and peak resident megabytes (None: too short to be seen) of a benchmark table."""
-    header, row = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
-    fields = dict(zip(header, row, strict=True))
+    with path.open(encoding="utf-8") as stream:
+        fields = next(csv.DictReader(stream, delimiter="\t"))
     peak = fields["max_rss"]
     return float(fields["s"]), None if peak in {"-", "NA"} else float(peak)
 
@@ -212,38 +196,3 @@ def _processor() -> str:
         return platform.processor()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one notebook, or collect the results of all: the pipeline's two commands."""
-    parser = argparse.ArgumentParser(prog="python -m isouq.pipeline.runner", description=main.__doc__)
-    commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run", help="execute a notebook and record what ran")
-    run.add_argument("source", type=Path)
-    run.add_argument("output", type=Path)
-    run.add_argument("--parameters", type=json.loads, required=True, help="a JSON object")
-    run.add_argument("--models", type=json.loads, help="a JSON object: each model's content or commit")
-    run.add_argument("--record", type=Path, required=True)
-    run.add_argument("--failed", type=Path, required=True, help="the folder for a copy that fails")
-    run.set_defaults(command=run_notebook)
-    join = commands.add_parser("collect", help="join named results into results.json")
-    join.add_argument("results", type=Path, nargs="+")
-    join.add_argument("--out", type=Path, required=True)
-    join.add_argument("--profile", required=True)
-    join.add_argument("--records", type=Path, nargs="*", default=[])
-    join.add_argument("--timings", type=Path, nargs="*", default=[])
-    join.set_defaults(command=collect)
-    options = vars(parser.parse_args(arguments))
-    command = options.pop("command")
-    # There are no widgets on a page: tqdm need not say in a notebook's output that it writes text instead.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
-    try:
-        command(**options)
-    except (NotebookError, ResultError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -47,9 +47,9 @@ def code(*modules: str) -> str:
 def module_files(path: str | Path) -> list[Path]:
     """Return the files of isouq that a notebook or module uses, directly or through others, and a module itself.
 
-    Found by reading the sources, imports inside functions included, so that a change of a module re-runs just
-    the notebooks that can reach it. The `__init__` of a package passed on the way is returned; what it imports
-    is followed only where a name of its own is used.
+    Read off the import statements, also those inside functions, so that a change of a module runs only the notebooks
+    again that can reach it. The `__init__` of a package passed on the way is returned; what it imports is followed only
+    where a name of its own is used.
     """
     used: set[Path] = set()
     waiting = {Path(path).resolve()} if Path(path).suffix == ".py" else _imported(Path(path))
@@ -79,15 +79,14 @@ def _imported(path: Path) -> set[Path]:
 
 
 def _parsed(path: Path) -> ast.Module:
-    return _tree(path.suffix, path.read_text(encoding="utf-8"))
-
-
-@functools.lru_cache  # its imports are followed, then it is written
-def _tree(suffix: str, source: str) -> ast.Module:
-    if suffix != ".py":
+    source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
         cells = [cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
         source = "\n".join("".join(cell["source"]) for cell in cells)
-    return ast.parse(source)
+    return _tree(source)
+
+
+_tree = functools.lru_cache(ast.parse)  # several notebooks reach a module
 
 
 def _file_of(name: str) -> Path | None:

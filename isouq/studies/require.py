@@ -1,7 +1,6 @@
-"""Checks of arguments that the studies share, in one voice: "name: what was given, what is wanted".
+"""Checks of arguments that the studies share; each raises ValueError with "name: what was given, what is wanted".
 
-They run at the doors, on NumPy arrays and plain numbers; nothing that jax or torch traces comes here. All of them
-raise ValueError.
+Public functions call them on NumPy arrays and plain numbers, never on what jax or torch traces.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from numbers import Integral
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-
-AXES = ("row", "column", "entry", "entry")
 
 
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
@@ -70,9 +67,8 @@ def numbers(
     array = array_of(name, value)
     short = array.ndim != ndim or len(array) < least or (least and not array.size)
     if short or (width is not None and array.shape[-1] != width):
-        axes = ", ".join([*AXES[: ndim - 1], AXES[ndim - 1] if width is None else str(width)]) + "," * (ndim == 1)
-        rows = f" with {least} row{'s' * (least != 1)} or more" if ndim > 1 or width is None else ""
-        raise ValueError(f"{name}: shape {array.shape} given, ({axes}){rows} wanted")
+        last = "" if width is None else f", the last of {width} entries"
+        raise ValueError(f"{name}: shape {array.shape} given, {ndim} axes with {least} rows or more wanted{last}")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: {array.dtype} given, real numbers wanted")
     array = array.astype(np.float64, copy=False)
@@ -85,28 +81,28 @@ def numbers(
 
 def integers(name: str, value: object, *, below: int, length: int | None = None) -> NDArray[np.int64]:
     """Return integers from 0 to `below` − 1, such as the classes of examples, `length` of them if that is given."""
-    found, kind = numbers(name, value), np.asarray(value).dtype
-    if kind.kind not in "iu" or length not in (None, len(found)):
-        raise ValueError(f"{name}: shape {found.shape} of {kind} given, ({length or 'row'},) integers wanted")
-    if not (found.min() >= 0 and found.max() < below):
-        raise ValueError(f"{name}: {found.min():g} to {found.max():g} given, classes 0 to {below - 1} wanted")
+    array, kind = numbers(name, value), np.asarray(value).dtype
+    if kind.kind not in "iu" or length not in (None, len(array)):
+        raise ValueError(f"{name}: shape {array.shape} of {kind} given, ({length or 'row'},) integers wanted")
+    if not (array.min() >= 0 and array.max() < below):
+        raise ValueError(f"{name}: {array.min():g} to {array.max():g} given, classes 0 to {below - 1} wanted")
     return np.asarray(value, dtype=np.int64)
 
 
 def labels(name: str, value: object, *, least: int = 1) -> NDArray[np.bool_]:
     """Return a column of true and false; 1 and 0 are taken for them, NaN and text are not."""
-    found = numbers(name, value, least=least)
-    if not np.isin(found, (0, 1)).all():
-        raise ValueError(f"{name}: values {found.min():g} to {found.max():g} given, only true/false (or 1/0) wanted")
-    return found.astype(bool)
+    array = numbers(name, value, least=least)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name}: values {array.min():g} to {array.max():g} given, only true/false (or 1/0) wanted")
+    return array.astype(bool)
 
 
 def groups(name: str, value: object) -> NDArray[np.int64]:
     """Return the number of each row's group, in the order of the groups' names; refuses rows that have none."""
-    found = array_of(name, value)
-    if found.ndim != 1:
-        raise ValueError(f"{name}: shape {found.shape} given, (row,) wanted")
-    codes = pd.factorize(found, sort=True)[0]
+    array = array_of(name, value)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {array.shape} given, (row,) wanted")
+    codes = pd.factorize(array, sort=True)[0]
     if (codes < 0).any():
         raise ValueError(f"{name}: {int((codes < 0).sum())} of {len(codes)} rows have no group, none such wanted")
     return codes.astype(np.int64)
@@ -120,10 +116,8 @@ def same_rows(**columns: object) -> None:
         raise ValueError(f"{names}: {', '.join(lengths)} rows given, one length wanted")
     indexes = [column.index for column in columns.values() if isinstance(column, pd.Series | pd.DataFrame)]
     if not all(index.equals(indexes[0]) for index in indexes):
-        way_out = "align them, or pass .to_numpy() to pair them by position"
-        raise ValueError(
-            f"{names}: pandas indexes that differ given, the same rows in the same order wanted; {way_out}"
-        )
+        wanted = "the same rows in the same order wanted; align them, or pass .to_numpy() to pair them by position"
+        raise ValueError(f"{names}: pandas indexes that differ given, {wanted}")
 
 
 def symmetric(name: str, value: object, tolerance: float = 1e-6) -> NDArray[np.float64]:

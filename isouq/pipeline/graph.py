@@ -1,0 +1,122 @@
+"""What the Snakefile reads off a profile: its chapters, the jobs before them, and what each job depends on."""
+
+import fcntl
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from isouq.pipeline import profiles, schemas
+from isouq.pipeline.profiles import ProfileError
+from isouq.studies import assets
+from isouq.studies.identity import module_files
+from isouq.studies.results import key_of
+
+
+class Graph:
+    """The jobs of one profile, from `snakemake --config profile=NAME`.
+
+    Raises:
+        ProfileError: another word after `--config`, or whatever `profiles.load` refuses.
+        ModelError: a model of the profile that cannot be had.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.argument = _profile_argument(config)
+        self.profile = profiles.load(self.argument)
+        self.build = f"build/{self.profile.name}"
+        self.chapters = self.profile.chapters()
+        self.sections = {chapter: self.profile.parameters(chapter) for chapter in self.chapters}
+        self.models = {chapter: getattr(section, "models", []) for chapter, section in self.sections.items()}
+        self.content = {model: assets.content(model) for models in self.models.values() for model in models}
+        self.assets = sorted({name for section in self.sections.values() for name in section.assets()})
+        # Per machine that a job runs on, with twice the time that was measured, since machines differ.
+        self.memory_mb, self.minutes = math.ceil(1000 * self.profile.memory_gb), math.ceil(2 * self.profile.minutes)
+
+    @functools.cached_property
+    def shards(self) -> dict[str, tuple[str, str]]:
+        """Job name → (model, data set): what 04_llm_qa has scored before it starts."""
+        section: Any = self.sections.get("04_llm_qa")
+        pairs = [(model, data_set) for model in section.models for data_set in section.data_sets] if section else []
+        return {f"qa-{key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
+
+    @property
+    def problems(self) -> list[str]:
+        """The problems whose posteriors are sampled before 03_mcmc starts."""
+        return schemas.Mcmc.problems() if "03_mcmc" in self.sections else []
+
+    def before(self, chapter: str) -> list[str]:
+        """Return the files of the jobs that have to be done before a notebook starts."""
+        if chapter == "04_llm_qa":
+            return [f"{self.build}/qa/{shard}.done" for shard in self.shards]
+        used = getattr(self.sections[chapter], "problem_names", []) if chapter != "03_mcmc" else self.problems
+        return [f"{self.build}/mcmc/mcmc-{problem}.done" for problem in self.problems if problem in used]
+
+    def parameters(self) -> dict[str, Callable[[Any], str]]:
+        """Return a function of a rule's wildcards per parameter of any notebook, for Snakemake's `params`.
+
+        One entry per parameter makes Snakemake's own reason name what changed: `before: n_folds: 5 now: n_folds: 3`.
+        """
+        names = dict.fromkeys(name for section in self.sections.values() for name in type(section).model_fields)
+
+        def line(name: str, wildcards: Any) -> str:
+            return "".join(lines({name: getattr(self.sections[wildcards.chapter], name, None)}))
+
+        return {name: functools.partial(line, name) for name in names}
+
+    def scoring(self) -> list[str]:
+        """Return a line per parameter that the scores of 04_llm_qa depend on."""
+        section: Any = self.sections.get("04_llm_qa")
+        return lines(section.scoring()) if section else []
+
+    def sampling(self) -> list[str]:
+        """Return a line per parameter of 03_mcmc."""
+        return lines(self.sections["03_mcmc"].model_dump()) if self.problems else []
+
+    def contents(self, models: Iterable[str]) -> list[str]:
+        """Return what each model's name stands for now, since other bytes or another commit are another model."""
+        return lines({model: self.content[model] for model in models})
+
+
+def lines(values: Mapping[str, Any]) -> list[str]:
+    """Return `name: value` per entry that is not None, the value as JSON."""
+    return [f"{name}: {json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def pins(names: Iterable[str]) -> list[str]:
+    """Return a line per asset with the SHA-256 of its files."""
+    pinned = {asset.name: [member.sha256 for member in asset.members] for asset in assets.list_assets()}
+    return lines({name: pinned[name] for name in names})
+
+
+def modules(path: str | Path) -> list[str]:
+    """Return the module files that a notebook or a module can reach, relative to the working directory."""
+    return [os.path.relpath(file) for file in module_files(path)]
+
+
+def lock(folder: str | Path) -> TextIO:
+    """Keep other processes off a folder until this one ends; Snakemake's own lock would outlive a kill.
+
+    Raises:
+        BlockingIOError: another process is building there.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stream = Path(folder, ".lock").open("w")  # noqa: SIM115  # the lock lasts while it is open
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is building {folder}: wait for it, or end it") from None
+    return stream
+
+
+def _profile_argument(config: Mapping[str, Any]) -> str:
+    for word in config.keys() - {"profile"}:
+        raise ProfileError(f"--config {word}: not a known name; wanted profile, as in --config profile=smoke")
+    given = config.get("profile", "embedded")
+    if not isinstance(given, str):  # Snakemake makes a number of what looks like one
+        way_out = "name the file, as in profile=profiles/2024_10.yml"
+        raise ProfileError(f"profile: Snakemake reads {given!r}, which is no name; {way_out}")
+    return given

@@ -1,0 +1,205 @@
+"""Types and limits of each notebook's parameters; the defaults stand in its `parameters` cell and nowhere else."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from isouq.models import HUB_ID
+from isouq.studies import assets
+from isouq.studies.results import key_of
+
+SET_BY_PIPELINE = {"profile", "results_path"}
+_TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
+Engine = Literal["auto", "ghost", "autograd"]
+DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
+MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
+IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
+SyntheticProblem = Literal[
+    MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
+]
+Item = TypeVar("Item")
+NotEmpty = Annotated[list[Item], Field(min_length=1)]
+Several = Annotated[list[Item], Field(min_length=2)]
+Chains = Annotated[int, Field(ge=4)]
+Draws = Annotated[int, Field(ge=100)]
+Resamples = Annotated[int, Field(ge=40)]  # fewer leave an end of a 95 % interval empty
+Gigabytes = Annotated[float, Field(gt=0)]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the nearest of the known words as advice, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_models(models: list[str]) -> list[str]:
+    known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
+    keys = dict.fromkeys(_TAKEN, "a chapter")
+    for model in models:
+        on_hub = "/" in model and HUB_ID.fullmatch(model)
+        if not (model in known or on_hub or Path(model).expanduser().is_dir()):
+            advice = nearest(model, known) or f"; models: {', '.join(known)}"
+            raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
+        key = key_of(model.removesuffix("@main"))
+        if key in keys:
+            raise ValueError(f"{model!r} would name its results {key!r}, as {keys[key]} does; keep or rename one")
+        keys[key] = repr(model)
+    return models
+
+
+Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
+
+
+class Strict(BaseModel):
+    """Unknown names, other types and values that mean nothing are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _means_something(cls, value: Any, field: Any) -> Any:
+        """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
+        for item in value if isinstance(value, list) else [value]:
+            allowed = {"description": item, "results_path": ""}.get(field.field_name)
+            if isinstance(item, str) and item != allowed and not (item.isprintable() and item == item.strip() != ""):
+                raise ValueError(f"{item!r} given; wanted text in one line, not empty, without spaces around it")
+            if isinstance(item, int) and item >= 2**63:
+                raise ValueError(f"{item} given; wanted less than 2**63")
+            if isinstance(value, list) and value.count(item) > 1:
+                raise ValueError(f"{value!r} given, {item!r} twice; wanted each once")
+        return value
+
+
+class Parameters(Strict):
+    """What every notebook takes: the profile's name, a seed, and where its named results go ("": nowhere)."""
+
+    profile: str
+    seed: Seed
+    results_path: str
+    data: ClassVar[tuple[str, ...]] = ()
+
+    def assets(self) -> list[str]:
+        """Return the names of the models and data sets of the manifest that the notebook needs."""
+        known = {asset.name for asset in assets.list_assets()}
+        return sorted(known & {*getattr(self, "models", []), *self.data})
+
+
+class Derivation(Parameters):
+    """01_derivation: both approximations, one after the other, on a small classifier."""
+
+    problem_name: MulticlassProblem
+    width: Count
+    n_samples: Draws
+    n_sigmas: Annotated[int, Field(ge=5)]
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Count
+
+
+class Isotropy(Parameters):
+    """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
+
+    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
+    store_dir: str
+    problem_names: NotEmpty[IsotropyProblem]
+    n_seeds: Count
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Draws
+    widths: Several[Count]
+    width_seeds: Count
+    models: Models
+    n_proxies: Annotated[int, Field(ge=3)]  # of each of five kinds
+    n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
+    n_checked: Count  # proxies and queries whose inner products autograd computes again
+    memory_gb: Gigabytes
+    n_resamples: Resamples
+
+
+class Mcmc(Parameters):
+    """03_mcmc: eight problems against reference posteriors, and the network's size."""
+
+    store_dir: str
+    records_dir: str
+    n_workers: Count
+    n_seeds: Count
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Draws
+    data_sizes: Several[Count]
+    size_problems: NotEmpty[SyntheticProblem]
+    size_widths: Several[Count]
+    size_depths: NotEmpty[Count]
+    size_seeds: Count
+
+    @staticmethod
+    def problems() -> list[str]:
+        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
+        return list(get_args(SyntheticProblem))
+
+
+class LlmQa(Parameters):
+    """04_llm_qa: real language models on real questions."""
+
+    store_dir: str
+    models: Models
+    data_sets: NotEmpty[DataSet]
+    n_questions: Annotated[int, Field(ge=4)]  # fewer have no correlation to report
+    n_shots: Annotated[int, Field(ge=0, le=32)]
+    n_token_mean: Annotated[int, Field(ge=0)]
+    engine: Engine
+    batch_size: Count
+    max_new_tokens: Count
+    n_resamples: Resamples
+    n_folds: Annotated[int, Field(ge=2, le=10)]  # each needs right and wrong answers, of which 10 are enough
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, and the data sets'."""
+        return sorted({*super().assets(), *(name.removesuffix("_choose") for name in self.data_sets)})
+
+    def scoring(self) -> dict[str, Any]:
+        """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
+        return self.model_dump(exclude=SET_BY_PIPELINE | {"models", "data_sets", "n_resamples", "n_folds"})
+
+
+class Cost(Parameters):
+    """05_cost: time, memory and exactness of every method, measured on the machine."""
+
+    data = ("triviaqa", "all-minilm-l6-v2")
+    models: Models
+    n_examples: Count
+    n_tokens: Annotated[int, Field(ge=2)]
+    n_answer: Count
+    n_points: Count
+    n_rounds: Count
+    n_rival_rounds: Count
+    n_sweep_rounds: Count
+    memory_gb: Gigabytes
+    sweep_tokens: Several[Annotated[int, Field(ge=2)]]
+    sweep_answers: Several[Count]
+    sweep_examples: Several[Count]
+    sweep_widths: Several[Annotated[int, Field(ge=64, multiple_of=64)]]
+
+    @pydantic.model_validator(mode="after")
+    def _answer_in_text(self) -> "Cost":
+        longest = max(self.n_answer, *self.sweep_answers)
+        if longest >= self.n_tokens or self.n_answer >= min(self.sweep_tokens):
+            raise ValueError(f"an answer of {longest} tokens does not leave the question one; make n_tokens larger")
+        return self
+
+
+# The notebooks that a profile can name; they run in the order of their numbers.
+SCHEMAS: dict[str, type[Parameters]] = {
+    "01_derivation": Derivation,
+    "02_isotropy": Isotropy,
+    "03_mcmc": Mcmc,
+    "04_llm_qa": LlmQa,
+    "05_cost": Cost,
+}
