@@ -41,13 +41,17 @@ _HOMES = {
     **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
 }
-_MOVED = {  # modules that the README and the API page named before the library and its studies had separate folders
-    "isouq.causal_lm": "isouq.language.scoring",
-    "isouq.assets": "isouq.studies.assets",
-    "isouq.evaluation": "isouq.studies.evaluation",
-    "isouq.plotting": "isouq.studies.plotting",
-    "isouq.provenance": "isouq.studies.results",
-    "isouq.profiles": "isouq.pipeline.profiles",
+_MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
+    "causal_lm": ("language.scoring",),
+    "encoding": ("language.encoding",),
+    "profiles": ("pipeline.schemas", "pipeline.profiles"),
+    "provenance": ("studies.results", "pipeline.runner"),
+    "covariance": ("studies.isotropy.covariance",),
+    "distortion": ("studies.isotropy.distortion",),
+    **{
+        name: (f"studies.{name}",)
+        for name in ("assets", "cost", "evaluation", "identity", "isotropy", "plotting", "qa", "store", "synthetic")
+    },
 }
 
 
@@ -86,17 +90,23 @@ def __getattr__(name: str) -> object:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds a public module under its old name, with a DeprecationWarning."""
+    """Finds a module under its old name, with a DeprecationWarning."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        """Return a spec for an old name, None for all others."""
-        return ModuleSpec(name, self) if name in _MOVED else None
+        """Return a spec for an old name and for what lies below it, None for all others."""
+        top, _, rest = name.partition(".")
+        return ModuleSpec(name, self) if top == "isouq" and rest.partition(".")[0] in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module under its new name in the place of the old one, as the import system allows."""
+        """Put the module under its new name, or the names of several, in the place of the old one."""
         old = module.__name__
-        warnings.warn(f"{old} is now {_MOVED[old]}", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = import_module(_MOVED[old])
+        first, _, below = old.removeprefix("isouq.").partition(".")
+        new = [".".join(filter(None, ("isouq", name, below))) for name in _MOVED[first]]
+        warnings.warn(f"{old} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
+        modules = [import_module(name) for name in new]
+        for part in modules[1:]:
+            vars(module).update(vars(modules[0]) | vars(part))
+        sys.modules[old] = module if modules[1:] else modules[0]
 
 
-sys.meta_path.append(_Moved())
+sys.meta_path.insert(0, _Moved())  # before the finder that would look below a package's new folder

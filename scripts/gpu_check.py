@@ -115,9 +115,9 @@ def main(names):
     """Run every check."""
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "no card"
     print(f"{card}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    passed = min([check(*pair) for pair in random_models()])
-    passed &= min([check(name, isouq.load_causal_lm(name)[0]) for name in names], default=True)
-    return 0 if passed else 1
+    results = [check(*pair) for pair in random_models()]
+    results += [check(name, isouq.load_causal_lm(name)[0]) for name in names]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from pipeline import jobs
 
-from isouq.pipeline import profiles
+from isouq.pipeline import profiles, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.book
@@ -42,7 +42,7 @@ def run(model, data_set, settings, *, progress):
 def write_notebook(folder: Path, chapter: str, *, module: str, body: str = "pass") -> None:
     """Write a tiny notebook with the chapter's real parameters, which uses one module of isouq."""
     cells = [
-        "\n".join(f"{name} = {value!r}" for name, value in profiles.defaults(chapter).items()),
+        "\n".join(f"{name} = {value!r}" for name, value in schemas.defaults(chapter).items()),
         f'from isouq.pipeline import profiles\nprofiles.validate("{chapter}", globals())',
         f"from isouq.studies import {module}, results\n{body}",
         f"results.save_results({{'x.{chapter}': results.Result(value=seed)}}, results_path)",

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from isouq.pipeline import profiles, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
-QA = profiles.defaults("04_llm_qa")
+QA = schemas.defaults("04_llm_qa")
 SHIPPED = sorted(path.stem for path in (ROOT / "profiles").glob("*.yml"))
 
 
@@ -38,7 +38,7 @@ def test_a_shipped_profile_loads_by_name_and_by_path(name):
 def test_a_shipped_profile_says_only_what_differs_from_the_notebooks(name):
     content = yaml.safe_load((ROOT / "profiles" / f"{name}.yml").read_text())
     for chapter, section in content["notebooks"].items():
-        own = profiles.defaults(chapter)
+        own = schemas.defaults(chapter)
         assert not [name for name, value in section.items() if value == own[name]]
 
 
@@ -142,7 +142,7 @@ def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
 # ---- what would be refused after hours, or mean something else ------------------------------------------
 
 BASE = {"name": "mine", "description": "for a test", "minutes": 1.5, "memory_gb": 1.5, "seed": 1}
-VALID = {schema: profiles.defaults(chapter) for chapter, schema in schemas.SCHEMAS.items()}
+VALID = {schema: schemas.defaults(chapter) for chapter, schema in schemas.SCHEMAS.items()}
 VALID[profiles.Profile] = BASE | {"notebooks": {}}
 FIELDS = [(schema, name) for schema, values in VALID.items() for name in values if name != "notebooks"]
 

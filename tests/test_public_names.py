@@ -45,12 +45,32 @@ def test_a_public_name_says_what_it_takes_and_gives_and_its_example_runs(name, n
     assert results.failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("old", "new"), isouq._MOVED.items())
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("causal_lm", "language.scoring"),
+        ("assets", "studies.assets"),
+        ("distortion", "studies.isotropy.distortion"),
+        ("qa", "studies.qa"),
+        ("qa.judge", "studies.qa.judge"),
+        ("isotropy.spectra", "studies.isotropy.spectra"),
+    ],
+)
 def test_a_module_that_moved_is_found_under_its_old_name_with_a_warning(monkeypatch, old, new):
-    monkeypatch.delitem(sys.modules, old, raising=False)
+    old, new = f"isouq.{old}", f"isouq.{new}"
+    for name in [name for name in sys.modules if old.startswith(name) and name != "isouq"]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
         module = importlib.import_module(old)
     assert module is importlib.import_module(new)
+
+
+@pytest.mark.filterwarnings("ignore:isouq.*is now:DeprecationWarning")
+def test_every_module_that_moved_is_there():
+    for old, new in isouq._MOVED.items():
+        module = importlib.import_module(f"isouq.{old}")
+        for part in new:
+            assert vars(importlib.import_module(f"isouq.{part}")).keys() <= vars(module).keys()
 
 
 def test_a_name_that_is_not_there_is_refused_with_those_that_are():

@@ -166,7 +166,7 @@ class TestNotebook:
     def test_its_parameters_cell_holds_literals_that_its_schema_allows(self, path):
         code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert code[0].metadata.get("tags") == ["parameters", "remove-cell"]  # the page shows those of the run
-        assert schemas.SCHEMAS[path.stem](**profiles.defaults(path.stem))
+        assert schemas.SCHEMAS[path.stem](**schemas.defaults(path.stem))
 
     def test_it_checks_its_parameters_and_saves_its_results(self, path):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]

@@ -291,9 +291,26 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("model", "key"), MODELS.items())
-def test_any_models_name_makes_a_legal_part_of_a_key(model, key):
+def test_any_models_name_makes_a_legal_part_of_a_key(tmp_path, model, key):
     assert results.key_of(model) == key
-    results.check_key(f"qa.{key}.wikidata.accuracy")
+    for form in ("qa.{}.wikidata.accuracy", "cost.{}.ghost.seconds", "isotropy.{}.n"):
+        path = tmp_path / "r.json"
+        for given in (model, key)[".b" in model :]:  # a letter after a dot may begin the next part
+            results.save_results({form.format(given): Result(value=0.5)}, path)
+            assert list(json.loads(path.read_text())["results"]) == [form.format(key)]
+
+
+def test_two_keys_that_are_saved_as_one_are_refused(tmp_path):
+    twice = {f"qa.{name}.wikidata.accuracy": Result(value=0.5) for name in ("owner/Name", "owner-name")}
+    with pytest.raises(ResultError, match=r"would be saved as qa\.owner-name\.wikidata\.accuracy, which"):
+        results.save_results(twice, tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_with_more_than_a_models_name_wrong_stays_refused(tmp_path):
+    for key in ("mcmc.Binary Rings.rho", "qa.Some/Model", "qa.x.Accuracy", "qa.x..y", "QA.owner/name.x"):
+        with pytest.raises(ResultError, match="dotted lower-case parts"):
+            results.save_results({key: Result(value=0.5)}, tmp_path / "r.json")
 
 
 def test_a_foreign_kernel_on_jupyter_path_does_not_run_the_notebook(tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 Its errors name what was given, what is wanted and the nearest valid word.
 """
 
-import ast
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from isouq.pipeline.schemas import SCHEMAS, SET_BY_PIPELINE, Gigabytes, Parameters, Seed, Strict, nearest
+from isouq.pipeline.schemas import CLONE, SCHEMAS, SET_BY_PIPELINE, Gigabytes, Parameters, Seed, Strict, nearest
 
-CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -42,8 +39,8 @@ class Profile(Strict):
 
     @pydantic.field_validator("notebooks", mode="before")
     @classmethod
-    def _over_defaults(cls, sections: Any, info: Any) -> Any:
-        """Lay each section over its notebook's own values and over the profile's name and seed."""
+    def _over_own(cls, sections: Any, info: Any) -> Any:
+        """Lay each section over the profile's name and seed."""
         if not isinstance(sections, dict):
             return sections
         own = {"profile": info.data.get("name", "unnamed"), "seed": info.data.get("seed", 0)}
@@ -52,7 +49,7 @@ class Profile(Strict):
             if isinstance(section := sections[chapter], dict):
                 if taken := SET_BY_PIPELINE & section.keys():
                     raise ValueError(f"{chapter}.{min(taken)} is set by the pipeline; remove it")
-                complete[chapter] = defaults(chapter) | own | section
+                complete[chapter] = own | section
         return complete
 
     def chapters(self) -> list[str]:
@@ -66,21 +63,6 @@ class Profile(Strict):
             raise ProfileError(f"profile {self.name!r} does not run {chapter!r}{advice}")
         section: Parameters = getattr(self.notebooks, chapter)
         return section.model_copy(update={"results_path": results_path})
-
-
-def defaults(chapter: str) -> dict[str, Any]:
-    """Return the values in the `parameters` cell of a notebook of this clone.
-
-    Raises:
-        ProfileError: isouq is installed without its notebooks.
-    """
-    try:
-        notebook = json.loads((CLONE / "notebooks" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
-    except OSError:
-        raise ProfileError(f"notebooks/{chapter}.ipynb is not there: a profile needs a clone of isouq") from None
-    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    assignments = cast(list[ast.Assign], ast.parse("".join(cell["source"])).body)
-    return {cast(ast.Name, line.targets[0]).id: ast.literal_eval(line.value) for line in assignments}
 
 
 def load(path_or_name: str | Path) -> Profile:
@@ -122,6 +104,8 @@ def validate(chapter: str, namespace: Mapping[str, Any]) -> Parameters:
         for name, value in namespace.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in {"In", "Out"}
     }
+    if unset := sorted(SCHEMAS[chapter].model_fields.keys() - given.keys()):
+        raise ProfileError(f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}")
     return _checked(SCHEMAS[chapter], given, where=chapter)
 
 
@@ -155,7 +139,7 @@ def _readable(schema: type[BaseModel], error: ErrorDetails) -> str:
         known = _fields_at(schema, loc[:-1])
         return f"{where} is not a known name{nearest(str(loc[-1]), known) or '; known: ' + ', '.join(known)}"
     if kind == "missing":
-        return f"{where} is missing, or is no plain value"
+        return f"{where} is missing"
     if kind == "value_error":
         return f"{where}: {context['error']}" if where else str(context["error"])
     if kind == "literal_error":

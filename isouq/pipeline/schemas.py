@@ -1,9 +1,11 @@
 """Types and limits of each notebook's parameters; the defaults stand in its `parameters` cell and nowhere else."""
 
+import ast
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -12,6 +14,7 @@ from isouq.models import HUB_ID
 from isouq.studies import assets
 from isouq.studies.results import key_of
 
+CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 SET_BY_PIPELINE = {"profile", "results_path"}
 _TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
@@ -37,6 +40,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return the nearest of the known words as advice, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def defaults(chapter: str) -> dict[str, Any]:
+    """Return the values in the `parameters` cell of a notebook of this clone.
+
+    Raises:
+        ValueError: isouq is installed without its notebooks.
+    """
+    try:
+        notebook = json.loads((CLONE / "notebooks" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"notebooks/{chapter}.ipynb is not there: default values need a clone of isouq") from None
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    assignments = cast(list[ast.Assign], ast.parse("".join(cell["source"])).body)
+    return {cast(ast.Name, line.targets[0]).id: ast.literal_eval(line.value) for line in assignments}
 
 
 def _known_models(models: list[str]) -> list[str]:
@@ -83,7 +101,16 @@ class Parameters(Strict):
     profile: str
     seed: Seed
     results_path: str
+    chapter: ClassVar[str]
     data: ClassVar[tuple[str, ...]] = ()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        """Take what is not given from the notebook's own `parameters` cell."""
+        if not isinstance(given, dict) or cls.model_fields.keys() <= given.keys():
+            return given
+        return defaults(cls.chapter) | given
 
     def assets(self) -> list[str]:
         """Return the names of the models and data sets of the manifest that the notebook needs."""
@@ -92,8 +119,9 @@ class Parameters(Strict):
 
 
 class Derivation(Parameters):
-    """01_derivation: both approximations, one after the other, on a small classifier."""
+    """Both approximations, one after the other, on a small classifier."""
 
+    chapter = "01_derivation"
     problem_name: MulticlassProblem
     width: Count
     n_samples: Draws
@@ -104,8 +132,9 @@ class Derivation(Parameters):
 
 
 class Isotropy(Parameters):
-    """02_isotropy: an isotropic covariance against those made from data, on small networks and real models."""
+    """An isotropic covariance against those made from data, on small networks and real models."""
 
+    chapter = "02_isotropy"
     data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str
     problem_names: NotEmpty[IsotropyProblem]
@@ -124,8 +153,9 @@ class Isotropy(Parameters):
 
 
 class Mcmc(Parameters):
-    """03_mcmc: eight problems against reference posteriors, and the network's size."""
+    """Eight problems against reference posteriors, and the network's size."""
 
+    chapter = "03_mcmc"
     store_dir: str
     records_dir: str
     n_workers: Count
@@ -146,8 +176,9 @@ class Mcmc(Parameters):
 
 
 class LlmQa(Parameters):
-    """04_llm_qa: real language models on real questions."""
+    """Real language models on real questions."""
 
+    chapter = "04_llm_qa"
     store_dir: str
     models: Models
     data_sets: NotEmpty[DataSet]
@@ -170,8 +201,9 @@ class LlmQa(Parameters):
 
 
 class Cost(Parameters):
-    """05_cost: time, memory and exactness of every method, measured on the machine."""
+    """Time, memory and exactness of every method, measured on the machine."""
 
+    chapter = "05_cost"
     data = ("triviaqa", "all-minilm-l6-v2")
     models: Models
     n_examples: Count
@@ -196,10 +228,4 @@ class Cost(Parameters):
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {
-    "01_derivation": Derivation,
-    "02_isotropy": Isotropy,
-    "03_mcmc": Mcmc,
-    "04_llm_qa": LlmQa,
-    "05_cost": Cost,
-}
+SCHEMAS: dict[str, type[Parameters]] = {schema.chapter: schema for schema in (Derivation, Isotropy, Mcmc, LlmQa, Cost)}

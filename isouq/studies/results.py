@@ -16,6 +16,7 @@ import numpy as np
 
 Number = int | float | np.integer | np.floating
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)+")
+WITH_MODEL = re.compile(r"((?:cost|isotropy|qa)\.)(.*?[^a-z0-9_.-].*?)((?:\.[a-z][a-z0-9_-]*)+)")
 
 
 class ResultError(ValueError):
@@ -70,15 +71,21 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> None:
     """Write a notebook's named results as JSON; an empty path writes nothing.
 
     Keys are dotted and lower case, chapter.subject.method.metric: `qa.gemma-3-270m.triviaqa.accuracy`. A model's name
-    stands in one as its `key_of`.
+    stands in one as its `key_of`; where it is left as its owner wrote it, it is made so, up to a dot before a letter.
 
     Raises:
-        ResultError: a key of another form.
+        ResultError: a key of another form, or two that are saved as one.
     """
-    for key in results:
+    content: dict[str, Any] = {}
+    for given, result in sorted(results.items()):
+        raw = None if KEY.fullmatch(given) else WITH_MODEL.fullmatch(given)
+        key = f"{raw[1]}{key_of(raw[2])}{raw[3]}" if raw else given
         check_key(key)
+        if key in content:
+            raise ResultError(f"{given!r} would be saved as {key}, which is there already")
+        content[key] = plain(result)
     if str(path):
-        write_json({"results": {key: plain(results[key]) for key in sorted(results)}}, Path(path))
+        write_json({"results": content}, Path(path))
 
 
 def write_json(content: Any, path: Path) -> None:

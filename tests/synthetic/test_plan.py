@@ -23,7 +23,7 @@ def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
 
 def test_costly_networks_come_in_fewer_widths_and_seeds():
     changed = {"size_widths": [4, 8, 16, 64], "size_depths": [1, 2], "size_seeds": 4, "size_problems": ["binary_xor"]}
-    section = schemas.Mcmc(**profiles.defaults("03_mcmc") | changed)
+    section = schemas.Mcmc(**changed)
     found = {}
     for job in plan.sizes(section):
         widths, seeds = found.setdefault((job.depth, job.prior_scaling), (set(), set()))
