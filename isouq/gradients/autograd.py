@@ -9,12 +9,41 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
-from isouq.gradients.graph import Graph, is_custom
+from isouq.gradients.graph import Graph
+from isouq.gradients.model import Tracked, check_differentiable, differentiable
+from isouq.gradients.torch_contract import is_custom
+
+Objective = Callable[[slice], Tensor]
+"""Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """What was differentiated, its squared gradient norms, and over which parameters.
+
+    `objective` (example, objective) float64 holds the values themselves, `by_parameter` (example, objective, param)
+    float64 their ‖∇θ‖², `names` the parameters, `n_parameters` how many numbers these are.
+    """
+
+    objective: Tensor
+    by_parameter: Tensor
+    names: tuple[str, ...]
+    engine: str
+    n_parameters: int
+
+    def columns(self, which: slice) -> SquaredNorms:
+        """The same for some of the objectives."""
+        return replace(self, objective=self.objective[:, which], by_parameter=self.by_parameter[:, which])
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over parameters, (example, objective) float64."""
+        return self.by_parameter.sum(-1)
 
 
 def squared_norms(

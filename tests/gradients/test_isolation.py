@@ -478,13 +478,13 @@ def test_a_batch_that_meets_frees_its_graph_before_the_examples_go_one_at_a_time
     model = Own("scaled by the batch's size").eval()
     together = isolation.examine
 
-    def examine(model, plan, objective, **options):
+    def examine(model, plan, examples, **options):
         if plan.n_examples > 1:
             plan.graph.mark = type("Mark", (), {"__del__": lambda _: alive.clear()})()
             alive.append(1)
         else:
             assert not alive
-        return together(model, plan, objective, **options)
+        return together(model, plan, examples, **options)
 
     monkeypatch.setattr(isolation, "examine", examine)
     assert isouq.score_classes(model, random_ids(4, 5)).engine == "ghost, one at a time"

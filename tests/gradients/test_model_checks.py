@@ -10,7 +10,7 @@ from reference import pad
 from torch import nn
 
 import isouq
-from isouq.gradients.checks import check_model
+from isouq.gradients.model import check_model
 from isouq.language.scoring import log_probs, score_aggregations
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
