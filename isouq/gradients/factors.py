@@ -127,7 +127,7 @@ class Dense(Factor):
 
     def write(self, out: Tensor, rows: slice, *, add: bool) -> None:
         """Write the gradient's rows to `out` (example, row, 1), or add them."""
-        part = wide(self.grad).flatten(1)[:, rows].unsqueeze(2)
+        part = wide(self.grad).reshape(len(self), -1)[:, rows].unsqueeze(2)
         out.add_(part) if add else out.copy_(part)
 
     def looked_up(self, index: Tensor, padding: int) -> Rows:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from architectures import COVERED, HELD_OUT, build, dtype_of, examples, upcasts_to
+from architectures import COVERED, build, dtype_of, examples, upcasts_to
 from closeness import RELATIVE
 from reference import pad, token_log_probs
 from torch import nn
@@ -48,24 +48,28 @@ def check(model: nn.Module, dtype: torch.dtype, sequences=ROWS, others=OTHERS, *
     assert_near(found.squares, Y.square().sum(1), y * y, dtype)
 
 
+# One of each way in which parameters meet: what is multiplied are factors, whose rules test_ghost.py holds against all
+# architectures. Head and embedding, biases and positions, projections around them, experts by index and by slices.
+FORMS = ("llama", "gpt2", "opt_projected", "mixtral", "mixtral_grouped")
+HELD_OUT_FORMS = ("falcon_alibi", "mamba", "gpt_oss", "qwen2_moe")  # no rule, convolution, stacks of experts, gates
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", COVERED)
-def test_covered_architecture_is_exact(name, tied):
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_covered_architecture_is_exact(name, tied):
     dtype = dtype_of(name)
     with upcasts_to(dtype):
         model = build(name, tied=tied)
     check(model, dtype, engine="ghost")
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", HELD_OUT)
-def test_held_out_architecture_is_exact_or_refused(name, tied):
-    dtype = dtype_of(name)
-    with upcasts_to(dtype):
-        model = build(name, tied=tied)
-    check(model, dtype)
+@pytest.mark.parametrize("name", HELD_OUT_FORMS)
+def test_held_out_architecture_is_exact_or_refused(name):
+    with upcasts_to(torch.float64):
+        model = build(name, tied=True)
+    check(model, torch.float64)
     with contextlib.suppress(NotCovered):
-        check(model, dtype, engine="ghost")
+        check(model, torch.float64, engine="ghost")
 
 
 @pytest.mark.parametrize("sequences", [ROWS, SHORT], ids=["explicit", "tokens"])
@@ -93,9 +97,7 @@ def into_parts(monkeypatch, count: int) -> None:
     monkeypatch.setattr(products, "groups", plan)
 
 
-@pytest.mark.parametrize(
-    ("name", "tied"), [("gemma3", True), ("gpt2", True), ("gpt2", False), ("qwen2_moe", False), ("llama", False)]
-)
+@pytest.mark.parametrize(("name", "tied"), [("gemma3", True), ("gpt2", False), ("qwen2_moe", False)])
 def test_the_parts_of_parameters_add_up(monkeypatch, name, tied):
     into_parts(monkeypatch, 3)
     with upcasts_to(dtype_of(name)):
@@ -184,7 +186,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("what", "memory"), [("gram", 3e8), ("gram", 6e8), ("sequence", 3e8), ("token_mean", 3e8)])
+@pytest.mark.parametrize(("what", "memory"), [("gram", 3e8), ("sequence", 3e8), ("token_mean", 3e8)])
 def test_a_process_never_takes_more_than_a_tenth_above_the_memory_asked_for(what, memory):
     """The factors of the head take 480 MB, the logits of all examples as many again."""
     command = [sys.executable, "-c", MEASURE, what, str(memory)]
