@@ -61,8 +61,8 @@ class Factor:
         return sum(x.nbytes for x in self.tensors().values())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
-        """The same form with `function` applied to each tensor."""
-        return replace(self, **{name: function(x) for name, x in self.tensors().items()})
+        """The form with `function` applied to each tensor, without a slot and what is shared with other factors."""
+        return type(self)(**{name: function(x) for name, x in self.tensors().items()})
 
     def detached(self) -> Factor:
         """A copy on the CPU, apart from autograd's graph and from what else the storage holds."""
@@ -103,11 +103,6 @@ class Dense(Factor):
 
     grad: Tensor
 
-    @property
-    def n_bytes(self) -> int:
-        """Twice the gradient's size: `products` puts all batches of one parameter together."""
-        return 2 * self.grad.nbytes
-
     def inner(self, other: Factor) -> Tensor:
         """⟨this, other⟩ of each example."""
         return total(wide(self.grad) * wide(other.dense("has a dense gradient besides").grad))
@@ -120,15 +115,10 @@ class Dense(Factor):
         """Itself."""
         return self
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """A row for every number."""
-        return self.grad[0].numel(), 1
-
-    def write(self, out: Tensor, rows: slice, *, add: bool) -> None:
-        """Write the gradient's rows to `out` (example, row, 1), or add them."""
-        part = wide(self.grad).reshape(len(self), -1)[:, rows].unsqueeze(2)
-        out.add_(part) if add else out.copy_(part)
+    def as_outer(self) -> Outer:
+        """The same numbers as one column."""
+        column = self.grad.reshape(len(self), 1, -1)
+        return Outer(column, torch.ones_like(column[:, :, :1]))
 
     def looked_up(self, index: Tensor, padding: int) -> Rows:
         """The gradient of an embedding from that of its rows at `index`, looked up once for all examples."""
@@ -208,10 +198,6 @@ class Outer(Tokens):
         products = n_tokens * n_tokens * (a * (self.left_gram is None) + b * (self.right_gram is None))
         return products <= 1.25 * n_tokens * a * b
 
-    def detached(self) -> Factor:
-        """Without the shared products, which would hold the graph's activations."""
-        return replace(self, left_gram=None, right_gram=None).mapped(lambda x: x.detach().to("cpu", copy=True))
-
     def cut(self, part: Part, shape: torch.Size) -> Outer:
         """The part of the left side's features or of the right side's."""
         side = "left" if _has_more_rows(shape) else "right"
@@ -224,7 +210,7 @@ class Outer(Tokens):
         return self.left.shape[2], self.right.shape[2]
 
     def write(self, out: Tensor, rows: slice, *, add: bool) -> None:
-        """Write the gradient's rows to `out` (example, row, b), or add them."""
+        """Write these rows of the gradient to `out` (example, row, b), or add them."""
         out.baddbmm_(wide(self.left[:, :, rows]).transpose(1, 2), wide(self.right), beta=int(add))
 
     def dense(self, purpose: str) -> Dense:

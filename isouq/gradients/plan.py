@@ -113,7 +113,6 @@ class Plan:
         """
         if not self.roots:  # none of the chosen parameters takes part: their gradient is zero
             return
-        self.grams.start()
         handles = [node.register_prehook(self._meet(node, visit)) for node in self.by_node]
         try:
             edges = [GradientEdge(node, 0) for node in self.roots]

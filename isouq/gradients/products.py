@@ -149,9 +149,9 @@ class Sums:
 
     def add_explicit(self, pieces: list[Piece], n_bytes: float) -> None:
         """Add explicit gradients: as many of the weight's rows at a time as `n_bytes` hold for all examples."""
-        factors: list[Outer | Dense] = [piece.factor for piece in pieces]  # type: ignore[misc]
-        (n_rows, width), like = factors[0].size, next(iter(factors[0].tensors().values()))
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        factors = [piece.factor for piece in pieces if isinstance(piece.factor, Outer)]
+        n_rows, width = factors[0].size
+        dtype = torch.promote_types(factors[0].left.dtype, torch.float32)
         step = max(1, min(n_rows, int(n_bytes / (len(self) * width * dtype.itemsize))))
         once = len({piece.start for piece in pieces}) == len(pieces) and sum(map(len, factors)) == len(self)
         for low in range(0, n_rows, step):
@@ -185,25 +185,13 @@ def inner_products(
 ) -> Gram:
     """Inner products ⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0).
 
-    Args:
-        model: what computes the objectives.
-        batches: the rows, as (objective, n_examples). What an objective does around the model treats examples apart.
-        others: a second set; of it, products with the rows are taken and squared norms.
-        engine: "ghost" is exact or raises NotCovered, "autograd" is the reference, "auto" takes the second where the
-            first refuses.
-        parameters: name patterns to restrict the products to; None for all.
-        memory: bytes above the model's weights at the peak: what is kept between forward passes, and a pass or what is
-            multiplied.
-        in_pass: the caller's estimate of the bytes that a pass takes.
-        progress: whether to show a bar.
-        checkpoint: a store of this run alone; a run that was killed resumes after its last whole group of parameters.
+    `batches` (the rows) and `others` are (objective, n_examples), each objective such that what it does around the
+    model treats examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between
+    forward passes, and a pass (`in_pass` bytes, by the caller's estimate) or what is multiplied. With a `checkpoint`,
+    this run's store, a run that was killed resumes after its last whole group of parameters.
 
-    Returns:
-        Products of rows with rows and with the others, in float64.
-
-    Raises:
-        ValueError: before the work starts, where `memory` does not suffice; says how many bytes are needed.
-        NotCovered: as `squared_norms`.
+    Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
+    NotCovered as `ghost.squared_norms`, but with engine "auto" the reference then does the work.
     """
     chosen = select_parameters(model, parameters)
     n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
@@ -357,6 +345,8 @@ def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
 def _add(sums: Sums, pieces: list[Piece], work: Work) -> None:
     """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i. Raises NoRule."""
     forms = {type(piece.factor) for piece in pieces}
+    if forms == {Dense}:
+        pieces = [Piece(piece.start, piece.factor.as_outer()) for piece in pieces]  # type: ignore[attr-defined]
     if forms == {Dense} or (forms == {Outer} and not _by_tokens(pieces)):
         sums.add_explicit(pieces, work.buffer_bytes)
     elif Dense in forms:

@@ -25,16 +25,13 @@ Step = Callable[[Factor], Factor]
 
 @dataclass
 class SharedGrams:
-    """x·xᵀ of activations that several weights multiply (query, key, value), kept until the last has used it."""
+    """x·xᵀ of activations that several weights multiply (query, key, value).
+
+    A backward pass meets these weights one right after the other, so the latest product is all that is kept.
+    """
 
     users: Counter[tuple[Any, ...]] = field(default_factory=Counter)
-    left: Counter[tuple[Any, ...]] = field(default_factory=Counter)
-    known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-
-    def start(self) -> None:
-        """Forget what an earlier pass left."""
-        self.known.clear()
-        self.left = self.users.copy()
+    latest: tuple[tuple[Any, ...], Tensor] | None = None
 
     @staticmethod
     def key(x: Tensor) -> tuple[Any, ...]:
@@ -57,14 +54,11 @@ class SharedGrams:
         key = self.key(x)
         if self.users[key] < 2:
             return None
-        self.left[key] -= 1
-        last = self.left[key] == 0
 
         def product() -> Tensor:
-            value = self.known.pop(key) if key in self.known else gram(split)
-            if not last:
-                self.known[key] = value
-            return value
+            if self.latest is None or self.latest[0] != key:
+                self.latest = key, gram(split)
+            return self.latest[1]
 
         return product
 
