@@ -118,7 +118,7 @@ class Dense(Factor):
     def as_outer(self) -> Outer:
         """The same numbers as one column."""
         column = self.grad.reshape(len(self), 1, -1)
-        return Outer(column, torch.ones_like(column[:, :, :1]))
+        return Outer(column, column.new_ones(len(self), 1, 1))
 
     def looked_up(self, index: Tensor, padding: int) -> Rows:
         """The gradient of an embedding from that of its rows at `index`, looked up once for all examples."""
