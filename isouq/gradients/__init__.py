@@ -8,9 +8,8 @@ from typing import Literal, get_args
 from torch import nn
 
 from isouq.gradients import autograd, ghost
-from isouq.gradients.autograd import Objective, SquaredNorms
+from isouq.gradients.autograd import Examples, Objective, SquaredNorms
 from isouq.gradients.model import ExampleError, select_parameters
-from isouq.gradients.plan import Examples
 from isouq.gradients.torch_contract import NotCovered
 
 Engine = Literal["auto", "ghost", "autograd"]
@@ -55,14 +54,14 @@ def squared_norms(
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
-    chosen = select_parameters(model, parameters)
+    chosen, examples = select_parameters(model, parameters), Examples(objective, n_examples)
     if engine != "autograd":
         try:
-            return _finite(ghost.squared_norms(model, Examples(objective, n_examples), chosen, apart=apart), rows)
+            return _finite(ghost.squared_norms(model, examples, chosen, apart=apart), rows)
         except NotCovered:
             if engine == "ghost":
                 raise
-    return _finite(autograd.squared_norms(model, objective, n_examples, parameters=chosen), rows)
+    return _finite(autograd.squared_norms(model, examples, chosen), rows)
 
 
 def _finite(norms: SquaredNorms, rows: Sequence[int] | None) -> SquaredNorms:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from isouq.gradients import isolation
-from isouq.gradients.autograd import SquaredNorms
-from isouq.gradients.plan import Examples, planned
+from isouq.gradients.autograd import Examples, SquaredNorms
+from isouq.gradients.plan import planned
 
 
 def squared_norms(

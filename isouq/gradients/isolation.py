@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isouq.gradients.autograd import Examples
 from isouq.gradients.graph import Graph
-from isouq.gradients.plan import Examples, Plan
+from isouq.gradients.plan import Plan
 from isouq.gradients.torch_contract import (
     POINTWISE,
     RESHAPES,

@@ -7,41 +7,23 @@ meets them. A use without a rule raises `NotCovered` before anything is returned
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
-from isouq.gradients.autograd import Objective
+from isouq.gradients.autograd import Examples
 from isouq.gradients.factors import Factor, NoRule, Outer, Picked
 from isouq.gradients.graph import Graph, Layout
-from isouq.gradients.model import Tracked, check_differentiable, differentiable
+from isouq.gradients.model import Tracked, differentiable
 from isouq.gradients.rules import RULES, SharedGrams, Step, Use, step
 from isouq.gradients.torch_contract import Grads, Node, NotCovered, is_custom, output_shape
 
 Visit = Callable[[Use, list[Factor]], None]
-
-
-class Examples(NamedTuple):
-    """`n` examples and the function that gives the scalars of any slice of them."""
-
-    objective: Objective
-    n: int
-
-    def values(self) -> Tensor:
-        """The scalars to differentiate, (example, objective), freshly computed. Raises ValueError without a graph."""
-        values = self.objective(slice(0, self.n))
-        check_differentiable(values)
-        return values
-
-    def singly(self) -> Sequence[Examples]:
-        """Each example by itself."""
-        return [Examples(lambda _, i=i: self.objective(slice(i, i + 1)), 1) for i in range(self.n)]  # type: ignore[misc]
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isouq.gradients import isolation
-from isouq.gradients.autograd import Objective, gradient
+from isouq.gradients.autograd import Examples, Objective, gradient
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Part, Tokens
 from isouq.gradients.model import differentiable, select_parameters
-from isouq.gradients.plan import Examples, Visit, planned
+from isouq.gradients.plan import Visit, planned
 from isouq.gradients.rules import Use
 from isouq.gradients.torch_contract import NotCovered
 
