@@ -6,6 +6,8 @@ CORES ?= all
 # PYTHON: the interpreter to build .venv with. TORCH_INDEX: a pip index for torch, such as PyTorch's own CPU one.
 PYTHON ?=
 TORCH_INDEX ?=
+# VERSION: a torch for test-torch; the oldest that pyproject.toml allows, if none is named.
+VERSION ?= 2.11.0
 
 PY := .venv/bin/python
 READY := .venv/isouq-installed
@@ -17,13 +19,14 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book plan assets test test-quick lint clean distclean lock FORCE
+.PHONY: help book plan assets test test-quick test-torch lint clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
 	@echo "  PROFILE=NAME      smoke, embedded (default), or a file of your own: make book PROFILE=my.yml"
 	@echo "  CORES=N           processor cores to use (default: all)"
 	@echo "  PYTHON=PATH       the Python to make .venv with (3.11 or newer)"
+	@echo "  VERSION=X.Y.Z     the torch of test-torch (default: $(VERSION), the oldest supported)"
 	@echo "  TORCH_INDEX=URL   where to get torch, for example a CPU build in place of PyPI's CUDA one"
 
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
@@ -45,6 +48,18 @@ test: $(READY) ## all tests; fetches models and data and builds the book at smok
 test-quick: $(READY) ## the tests that need no download and run no notebook
 	@$(PY) -m pytest -m 'not assets and not book'
 
+# The environment is requirements.lock with another torch, which comes first with what its build needs.
+test-torch: .venv-torch-$(VERSION)/installed ## the tests of the gradients under torch VERSION, in an environment of its own
+	@.venv-torch-$(VERSION)/bin/python -m pytest tests/gradients -m 'not assets and not book'
+
+.venv-torch-%/installed: requirements.lock
+	@set -e; $(FIND_PYTHON); \
+	"$$python" -m venv --clear .venv-torch-$*; pip=".venv-torch-$*/bin/python -m pip"; \
+	$$pip install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "torch==$*"; \
+	sed '/^torch==/d' requirements.lock > .venv-torch-$*/requirements.lock; \
+	$$pip install --quiet --no-deps -r .venv-torch-$*/requirements.lock; \
+	touch $@
+
 lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -61,7 +76,7 @@ clean: ## remove what was built; the scored questions in build/store stay
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
 
 distclean: clean ## remove the scored questions and the environment too
-	@rm -rf build .venv .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build .venv .venv-torch-* .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Sets $python to PYTHON, or to the first on the PATH that is new enough and runs.
 define FIND_PYTHON

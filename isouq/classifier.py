@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from isouq import estimate
 from isouq.estimate import Estimate, Regression
 from isouq.gradients import Engine, ExampleError, SquaredNorms, squared_norms
-from isouq.gradients.checks import check_model, run
+from isouq.gradients.model import check_model, run
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Inputs = Tensor | Mapping[str, Tensor]

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from torch import nn
 
 from isouq.gradients import autograd, ghost
-from isouq.gradients.checks import ExampleError
-from isouq.gradients.common import Objective, SquaredNorms, select_parameters
-from isouq.gradients.graph import NotCovered
+from isouq.gradients.autograd import Examples, Objective, SquaredNorms
+from isouq.gradients.model import ExampleError, select_parameters
+from isouq.gradients.torch_contract import NotCovered
 
 Engine = Literal["auto", "ghost", "autograd"]
 
@@ -27,25 +27,41 @@ def squared_norms(
     apart: bool = False,
     rows: Sequence[int] | None = None,
 ) -> SquaredNorms:
-    """‖∇θ objective[i, k]‖² per example i and column k, over all parameters or those whose names match `parameters`.
+    """‖∇θ objective[i, k]‖² of every example i and column k.
 
-    `objective` maps a slice of the batch's rows to scalars (example, objective), freshly computed by `model`.
-    engine "ghost" is exact or raises NotCovered; "autograd" goes one example at a time; "auto" is ghost, and autograd
-    where ghost does not cover the model. `apart` says that whatever `objective` does around the model treats examples
-    apart, so that for a model known to do so nothing has to be compared (`isolation`). `rows` are the examples' places
-    in the caller's order, for errors. Raises ValueError for an unknown engine and as `select_parameters`, ExampleError
-    for a gradient that is not finite.
+    Args:
+        model: what computes the objective; it is left as it was.
+        objective: a slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
+        n_examples: how many rows the batch has.
+        engine: "ghost" is exact or raises NotCovered, "autograd" goes one example at a time, "auto" takes the second
+            where the first refuses.
+        parameters: name patterns, such as "layers.2.*", to restrict the norm to; None for all.
+        apart: whether all that `objective` does around the model treats examples apart. Then nothing has to be
+            compared for a model that is known to do so (`isolation`).
+        rows: the examples' places in the caller's order, for error messages.
+
+    Raises:
+        ValueError: for an unknown engine, and as `select_parameters`.
+        NotCovered: for engine "ghost", with the parameter's name.
+        ExampleError: for a gradient that is not finite.
+
+    Example:
+        >>> import torch
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+        >>> squared_norms(model, lambda rows: model(x[rows]), 2).total  # ∇(w·x) = x
+        tensor([[25.],
+                [ 5.]], dtype=torch.float64)
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
-    chosen = select_parameters(model, parameters)
+    chosen, examples = select_parameters(model, parameters), Examples(objective, n_examples)
     if engine != "autograd":
         try:
-            return _finite(ghost.squared_norms(model, objective, n_examples, parameters=chosen, apart=apart), rows)
+            return _finite(ghost.squared_norms(model, examples, chosen, apart=apart), rows)
         except NotCovered:
             if engine == "ghost":
                 raise
-    return _finite(autograd.squared_norms(model, objective, n_examples, parameters=chosen), rows)
+    return _finite(autograd.squared_norms(model, examples, chosen), rows)
 
 
 def _finite(norms: SquaredNorms, rows: Sequence[int] | None) -> SquaredNorms:

@@ -1,4 +1,4 @@
-"""The reference engine: one example at a time through an ordinary backward pass. Slow, short, and never wrong.
+"""The reference engine: one example at a time through an ordinary backward pass, slow and short; and the result's type.
 
 Each parameter's gradient is squared and dropped as soon as it is complete, so the peak of memory above the model's is
 its largest parameter.
@@ -8,28 +8,72 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.common import Objective, SquaredNorms, Tracked, check_differentiable, differentiable
-from isouq.gradients.graph import Graph, is_custom
+from isouq.gradients.graph import Graph
+from isouq.gradients.model import Tracked, check_differentiable, differentiable
+from isouq.gradients.torch_contract import is_custom
+
+Objective = Callable[[slice], Tensor]
+"""Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
 
 
-def squared_norms(
-    model: nn.Module, objective: Objective, n_examples: int, *, parameters: dict[str, nn.Parameter]
-) -> SquaredNorms:
+class Examples(NamedTuple):
+    """`n` examples and the function that gives the scalars of any slice of them."""
+
+    objective: Objective
+    n: int
+
+    def values(self) -> Tensor:
+        """The scalars to differentiate, (example, objective), freshly computed. Raises ValueError without a graph."""
+        values = self.objective(slice(0, self.n))
+        check_differentiable(values)
+        return values
+
+    def singly(self) -> Sequence[Examples]:
+        """Each example by itself."""
+        return [Examples(lambda _, i=i: self.objective(slice(i, i + 1)), 1) for i in range(self.n)]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """What was differentiated, its squared gradient norms, and over which parameters.
+
+    `objective` (example, objective) float64 holds the values themselves, `by_parameter` (example, objective, param)
+    float64 their ‖∇θ‖², `names` the parameters, `n_parameters` how many numbers these are.
+    """
+
+    objective: Tensor
+    by_parameter: Tensor
+    names: tuple[str, ...]
+    engine: str
+    n_parameters: int
+
+    def columns(self, which: slice) -> SquaredNorms:
+        """The same for the objectives `which`."""
+        return replace(self, objective=self.objective[:, which], by_parameter=self.by_parameter[:, which])
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over parameters, (example, objective) float64."""
+        return self.by_parameter.sum(-1)
+
+
+def squared_norms(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter]) -> SquaredNorms:
     """‖∇θ objective[i, k]‖² for every example i and column k, over `parameters` (name → tensor)."""
-    rows, found = [], []
-    for i in range(n_examples):
+    rows, objectives = [], []
+    for example in examples.singly():
         with differentiable(model, parameters) as tracked:
-            values = objective(slice(i, i + 1))[0]
-            check_differentiable(values)
-            found.append(values.detach().double().cpu())
+            values = example.values()[0]
+            objectives.append(values.detach().double().cpu())
             rows.append(torch.stack([_one(values, k, tracked) for k in range(len(values))]))
     n_parameters = sum(p.numel() for p in parameters.values())
-    return SquaredNorms(torch.stack(found), torch.stack(rows), tuple(parameters), "autograd", n_parameters)
+    return SquaredNorms(torch.stack(objectives), torch.stack(rows), tuple(parameters), "autograd", n_parameters)
 
 
 def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:

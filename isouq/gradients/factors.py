@@ -1,11 +1,11 @@
 """Per-example gradients in the form in which a backward pass delivers them, without building them.
 
-A *factor* is the gradient of one use of one parameter, for every example of a batch at once. Three forms are
-enough for the networks of the field, and each knows its squared norm and its inner products:
+A *factor* is the gradient of one use of one parameter, for every example of a batch at once. Three forms are enough
+for the networks of the field:
 
-    Outer   Σ_t left_t ⊗ right_t     a matrix multiplication (Linear, Conv1D, convolution, the LM head)
-    Rows    row[index_t] += rows_t   an embedding look-up
-    Dense   the gradient itself      a bias, a gain
+    Outer   Σ_t left_t ⊗ right_t      a matrix multiplication (Linear, Conv1D, convolution, the LM head)
+    Rows    row[index_t] += right_t   an embedding look-up
+    Dense   the gradient itself       a bias, a gain
 
 ‖Σ_t l_t ⊗ r_t‖² = Σ_{t,s} (l_t·l_s)(r_t·r_s): two token×token products in place of a gradient the size of the
 weight ("ghost norms": Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679).
@@ -15,21 +15,148 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from isouq.gradients.torch_contract import signed
+
 
 class NoRule(Exception):
-    """Two forms of gradient meet, or one meets an operation, for which there is no rule; says which."""
+    """There is no rule for this use of a parameter; the message says why, and the caller knows which parameter."""
 
 
 @dataclass(frozen=True)
-class Outer:
-    """Σ_t left_t ⊗ right_t per example: left (example, token, a), right (example, token, b), gradient (a, b).
+class Part:
+    """The `number`-th of `count` equal parts of a parameter, which is cut along the longer of its last two axes."""
 
-    `right_gram`, when given, returns right·rightᵀ (example, token, token), which several weights may share.
-    `slot` names the slice of a stacked parameter that the gradient belongs to (an expert), None for the whole.
+    number: int
+    count: int
+
+    def of(self, size: int) -> slice:
+        """The part's place on an axis of this size."""
+        return slice(self.number * size // self.count, (self.number + 1) * size // self.count)
+
+
+def _has_more_rows(shape: torch.Size) -> bool:
+    return len(shape) < 2 or shape[-2] >= shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The gradient of one use of one parameter, for every example of a batch; its forms are the classes below."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name; the first axis of each is the examples'."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(next(iter(self.tensors().values())))
+
+    @property
+    def n_bytes(self) -> int:
+        """What the factor takes; an activation that several weights share is counted with each."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The form with `function` applied to each tensor, without a slot and what is shared with other factors."""
+        return type(self)(**{name: function(x) for name, x in self.tensors().items()})
+
+    def detached(self) -> Factor:
+        """A copy on the CPU, apart from autograd's graph and from what else the storage holds."""
+        return self.mapped(lambda x: x.detach().to("cpu", copy=True))
+
+    def squared_norm(self) -> Tensor:
+        """‖gradient‖² of each example: (example,) float64."""
+        return self.inner(self)
+
+    def inner(self, other: Factor) -> Tensor:
+        """⟨this, other⟩ of each example, for two uses of one parameter: (example,) float64. Raises NoRule."""
+        raise NotImplementedError
+
+    def cut(self, part: Part, shape: torch.Size) -> Factor:
+        """The part of the gradient of a parameter of this `shape`."""
+        raise NotImplementedError
+
+    def dense(self, purpose: str) -> Dense:
+        """The gradient itself. Raises NoRule, which names the purpose, for a form that has to be kept apart."""
+        raise NoRule(f"{purpose} a gradient of the form {type(self).__name__}, which has no rule")
+
+    def transposed(self) -> Factor:
+        """The gradient of the parameter whose transpose was used."""
+        return Dense(self.dense("is transposed before a use with").grad.transpose(-1, -2))
+
+    def reshaped(self, shape: tuple[int, ...]) -> Factor:
+        """The gradient of the parameter of `shape` that was reshaped before its use."""
+        return Dense(self.dense("is reshaped before a use with").grad.reshape(len(self), *shape))
+
+    def of_slice(self, slot: int) -> Factor:
+        """The gradient of the stacked parameter of which slice `slot` was used."""
+        raise NoRule(f"is sliced before a use with a gradient of the form {type(self).__name__}, which has no rule")
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Factor):
+    """The gradient per example, (example, *param)."""
+
+    grad: Tensor
+
+    def inner(self, other: Factor) -> Tensor:
+        """⟨this, other⟩ of each example."""
+        return total(wide(self.grad) * wide(other.dense("has a dense gradient besides").grad))
+
+    def cut(self, part: Part, shape: torch.Size) -> Dense:
+        """The part of the last axis."""
+        return Dense(self.grad[..., part.of(self.grad.shape[-1])])
+
+    def dense(self, purpose: str) -> Dense:
+        """Itself."""
+        return self
+
+    def as_outer(self) -> Outer:
+        """The same numbers as one column."""
+        column = self.grad.reshape(len(self), 1, -1)
+        return Outer(column, column.new_ones(len(self), 1, 1))
+
+    def looked_up(self, index: Tensor, padding: int) -> Rows:
+        """The gradient of an embedding from that of its rows at `index`, looked up once for all examples."""
+        rows = self.grad.reshape(len(self), index.numel(), -1)
+        return Rows(index.reshape(1, -1).expand(len(rows), -1), rows).without(padding)
+
+
+class Tokens(Factor):
+    """A sum over tokens, Σ_t left_t ⊗ right_t. Its forms keep the left side each in its own way."""
+
+    right: Tensor
+
+    def left_products(self, other: Tokens) -> Tensor:
+        """left_s·left'_t of each example: (example, s, t)."""
+        raise NotImplementedError
+
+    def products(self, other: Tokens) -> Tensor:
+        """(left_s·left'_t)(right_s·right'_t) of each example: (example, s, t). They add up to the inner product."""
+        return self.left_products(other) * (wide(self.right) @ wide(other.right).transpose(1, 2))
+
+    def inner(self, other: Factor) -> Tensor:
+        """⟨this, other⟩ of each example."""
+        return total(self.products(other)) if isinstance(other, Tokens) else other.inner(self)
+
+    def across(self, other: Tokens) -> Tensor:
+        """⟨this of example i, other of example j⟩ for all pairs: (i, j) float64."""
+        one, two = (factor.mapped(lambda x: x.flatten(0, 1)[None]) for factor in (self, other))
+        products = one.products(two).view(*self.right.shape[:2], *other.right.shape[:2])
+        return products.sum((1, 3), dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Tokens):
+    """left (example, token, a), right (example, token, b), gradient (a, b).
+
+    `left_gram` and `right_gram`, when given, return left·leftᵀ and right·rightᵀ (example, token, token), which several
+    weights may share. `slot` is the slice of a stacked parameter that the gradient belongs to (an expert), None for
+    the whole.
     """
 
     left: Tensor
@@ -38,39 +165,109 @@ class Outer:
     right_gram: Callable[[], Tensor] | None = None
     slot: int | None = None
 
+    def left_products(self, other: Tokens) -> Tensor:
+        """Zero for different slices of one parameter."""
+        if isinstance(other, Rows):
+            return self.columns(other.index)
+        assert isinstance(other, Outer)
+        products = wide(self.left) @ wide(other.left).transpose(1, 2)
+        return products if self.slot == other.slot else torch.zeros_like(products)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """left_s[index_t] as (example, s, t): all that an embedding of the same weight needs of the left side."""
+        return wide(self.left).gather(2, index.unsqueeze(1).expand(-1, self.left.shape[1], -1))
+
+    def squared_norm(self) -> Tensor:
+        """By token×token products or by the explicit gradient, whichever is cheaper."""
+        if self.left.shape[1] == 1:
+            return total(wide(self.left).square()) * total(wide(self.right).square())
+        if self.cheaper_as_gram():
+            left = self.left_gram() if self.left_gram else gram(self.left)
+            return total(left * (self.right_gram() if self.right_gram else gram(self.right)))
+        pairs = zip(wide(self.left), wide(self.right), strict=True)  # one example's gradient at a time
+        norms = [torch.linalg.vector_norm(left.T @ right, dtype=torch.float64) for left, right in pairs]
+        return torch.stack(norms).square()
+
+    def cheaper_as_gram(self) -> bool:
+        """Whether two token×token products cost fewer multiplications than the explicit gradient.
+
+        A side whose product is shared counts as free. The explicit gradient is also written and read once, which the
+        factor 1.25 stands for.
+        """
+        n_tokens, (a, b) = self.left.shape[1], self.size
+        products = n_tokens * n_tokens * (a * (self.left_gram is None) + b * (self.right_gram is None))
+        return products <= 1.25 * n_tokens * a * b
+
+    def cut(self, part: Part, shape: torch.Size) -> Outer:
+        """The part of the left side's features or of the right side's."""
+        side = "left" if _has_more_rows(shape) else "right"
+        x = getattr(self, side)
+        return replace(self, **{side: x[..., part.of(x.shape[-1])]})
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The gradient's rows and columns, a and b."""
+        return self.left.shape[2], self.right.shape[2]
+
+    def write(self, out: Tensor, rows: slice, *, add: bool) -> None:
+        """Write these rows of the gradient to `out` (example, row, b), or add them."""
+        out.baddbmm_(wide(self.left[:, :, rows]).transpose(1, 2), wide(self.right), beta=int(add))
+
+    def dense(self, purpose: str) -> Dense:
+        """(example, a, b), unless a slice of it is meant."""
+        return (
+            Dense(wide(self.left).transpose(1, 2) @ wide(self.right)) if self.slot is None else super().dense(purpose)
+        )
+
     def transposed(self) -> Outer:
-        """The same gradient of the transposed parameter."""
+        """The sides change places."""
         return replace(self, left=self.right, right=self.left, left_gram=self.right_gram, right_gram=self.left_gram)
 
-    def dense(self) -> Tensor:
-        """The gradient itself, (example, a, b)."""
-        return wide(self.left).transpose(1, 2) @ wide(self.right)
+    def of_slice(self, slot: int) -> Outer:
+        """The same sides, marked as the slice's."""
+        return replace(self, slot=slot) if self.slot is None else super().of_slice(slot)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """An embedding's gradient: index (example, token) int64, rows (example, token, b); gradient (vocab, b)."""
+@dataclass(frozen=True, eq=False)
+class Rows(Tokens):
+    """An embedding's gradient: index (example, token) int64, right (example, token, b); gradient (vocab, b)."""
 
     index: Tensor
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The gradient per example, (example, *param)."""
-
-    grad: Tensor
-
-
-@dataclass(frozen=True)
-class Picked:
-    """What an Outer leaves for an embedding of the same weight: values (example, s, t) = left_s[index_t], right."""
-
-    values: Tensor
     right: Tensor
 
+    def left_products(self, other: Tokens) -> Tensor:
+        """1 where two tokens look up the same row, 0 elsewhere, if the other is an embedding too."""
+        if isinstance(other, Rows):
+            return self.index.unsqueeze(2) == other.index.unsqueeze(1)
+        return other.left_products(self).transpose(1, 2)
 
-Factor = Outer | Rows | Dense | Picked
+    def without(self, padding: int) -> Rows:
+        """The same but for the row of padding, which gathers no gradient; torch states -1 where there is none."""
+        if signed(padding) < 0:
+            return self
+        return Rows(self.index, self.right.masked_fill((self.index == padding).unsqueeze(-1), 0))
+
+    def cut(self, part: Part, shape: torch.Size) -> Rows:
+        """The tokens with an id in the part's range, counted from its start; or the part of the rows' features."""
+        if not _has_more_rows(shape):
+            return Rows(self.index, self.right[..., part.of(self.right.shape[-1])])
+        rows = part.of(shape[0])
+        outside = (self.index < rows.start) | (self.index >= rows.stop)
+        right = self.right.masked_fill(outside.unsqueeze(2), 0)
+        return Rows((self.index - rows.start).masked_fill(outside, 0), right)
+
+
+@dataclass(frozen=True, eq=False)
+class Picked(Tokens):
+    """What an Outer leaves for an embedding of the same weight: its `columns` at the embedding's tokens, and right."""
+
+    columns: Tensor
+    right: Tensor
+
+    def left_products(self, other: Tokens) -> Tensor:
+        """The columns, for the embedding that they were picked for."""
+        assert isinstance(other, Rows)
+        return self.columns
 
 
 def wide(x: Tensor) -> Tensor:
@@ -87,71 +284,3 @@ def gram(x: Tensor) -> Tensor:
     """x·xᵀ per example: (example, token, b) → (example, token, token)."""
     x = wide(x)
     return x @ x.transpose(1, 2)
-
-
-def cheaper_as_gram(factor: Outer) -> bool:
-    """Whether two token×token products cost fewer multiplications than the explicit gradient.
-
-    A side whose product is shared counts as free. The explicit gradient is also written and read once, which the
-    factor stands for.
-    """
-    n_tokens, a, b = factor.left.shape[1], factor.left.shape[2], factor.right.shape[2]
-    products = n_tokens * n_tokens * (a * (factor.left_gram is None) + b * (factor.right_gram is None))
-    return products <= 1.25 * n_tokens * a * b
-
-
-def squared_norm(factor: Factor) -> Tensor:
-    """‖gradient‖² per example: (example,) float64."""
-    if isinstance(factor, Dense):
-        return total(wide(factor.grad).square())
-    if isinstance(factor, Rows):
-        same = factor.index.unsqueeze(2) == factor.index.unsqueeze(1)
-        return total(gram(factor.rows) * same)
-    assert isinstance(factor, Outer)
-    if factor.left.shape[1] == 1:
-        return total(wide(factor.left).square()) * total(wide(factor.right).square())
-    if cheaper_as_gram(factor):
-        left = factor.left_gram() if factor.left_gram else gram(factor.left)
-        return total(left * (factor.right_gram() if factor.right_gram else gram(factor.right)))
-    pairs = zip(wide(factor.left), wide(factor.right), strict=True)
-    return torch.stack([_explicit(left, right) for left, right in pairs])
-
-
-def _explicit(left: Tensor, right: Tensor) -> Tensor:
-    product = left.transpose(0, 1) @ right
-    return torch.linalg.vector_norm(product, dtype=torch.float64).square()
-
-
-def inner(f: Factor, g: Factor) -> Tensor:
-    """⟨f, g⟩ per example, two uses of one parameter: (example,) float64."""
-    if isinstance(f, Dense) and isinstance(g, Dense):
-        return total(wide(f.grad) * wide(g.grad))
-    if isinstance(f, Outer) and isinstance(g, Outer):
-        if f.slot != g.slot:
-            return f.left.new_zeros(len(f.left), dtype=torch.float64)
-        left = wide(f.left) @ wide(g.left).transpose(1, 2)
-        return total(left * (wide(f.right) @ wide(g.right).transpose(1, 2)))
-    if isinstance(f, Rows) and isinstance(g, Rows):
-        same = f.index.unsqueeze(2) == g.index.unsqueeze(1)
-        return total(wide(f.rows) @ wide(g.rows).transpose(1, 2) * same)
-    if isinstance(f, Rows) and isinstance(g, Outer | Picked):
-        return inner(g, f)
-    if isinstance(f, Outer | Picked) and isinstance(g, Rows):
-        values = f.values if isinstance(f, Picked) else pick(f, g.index)
-        return total(values * (wide(f.right) @ wide(g.rows).transpose(1, 2)))
-    if isinstance(f, Dense) or isinstance(g, Dense):
-        return inner(_densified(f), _densified(g))
-    raise NoRule(f"has a {type(f).__name__} and a {type(g).__name__} gradient, whose product has no rule")
-
-
-def _densified(f: Factor) -> Dense:
-    if isinstance(f, Outer) and f.slot is None:
-        return Dense(f.dense())
-    if isinstance(f, Dense):
-        return f
-    raise NoRule(f"has a dense gradient besides that of another form ({type(f).__name__})")
-
-
-def pick(f: Outer, index: Tensor) -> Tensor:
-    """left_s[index_t] as (example, s, t): all that an embedding of the same weight needs of a head's left side."""
-    return wide(f.left).gather(2, index.unsqueeze(1).expand(-1, f.left.shape[1], -1))

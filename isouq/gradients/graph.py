@@ -9,68 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
-Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes that depend on the operation
-Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
+from isouq.gradients.factors import NoRule
+from isouq.gradients.torch_contract import POINTWISE, RESHAPES, SAVED, Node, leaf_tensor, operation, output_shape, saved
 
-POINTWISE = frozenset(
-    "Mul Add Sub Div Neg Exp Expm1 Log Log1P Pow Sqrt Rsqrt Relu Elu Gelu Silu Tanh Sigmoid LogSigmoid Softplus"
-    " LeakyRelu Hardtanh ClampBackward1 Threshold Where MaskedFill NativeDropout ToCopy Clone Alias".split()
+KEEPS_ROWS = frozenset(  # operations whose output has the rows of those inputs that have as many
+    POINTWISE
+    | RESHAPES
+    | frozenset("Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split())
 )
-ELEMENTWISE = POINTWISE | frozenset(
-    "Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split()
-)
-RESHAPES = frozenset("View UnsafeView ReshapeAlias Unsqueeze Squeeze".split())
-
-
-class NotCovered(ValueError):
-    """The ghost engine has no rule for a use of a parameter; the message names both and the way out."""
-
-    def __init__(self, parameter: str, why: str) -> None:
-        super().__init__(f"{parameter} {why}; use engine='autograd' (engine='auto' does so by itself)")
-        self.parameter = parameter
-
-
-def operation(node: Node) -> str:
-    """The operation a node undoes: MmBackward0 → "Mm"."""
-    return _undone(node.name())
-
-
-@cache
-def _undone(name: str) -> str:
-    return name.rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
-
-
-def is_custom(node: Node) -> bool:
-    """Whether a Python autograd.Function stands at the node: it may hold parameters that the graph does not show.
-
-    Operators registered with torch.library name all their inputs, so theirs are not meant; nor are functions that
-    declare themselves `parameter_free`.
-    """
-    name: str = node.name()
-    innocent = name.startswith("GeneratedBackwardFor_") or declares(node, "parameter_free")
-    return isinstance(node, BackwardCFunction) and not innocent
-
-
-def declares(node: Node, name: str) -> bool:
-    """Whether the Python autograd.Function at the node has the class attribute `name`, set to True."""
-    return bool(getattr(getattr(node, "_forward_cls", None), name, False))
-
-
-def signed(number: int) -> int:
-    """Negative numbers are stored unsigned."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
-    """The shape of the value that the node's operation gave."""
-    return tuple(node._input_metadata[number].shape)
+DATA_INPUT = {"Mm": 0, "GroupedMm": 0, "Addmm": 1}  # at which input a matrix product takes the activation
 
 
 @dataclass
@@ -98,8 +50,8 @@ class Graph:
     def leaves(self) -> Iterable[tuple[Node, Tensor]]:
         """(node, parameter) of every tensor that gathers a gradient."""
         for node in self.order:
-            if node.name().endswith("AccumulateGrad"):
-                yield node, node.variable
+            if (tensor := leaf_tensor(node)) is not None:
+                yield node, tensor
 
     def roots(self, consumers: set[Node]) -> list[Node]:
         """Those of `consumers` that have none of the others below them: where a backward pass may stop."""
@@ -113,6 +65,10 @@ class Graph:
         return [node for node in consumers if node not in above]
 
 
+Owner = Tensor | None | Literal[False]
+"""Whose a value's rows are: a tensor has the example of each, None means equal consecutive blocks, False unknown."""
+
+
 @dataclass
 class Layout:
     """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples.
@@ -121,7 +77,7 @@ class Layout:
     """
 
     n_examples: int
-    _known: dict[Node, Tensor | None] = field(default_factory=dict)
+    _known: dict[Node, Owner] = field(default_factory=dict)
 
     def split(self, matrix: Tensor, owner: Tensor | None) -> Tensor:
         """(row, feature) → (example, token, feature): blocks where `owner` is None, else gathered and zero-padded."""
@@ -135,71 +91,59 @@ class Layout:
         padded[owner[order], place] = matrix[order]
         return padded
 
-    def owner(self, node: Node, slot: int, matrix: Tensor, parameter: str) -> Tensor | None:
-        """The example of each row of `matrix`, the value at input `slot` of `node`; None for equal consecutive blocks.
-
-        Raises NotCovered when it cannot be read off the graph.
-        """
-        n_rows = matrix.shape[0]
-        if self.n_examples == 1:
-            return None
+    def owner_of_input(self, node: Node, slot: int, n_rows: int) -> Tensor | None:
+        """The example of each row of the matrix at input `slot`; None for equal consecutive blocks. Raises NoRule."""
         source, number = node.next_functions[slot]
-        found = None if source is None else self._trace(source, number)  # None: the raw input
-        return self._checked(found, n_rows, node, parameter)
+        return self._owner(source, number, n_rows, node)  # without a source: the raw input
 
-    def owner_of_output(self, node: Node, n_rows: int, parameter: str) -> Tensor | None:
+    def owner_of_output(self, node: Node, n_rows: int) -> Tensor | None:
         """The same for the rows of the node's own output."""
-        return None if self.n_examples == 1 else self._checked(self._trace(node, 0), n_rows, node, parameter)
+        return self._owner(node, 0, n_rows, node)
 
-    def _checked(self, found: Any, n_rows: int, node: Node, parameter: str) -> Tensor | None:
-        if found is False or (found is None and n_rows % self.n_examples):
-            raise NotCovered(parameter, f"meets {n_rows} rows in {node.name()} whose examples are not known")
-        return found
+    def _owner(self, source: Node | None, number: int, n_rows: int, node: Node) -> Tensor | None:
+        if self.n_examples == 1 or (source is None and n_rows % self.n_examples == 0):
+            return None
+        owner = False if source is None else self._trace(source, number)
+        if owner is False or (owner is None and n_rows % self.n_examples):
+            raise NoRule(f"meets {n_rows} rows in {node.name()} whose examples are not known")
+        return owner
 
-    def _trace(self, node: Node, number: int) -> Any:
-        """None: blocks; a tensor: the example of each row; False: unknown."""
+    def _trace(self, node: Node, number: int) -> Owner:
         if node not in self._known:
             self._known[node] = self._read(node, number)
         return self._known[node]
 
-    def _read(self, node: Node, number: int) -> Any:
-        shape, name = output_shape(node, number), operation(node)
-        if len(shape) > 2 and shape[0] == self.n_examples:
+    def _read(self, node: Node, number: int) -> Owner:
+        name, shape = operation(node), output_shape(node, number)
+        before = tuple(saved(node, "self_sym_sizes")) if "self_sym_sizes" in SAVED.get(name, ()) else ()
+        if any(len(sizes) > 2 and sizes[0] == self.n_examples for sizes in (shape, before)):
             return None
-        if name in RESHAPES:
-            sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
-            if len(sizes) > 2 and sizes[0] == self.n_examples:
-                return None
         if name == "Index":
             return self._through_index(node)
-        if name in ("Mm", "GroupedMm"):
-            return self._child(node, 0, shape)
-        if name == "Addmm":
-            return self._child(node, 1, shape)
-        if name in ELEMENTWISE or name in RESHAPES:
-            for slot in range(len(node.next_functions)):
-                found = self._child(node, slot, shape)
-                if found is not False:
-                    return found
+        if name in DATA_INPUT:
+            return self._through_input(node, DATA_INPUT[name], shape)
+        for slot in range(len(node.next_functions)) if name in KEEPS_ROWS else ():
+            if (owner := self._through_input(node, slot, shape)) is not False:
+                return owner
         return None if shape and shape[0] == self.n_examples else False
 
-    def _child(self, node: Node, slot: int, shape: tuple[int, ...]) -> Any:
+    def _through_input(self, node: Node, slot: int, shape: tuple[int, ...]) -> Owner:
         source, number = node.next_functions[slot]
         if source is None:
-            return None if slot == 0 and shape[0] % self.n_examples == 0 else False
+            return None if slot == 0 and shape and shape[0] % self.n_examples == 0 else False
         if output_shape(source, number)[:1] != shape[:1] and operation(node) not in RESHAPES:
             return False
         return self._trace(source, number)
 
-    def _through_index(self, node: Node) -> Any:
-        index = [i for i in node._saved_indices if i is not None]
+    def _through_index(self, node: Node) -> Owner:
+        index = [i for i in saved(node, "indices") if i is not None]
         source, number = node.next_functions[0]
         if len(index) != 1 or index[0].dim() != 1 or source is None:
             return False
-        found, n_rows = self._trace(source, number), output_shape(source, number)[0]
-        if found is False or (found is None and n_rows % self.n_examples):
+        owner, n_rows = self._trace(source, number), output_shape(source, number)[0]
+        if owner is False or (owner is None and n_rows % self.n_examples):
             return False
-        if found is None:
+        if owner is None:
             every = torch.arange(self.n_examples, device=index[0].device)
-            found = every.repeat_interleave(n_rows // self.n_examples)
-        return found[index[0]]
+            owner = every.repeat_interleave(n_rows // self.n_examples)
+        return owner[index[0]]

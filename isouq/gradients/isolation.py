@@ -20,73 +20,84 @@ Where an answer is no, or is not known, `Meeting` is raised and the examples go 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from isouq.gradients.common import Objective
-from isouq.gradients.graph import (
+from isouq.gradients.autograd import Examples
+from isouq.gradients.graph import Graph
+from isouq.gradients.plan import Plan
+from isouq.gradients.torch_contract import (
     POINTWISE,
     RESHAPES,
-    Graph,
+    SAVED,
     Node,
     NotCovered,
     declares,
+    forward_hooks,
     operation,
     output_shape,
-    signed,
+    saved,
+    saved_axes,
 )
-
-if TYPE_CHECKING:
-    from isouq.gradients.ghost import Plan
 
 
 class Meeting(NotCovered):
     """The examples of this batch meet, or nothing shows that they do not; one at a time they are scored exactly."""
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What is not known of a batch before its backward pass: by class, that examples keep apart; by the graph, whose
-    each gradient is."""
-
-    values: bool
-    gradients: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether `check` needs the graph after the backward pass."""
-        return self.values or self.gradients
-
-
-def examine(model: nn.Module, plan: Plan, objective: Objective, *, apart: bool) -> Doubt:
+def examine(model: nn.Module, plan: Plan, examples: Examples, *, apart: bool) -> Doubt:
     """Compare each example's value with the one it has alone, unless the model's class answers for it.
 
     `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. Raises Meeting.
     """
     if plan.n_examples == 1 or (apart and is_decoder(model) and _is_familiar(plan.graph)):
-        return Doubt(values=False, gradients=False)
+        return Doubt(plan, examples, values=False, gradients=False)
     separate = separates(plan.graph, plan.n_examples, plan.by_node)
-    doubt = Doubt(values=not (apart and separate and is_stack(model)), gradients=not separate)
+    doubt = Doubt(plan, examples, values=not (apart and separate and is_stack(model)), gradients=not separate)
     if doubt.values:
-        _check_values(plan, objective)
+        doubt.compare_values()
     return doubt
 
 
-def check(plan: Plan, objective: Objective, squares: Tensor, doubt: Doubt) -> None:
-    """Raise Meeting unless the gradients are those of each example alone. `squares` (example, param) are of column 0.
+@dataclass(frozen=True)
+class Doubt:
+    """What is not known of a batch before its backward pass.
 
-    The last example, of which a full batch has no room left, is differentiated alone: a branch whose value is zero may
-    have a gradient. The plan's graph is used up.
+    `values`: the model's class does not say that examples keep apart. `gradients`: the graph does not prove whose each
+    gradient is.
     """
-    if doubt.gradients:
-        _check_weights(plan, squares)
-    if doubt.values:
-        alone = type(plan)(objective(slice(plan.n_examples - 1, plan.n_examples)), plan.tracked, 1)
-        found = alone.squares(alone.values[:, 0].sum(), retain=False)
-        _check_equal(plan, found, squares[-1:], _slack(plan).norm)
+
+    plan: Plan
+    examples: Examples
+    values: bool
+    gradients: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether `settle` needs the graph after the backward pass."""
+        return self.values or self.gradients
+
+    def compare_values(self) -> None:
+        """Raise Meeting unless each example has the same value alone."""
+        slack = _slack(self.plan).value
+        for one, together in zip(self.examples.singly(), self.plan.values.detach(), strict=True):
+            alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
+            if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
+                raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
+
+    def settle(self, squares: Tensor) -> None:
+        """Raise Meeting unless the gradients are those of each example alone. `squares` (example, param): of column 0.
+
+        The last example, of which a full batch has no room left, is differentiated alone: a branch whose value is zero
+        may have a gradient. The plan's graph is used up.
+        """
+        if self.gradients:
+            _check_weights(self.plan, squares)
+        if self.values:
+            alone = Plan(self.examples.singly()[-1].values(), self.plan.tracked, 1)
+            _check_equal(alone.squares(alone.values[:, 0].sum(), retain=False), squares[-1:], self.plan, "norm")
 
 
 def _check_weights(plan: Plan, squares: Tensor) -> None:
@@ -95,24 +106,24 @@ def _check_weights(plan: Plan, squares: Tensor) -> None:
     Weights are powers of two, which scale exactly, and differ for any two examples in one pass at least. Of several
     columns a sum with random factors is tried.
     """
-    n, n_columns, slack = plan.n_examples, plan.values.shape[1], _slack(plan)
+    n, n_columns, radix = plan.n_examples, plan.values.shape[1], _slack(plan).radix
     column = plan.values[:, 0]
     if n_columns > 1:
         column = plan.values @ (torch.rand(n_columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(column)
         squares = plan.squares(column.sum(), retain=True)
-    bases = [slack.radix**k for k in range(n) if slack.radix**k < n]
+    bases = [radix**k for k in range(n) if radix**k < n]
     for base in bases:
-        weights = 2.0 ** (torch.arange(n) // base % slack.radix - slack.radix // 2)
+        weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
         scaled = plan.squares(column @ weights.to(column), retain=base < bases[-1])
-        _check_equal(plan, scaled / weights.double().square()[:, None], squares, slack.scaled)
+        _check_equal(scaled / weights.double().square()[:, None], squares, plan, "scaled")
 
 
-def _check_values(plan: Plan, objective: Objective) -> None:
-    slack = _slack(plan).value
-    for i, together in enumerate(plan.values.detach()):
-        alone = objective(slice(i, i + 1))[0].detach()  # not under no_grad: a forward pass may register hooks
-        if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
-            raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
+def _check_equal(other: Tensor, squares: Tensor, plan: Plan, which: str) -> None:
+    slack = getattr(_slack(plan), which)
+    wrong = (other - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
+    if bool(wrong.any()):
+        name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
+        raise Meeting(name, "gathers gradients of one example in another's: the examples of a batch meet")
 
 
 @dataclass(frozen=True)
@@ -136,13 +147,6 @@ _SLACK = {  # the narrowest type of the parameters decides
 def _slack(plan: Plan) -> _Slack:
     types = {tensor.dtype for tensor in plan.tracked.tensors}
     return next(slack for dtype, slack in _SLACK.items() if dtype in types)
-
-
-def _check_equal(plan: Plan, found: Tensor, squares: Tensor, slack: float) -> None:
-    wrong = (found - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
-    if bool(wrong.any()):
-        name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
-        raise Meeting(name, "gathers gradients of one example in another's: the examples of a batch meet")
 
 
 # ── By class ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -173,7 +177,6 @@ FAMILIAR = (  # what the decoders' graphs are made of: an operation besides thes
         " Transpose".split()
     )
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _is_familiar(graph: Graph) -> bool:
@@ -201,9 +204,7 @@ def is_stack(model: nn.Module) -> bool:
 
 
 def _as_installed(model: nn.Module, *homes: str) -> bool:
-    if any(vars(torch_module)[f"_global{name}"] for name in _HOOKS):
-        return False
-    return all(_untouched(module, homes) for module in model.modules())
+    return not any(forward_hooks(None)) and all(_untouched(module, homes) for module in model.modules())
 
 
 def _untouched(module: nn.Module, homes: tuple[str, ...]) -> bool:
@@ -214,7 +215,7 @@ def _untouched(module: nn.Module, homes: tuple[str, ...]) -> bool:
         and type(module).forward.__module__.startswith(homes)
         and ("forward" not in own or moved)
         and not module.training
-        and not any(own[name] for name in _HOOKS)
+        and not any(forward_hooks(module))
     )
 
 
@@ -259,12 +260,12 @@ def _row_by_row(node: Node, shared: set[Node], n_examples: int) -> bool:
     if any(s[0] != shape[0] for s in shapes):
         return False
     if name in _FIRST_ONLY:
-        n_normalized = len(getattr(node, "_saved_normalized_shape", ()))
-        over_batch = getattr(node, "_saved_training", False) or n_normalized >= len(shape)
+        kept = SAVED.get(name, ())
+        n_normalized = len(saved(node, "normalized_shape")) if "normalized_shape" in kept else 0
+        over_batch = n_normalized >= len(shape) or ("training" in kept and saved(node, "training"))
         return set(data) <= {_FIRST_ONLY[name]} and not over_batch
     if name in _ALONG:
-        dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
-        return all(signed(dim) % len(shapes[0]) != 0 for dim in dims) if shapes else False
+        return bool(shapes) and 0 not in saved_axes(node, len(shapes[0]), "dim")
     if name == "Embedding" or declares(node, "row_by_row"):
         return True
     return name in POINTWISE and all(len(s) == len(shape) for s in shapes)

@@ -1,9 +1,10 @@
 """Inner products ⟨∇S_i, ∇S_j⟩ between examples, over all parameters, without one gradient the size of the model.
 
-The examples' factors are gathered for as many parameters at a time as the memory allows, those of a large embedding or
-head for some of its rows at a time (`room`); each parameter then adds its block of X·Yᵀ, either from explicit
-per-example gradients, a slice of rows at a time, or from token×token products, whichever costs fewer multiplications.
-One sweep over the batches is needed per group of parameters.
+The examples' factors are gathered for as many parameters at a time as the memory allows; each parameter then adds its
+block of X·Yᵀ, either from explicit per-example gradients, a slice of rows at a time, or from token×token products,
+whichever costs fewer multiplications. One sweep over the batches is needed per group of parameters. A parameter whose
+factors do not fit (the head of a vocabulary of 262,144 words has one of 1 MB for every answer token) is taken in parts:
+⟨g_i, g_j⟩ is a sum over the weight's rows.
 
 Cost of n rows and m others of T tokens in a model of P parameters, in multiplications: 2(n+m)TP for every sweep (half
 of it a backward pass that ends at the group's first layer), (n+m)TP for the explicit gradients, n(n+m)P for their
@@ -12,10 +13,11 @@ products. Products among the others are not taken.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,12 +25,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isouq.gradients import isolation
-from isouq.gradients.autograd import gradient
-from isouq.gradients.common import Objective, Tracked, check_differentiable, differentiable, select_parameters
-from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, inner, wide
-from isouq.gradients.ghost import Plan, Use, Visit, one, refusing_recomputation
-from isouq.gradients.graph import NotCovered
-from isouq.gradients.room import Sizes, cut, groups, n_bytes, room
+from isouq.gradients.autograd import Examples, Objective, gradient
+from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Part, Tokens
+from isouq.gradients.model import differentiable, select_parameters
+from isouq.gradients.plan import Visit, planned
+from isouq.gradients.rules import Use
+from isouq.gradients.torch_contract import NotCovered
+
+Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
+Sizes = dict[str, tuple[float, float]]  # bytes by parameter, and how many of them no cut makes smaller
+BUFFER_BYTES = 4e8  # of explicit gradients at a time: large enough for the matrix products, small in memory
+MOST_PARTS = 64  # of a parameter; each costs a sweep over all batches
 
 
 @runtime_checkable
@@ -42,11 +49,6 @@ class Checkpoint(Protocol):
         """Write one item's records, {stage: plain JSON or bytes}, all of them or none."""
 
 
-Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a stack of experts
-Batches = Sequence[tuple[Objective, int]]
-BUFFER_BYTES = 4e8  # of explicit gradients at a time: large enough for the matrix products, small in memory
-
-
 @dataclass(frozen=True)
 class Gram:
     """Inner products of gradients, float64: `rows` (row, row), `between` (row, other), `squares` (other,) = ‖∇S‖²."""
@@ -56,20 +58,59 @@ class Gram:
     squares: Tensor
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is asked for: batches of `n_rows` examples, then those of `n_others`, and the memory for it in bytes."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    batches: Sequence[Examples]
+    n_rows: int
+    n_others: int
+    memory: float
+    in_pass: float
+    progress: bool
+    checkpoint: Checkpoint | None
+
+    @property
+    def buffer_bytes(self) -> float:
+        """How many bytes of explicit gradients are formed at a time."""
+        return min(float(BUFFER_BYTES), self.memory / 8)
+
+    def visit(self, examples: Examples, parameters: dict[str, nn.Parameter], visit: Visit) -> None:
+        """One batch's pass, checked as the norms are."""
+        with planned(self.model, examples, parameters) as plan:
+            doubt = isolation.examine(self.model, plan, examples, apart=True)
+            seed = plan.values[:, 0].sum()
+            plan.backward(seed, visit, retain=doubt.any)
+            if doubt.any:
+                doubt.settle(plan.squares(seed, retain=True))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The factor of one batch for one use of a parameter; `start` is the batch's first row among all examples."""
+
+    start: int
+    factor: Factor
+
+    @property
+    def rows(self) -> slice:
+        """The batch's place among all examples."""
+        return slice(self.start, self.start + len(self.factor))
+
+
 @dataclass
 class Sums:
     """The products while they are added up, parameter by parameter: rows come first, then the others."""
 
     n_rows: int
     n_others: int
-    memory: float
-    in_pass: float
-    _buffer: Tensor | None = field(default=None, repr=False)
+    buffer: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.block = torch.zeros(self.n_rows, len(self), dtype=torch.float64)
         self.squares = torch.zeros(self.n_others, dtype=torch.float64)
-        self.buffer_bytes = min(float(BUFFER_BYTES), self.memory / 8)
 
     def __len__(self) -> int:
         """All examples."""
@@ -89,46 +130,51 @@ class Sums:
                 norms = torch.linalg.vector_norm(part[n:], dim=1, dtype=torch.promote_types(part.dtype, torch.float32))
                 self.squares += norms.double().square()
 
-    def add_pair(self, p: Piece, q: Piece, product: Callable[[], Tensor]) -> None:
-        """Add a block (p's examples, q's examples) and its mirror image, once where p is q.
+    def add_pair(self, p: Piece, q: Piece) -> None:
+        """Add the products of all examples of p with all of q, and of q with p, by token×token products.
 
         Of two pieces of other examples only the products of an example with itself are wanted.
         """
-        n = self.n_rows
+        n, one, other = self.n_rows, p.factor, q.factor
         if p.start < n or q.start < n:
-            block = product()
+            assert isinstance(one, Tokens)
+            assert isinstance(other, Tokens)
+            block = one.across(other)
             if p.start < n:
-                self.block[p.start : p.stop, q.start : q.stop] += block
+                self.block[p.rows, q.rows] += block
             if q.start < n and p is not q:
-                self.block[q.start : q.stop, p.start : p.stop] += block.T
+                self.block[q.rows, p.rows] += block.T
         elif p.start == q.start:
-            self.squares[p.start - n : p.stop - n] += inner(p.factor, q.factor) * (1 if p is q else 2)
+            self.squares[p.start - n : p.rows.stop - n] += one.inner(other) * (1 if p is q else 2)
 
-    def buffer(self, width: int, like: Tensor) -> Tensor:
-        """(example, width) to be written over: one allocation serves a group of parameters."""
-        size = len(self) * width
-        if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype != like.dtype:
-            self._buffer = torch.empty(size, dtype=like.dtype)
-        return self._buffer[:size].view(len(self), width)
+    def add_explicit(self, pieces: list[Piece], n_bytes: float) -> None:
+        """Add explicit gradients: as many of the weight's rows at a time as `n_bytes` hold for all examples."""
+        factors = [piece.factor for piece in pieces if isinstance(piece.factor, Outer)]
+        n_rows, width = factors[0].size
+        dtype = torch.promote_types(factors[0].left.dtype, torch.float32)
+        step = max(1, min(n_rows, int(n_bytes / (len(self) * width * dtype.itemsize))))
+        once = len({piece.start for piece in pieces}) == len(pieces) and sum(map(len, factors)) == len(self)
+        for low in range(0, n_rows, step):
+            rows = slice(low, min(low + step, n_rows))
+            matrix = self._matrix(rows.stop - low, width, dtype)
+            if not once:  # an example has no piece, or several
+                matrix.zero_()
+            for piece, factor in zip(pieces, factors, strict=True):
+                factor.write(matrix[piece.rows], rows, add=not once)
+            self.add_gradients(matrix.flatten(1))
 
-
-@dataclass(frozen=True)
-class Piece:
-    """The factor of one batch for one use of a parameter; `start` is the batch's first row among all examples."""
-
-    start: int
-    factor: Factor
-
-    @property
-    def stop(self) -> int:
-        """One past the batch's last row."""
-        return self.start + len(next(v for v in vars(self.factor).values() if isinstance(v, Tensor)))
+    def _matrix(self, n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """(example, row, width) to be written over: one allocation serves a group of parameters."""
+        size = len(self) * n_rows * width
+        if self.buffer is None or self.buffer.numel() < size or self.buffer.dtype != dtype:
+            self.buffer = torch.empty(size, dtype=dtype)
+        return self.buffer[:size].view(len(self), n_rows, width)
 
 
 def inner_products(
     model: nn.Module,
-    batches: Batches,
-    others: Batches = (),
+    batches: Sequence[tuple[Objective, int]],
+    others: Sequence[tuple[Objective, int]] = (),
     *,
     engine: str = "auto",
     parameters: Sequence[str] | None = None,
@@ -137,243 +183,199 @@ def inner_products(
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Gram:
-    """⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0): rows with rows, and with the others.
+    """Inner products ⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0).
 
-    `batches` and `others` are (objective, n_examples), each objective such that what it does around the model treats
-    examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between forward
-    passes, and a pass (`in_pass` bytes, by the caller's estimate) or what is multiplied. Raises ValueError, before the
-    work starts, where that cannot be, with the bytes that are needed.
-    With a `checkpoint`, this run's store, a run that was killed goes on after its last whole group of parameters.
-    Raises NotCovered as `ghost.squared_norms`; with engine "auto" the reference then does the work.
+    `batches` (the rows) and `others` are (objective, n_examples), each objective such that what it does around the
+    model treats examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between
+    forward passes, and a pass (`in_pass` bytes, by the caller's estimate) or what is multiplied. With a `checkpoint`,
+    this run's store, a run that was killed resumes after its last whole group of parameters.
+
+    Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
+    NotCovered as `ghost.squared_norms`, but with engine "auto" the reference then does the work.
     """
     chosen = select_parameters(model, parameters)
     n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
     if n_rows == 0:
         raise ValueError("batches: no example given, at least one wanted")
-    work = [*batches, *others]
-    for attempt in (work, _singly(work)) if engine != "autograd" else ():
+    all_examples = [Examples(*batch) for batch in (*batches, *others)]
+    work = Work(model, chosen, all_examples, n_rows, n_others, memory, in_pass, progress, checkpoint)
+    one_at_a_time = replace(work, batches=[one for examples in all_examples for one in examples.singly()])
+    for attempt in (work, one_at_a_time) if engine != "autograd" else ():
         try:
-            return _by_factors(model, attempt, chosen, Sums(n_rows, n_others, memory, in_pass), progress, checkpoint)
+            return _by_factors(attempt)
         except isolation.Meeting:
             continue
         except NotCovered:
             if engine == "ghost":
                 raise
             break
-    return _by_gradients(model, work, chosen, Sums(n_rows, n_others, memory, in_pass), progress)
+    return _by_gradients(work)
 
 
-def _singly(batches: Batches) -> Batches:
-    return [(one(objective, i), 1) for objective, n in batches for i in range(n)]
+# ── By factors, a group of parameters at a time ──────────────────────────────────────────────────────────────────────
 
 
-def _by_factors(
-    model: nn.Module,
-    batches: Batches,
-    chosen: dict[str, nn.Parameter],
-    sums: Sums,
-    progress: bool,
-    checkpoint: Checkpoint | None,
-) -> Gram:
+class Group(NamedTuple):
+    """Parameters of which the factors, or a part of them, are kept at the same time."""
+
+    names: list[str]
+    part: Part
+
+
+def _by_factors(work: Work) -> Gram:
+    sums = Sums(work.n_rows, work.n_others)
     # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
-    taken = sums.in_pass + max(sums.in_pass, sums.buffer_bytes) + sums.block.nbytes
-    parts = groups(_factor_bytes(model, batches, sums, chosen), sums.memory, taken)
-    done = _resume(checkpoint, parts, sums)
-    bar = tqdm(total=sum(map(len, parts)), desc="parameters", disable=not progress, initial=sum(map(len, parts[:done])))
-    with bar:
-        for number, group in enumerate(parts[done:], done + 1):
-            which = number - 1 - parts.index(group), parts.count(group)  # which part, of how many
-            kept = _gather(model, batches, {name: chosen[name] for name in group}, which)
+    taken = work.in_pass + max(work.in_pass, work.buffer_bytes) + sums.block.nbytes
+    plan = groups(_factor_bytes(work), work.memory, taken)
+    n_done = _resume(work.checkpoint, plan, sums)
+    n_names = [len(group.names) for group in plan]
+    with tqdm(total=sum(n_names), initial=sum(n_names[:n_done]), desc="parameters", disable=not work.progress) as bar:
+        for number, group in enumerate(plan[n_done:], n_done + 1):
+            kept = _gather(work, group)
             while kept:
                 key = next(iter(kept))
                 try:
-                    _add(sums, kept.pop(key))  # no name for it here, which would keep it during the next group's passes
+                    _add(sums, kept.pop(key), work)  # no name for it here, which would keep it during the next passes
                 except NoRule as error:
                     raise NotCovered(key[0], str(error)) from error
-            sums._buffer = None
-            bar.update(len(group))
-            _keep(checkpoint, parts, number, sums)
+            sums.buffer = None
+            bar.update(len(group.names))
+            _keep(work.checkpoint, plan, number, sums)
     return sums.gram()
 
 
-def _resume(checkpoint: Checkpoint | None, groups: list[list[str]], sums: Sums) -> int:
-    """How many groups an earlier run has done; their products are put into `sums`."""
-    progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
-    if checkpoint is None or progress.get("groups") != groups:
-        return 0
-    for name in ("block", "squares"):
-        flat = np.frombuffer(checkpoint.get(name)["sums"])
-        setattr(sums, name, torch.tensor(flat).view_as(getattr(sums, name)))
-    return progress["done"]
-
-
-def _keep(checkpoint: Checkpoint | None, groups: list[list[str]], done: int, sums: Sums) -> None:
-    if checkpoint is not None:
-        arrays = {name: getattr(sums, name).numpy().tobytes() for name in ("block", "squares")}
-        checkpoint.put("sums", {"progress": {"groups": groups, "done": done}, **arrays}, replace=True)
-
-
-def _factor_bytes(model: nn.Module, batches: Batches, sums: Sums, chosen: dict[str, nn.Parameter]) -> Sizes:
+def _factor_bytes(work: Work) -> Sizes:
     """What keeping every example's factors of each parameter costs, and what of it no cut makes smaller.
 
     One batch of rows and one of the others tell.
     """
-    sizes = dict.fromkeys(chosen, (0.0, 0.0))
-    starts = {0: sums.n_rows, sums.n_rows: sums.n_others}  # where rows and others begin → how many they are
+    sizes = dict.fromkeys(work.parameters, (0.0, 0.0))
+    starts = {0: work.n_rows, work.n_rows: work.n_others}  # where rows and others begin → how many they are
     place = 0
-    for objective, n in batches:
+    for examples in work.batches:
 
-        def visit(use: Use, factors: list[Factor], share: float = starts.get(place, 0) / n) -> None:
-            name = use.context.parameter
+        def visit(use: Use, factors: list[Factor], share: float = starts.get(place, 0) / examples.n) -> None:
+            shape = work.parameters[use.parameter].shape
             for factor in factors:
-                fixed = n_bytes(cut(factor, chosen[name].shape, 0, 1 << 62))
-                sizes[name] = sizes[name][0] + share * n_bytes(factor), sizes[name][1] + share * fixed
+                all_bytes, fixed = sizes[use.parameter]
+                smallest = factor.cut(Part(0, 1 << 62), shape)
+                sizes[use.parameter] = all_bytes + share * factor.n_bytes, fixed + share * smallest.n_bytes
 
         if place in starts:
-            with differentiable(model, chosen) as tracked:
-                _visit_factors(model, objective, n, tracked, visit)
-        place += n
+            work.visit(examples, work.parameters, visit)
+        place += examples.n
     return sizes
 
 
-def _visit_factors(model: nn.Module, objective: Objective, n: int, tracked: Tracked, visit: Visit) -> None:
-    """One batch's pass, checked as the norms are."""
-    with refusing_recomputation():
-        values = objective(slice(0, n))
-        check_differentiable(values)
-        plan = Plan(values, tracked, n)
-        doubt = isolation.examine(model, plan, objective, apart=True)
-        plan.backward(values[:, 0].sum(), visit, retain=doubt.any)
-        if doubt.any:
-            isolation.check(plan, objective, plan.squares(values[:, 0].sum(), retain=True), doubt)
+def groups(sizes: Sizes, memory: float, taken: float) -> list[Group]:
+    """Consecutive parameters together, as many as fit, the last layers first: their backward pass stops early.
+
+    A parameter that does not fit by itself stands in as many groups of its own as it has parts. Raises ValueError where
+    that does not help.
+    """
+    free = room(memory, taken, *max((fixed + (size - fixed) / MOST_PARTS, n) for n, (size, fixed) in sizes.items()))
+    together: list[Group] = []
+    left = -1.0
+    for name in reversed(sizes):
+        size, fixed = sizes[name]
+        if size > free:
+            count = math.ceil((size - fixed) / (free - fixed))
+            together += [Group([name], Part(number, count)) for number in range(count)]
+            left = -1.0
+            continue
+        if size > left:
+            together.append(Group([], Part(0, 1)))
+            left = free
+        together[-1].names.append(name)
+        left -= size
+    return together
 
 
-def _gather(
-    model: nn.Module, batches: Iterable[tuple[Objective, int]], chosen: dict[str, nn.Parameter], which: tuple[int, int]
-) -> dict[Key, list[Piece]]:
-    """One sweep: every batch's factors of the chosen parameters, or of a part of them."""
+def room(memory: float, taken: float, least: float, what: str) -> float:
+    """Bytes of `memory` left beside those `taken` all along. Raises ValueError unless these are the `least` wanted.
+
+    A third more than `taken` and `least` is enough, where passes and buffers grow with the memory up to its quarter.
+    """
+    if not memory > 0:
+        raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
+    if memory - taken <= least:
+        need = f"{what} takes {least:.3g} and all else {taken:.3g}; give {1.34 * (taken + least):.3g} or more"
+        raise ValueError(f"memory: {memory:.3g} bytes given, but {need}, or fewer or shorter examples")
+    return memory - taken
+
+
+def _resume(checkpoint: Checkpoint | None, plan: list[Group], sums: Sums) -> int:
+    """How many groups an earlier run has done; their products are put into `sums`."""
+    progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
+    if checkpoint is None or progress.get("groups") != str(plan):
+        return 0
+    for name in ("block", "squares"):
+        flat = torch.tensor(np.frombuffer(checkpoint.get(name)["sums"]))
+        getattr(sums, name).copy_(flat.view_as(getattr(sums, name)))
+    return progress["done"]
+
+
+def _keep(checkpoint: Checkpoint | None, plan: list[Group], done: int, sums: Sums) -> None:
+    if checkpoint is not None:
+        arrays = {name: getattr(sums, name).numpy().tobytes() for name in ("block", "squares")}
+        progress = {"groups": str(plan), "done": done}
+        checkpoint.put("sums", {"progress": progress, **arrays}, replace=True)
+
+
+def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
+    """One sweep: every batch's factors of the group's parameters, or the part of them."""
+    chosen = {name: work.parameters[name] for name in group.names}
     kept: dict[Key, list[Piece]] = defaultdict(list)
     start = 0
-    for objective, n in batches:
+    for examples in work.batches:
 
         def visit(use: Use, factors: list[Factor], start: int = start) -> None:
             for factor in factors:
-                name = use.context.parameter
-                piece = Piece(start, _detached(cut(factor, chosen[name].shape, *which)))
-                kept[name, getattr(factor, "slot", None)].append(piece)
+                piece = factor.cut(group.part, chosen[use.parameter].shape).detached()
+                kept[use.parameter, getattr(factor, "slot", None)].append(Piece(start, piece))
 
-        with differentiable(model, chosen) as tracked:
-            _visit_factors(model, objective, n, tracked, visit)
-        start += n
+        work.visit(examples, chosen, visit)
+        start += examples.n
     for name in {name for name, slot in kept if slot is not None}:
         if (name, None) in kept:
             raise NotCovered(name, "is used both whole and by slices, which has no inner product here")
     return kept
 
 
-def _detached(factor: Factor) -> Factor:
-    """The same numbers, kept on the CPU apart from autograd's graph and from what else their storage holds."""
-
-    own: dict[str, Any] = {name: x.detach().cpu() for name, x in vars(factor).items() if isinstance(x, Tensor)}
-    return type(factor)(**{k: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for k, x in own.items()})
-
-
-def _add(sums: Sums, pieces: list[Piece]) -> None:
-    """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i."""
-    kinds = {type(p.factor) for p in pieces}
-    if kinds == {Dense}:
-        _add_dense(sums, pieces)
-    elif kinds == {Outer} and not _by_tokens(pieces):
-        _add_outer(sums, pieces)
-    elif Dense not in kinds:
+def _add(sums: Sums, pieces: list[Piece], work: Work) -> None:
+    """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i. Raises NoRule."""
+    forms = {type(piece.factor) for piece in pieces}
+    if forms == {Dense}:
+        pieces = [Piece(piece.start, piece.factor.as_outer()) for piece in pieces]  # type: ignore[attr-defined]
+    if forms == {Dense} or (forms == {Outer} and not _by_tokens(pieces)):
+        sums.add_explicit(pieces, work.buffer_bytes)
+    elif Dense in forms:
+        raise NoRule("is used both as a matrix and by broadcasting, which has no inner product here")
+    else:
         for i, p in enumerate(pieces):
             for q in pieces[: i + 1]:
-                sums.add_pair(p, q, lambda p=p, q=q: _across(p.factor, q.factor))  # type: ignore[misc]
-    else:
-        raise NoRule("is used both as a matrix and by broadcasting, which has no inner product here")
+                sums.add_pair(p, q)
 
 
 def _by_tokens(outer: list[Piece]) -> bool:
-    left, right = outer[0].factor.left, outer[0].factor.right  # type: ignore[union-attr]
-    n_tokens, a, b = left.shape[1], left.shape[2], right.shape[2]
+    (a, b), n_tokens = outer[0].factor.size, outer[0].factor.left.shape[1]  # type: ignore[attr-defined]
     return n_tokens * n_tokens * (a + b) < a * b
 
 
-def _add_dense(sums: Sums, pieces: list[Piece]) -> None:
-    like = wide(pieces[0].factor.grad)  # type: ignore[union-attr]
-    matrix = sums.buffer(like[0].numel(), like).zero_()
-    for piece in pieces:
-        grad = piece.factor.grad  # type: ignore[union-attr]
-        matrix[piece.start : piece.stop] += grad.reshape(len(grad), -1)
-    sums.add_gradients(matrix)
+# ── By the reference ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _add_outer(sums: Sums, pieces: list[Piece]) -> None:
-    """Explicit gradients, a slice of the weight's rows at a time, each written into its place and multiplied."""
-    factors = [p.factor for p in pieces if isinstance(p.factor, Outer)]
-    a, b = factors[0].left.shape[2], factors[0].right.shape[2]
-    like = wide(factors[0].left[:0])
-    step = max(1, min(a, int(sums.buffer_bytes / (len(sums) * b * like.element_size()))))
-    for low in range(0, a, step):
-        high = min(low + step, a)
-        matrix = sums.buffer((high - low) * b, like).view(len(sums), high - low, b)
-        end = 0  # pieces of one use come in order; where an example has none or several, add to zeros
-        for piece, factor in zip(pieces, factors, strict=True):
-            if piece.start > end:
-                matrix[end : piece.start] = 0
-            left, right = wide(factor.left[:, :, low:high]).transpose(1, 2), wide(factor.right)
-            if piece.start >= end:
-                torch.bmm(left, right, out=matrix[piece.start : piece.stop])
-                end = piece.stop
-            else:
-                matrix[piece.start : piece.stop].baddbmm_(left, right)
-        matrix[end:] = 0
-        sums.add_gradients(matrix.flatten(1))
-
-
-def _pairs(x: Tensor, y: Tensor) -> Tensor:
-    """x_i,s · y_j,t as (i, s, j, t)."""
-    product = wide(x).flatten(0, 1) @ wide(y).flatten(0, 1).T
-    return product.view(*x.shape[:2], *y.shape[:2])
-
-
-def _across(f: Factor, g: Factor) -> Tensor:
-    """⟨f_i, g_j⟩ of every example of f with every one of g, by token×token products: (i, j) float64.
-
-    For a tied weight also head with embedding.
-    """
-    if isinstance(f, Rows) and isinstance(g, Outer):
-        return _across(g, f).T
-    if isinstance(f, Outer) and isinstance(g, Outer):
-        product = _pairs(f.left, g.left) * _pairs(f.right, g.right)
-    elif isinstance(f, Outer):
-        assert isinstance(g, Rows)
-        picked = wide(f.left)[:, :, g.index.flatten()].unflatten(2, g.index.shape)
-        product = picked * _pairs(f.right, g.rows)
-    else:
-        assert isinstance(f, Rows)
-        assert isinstance(g, Rows)
-        product = _pairs(f.rows, g.rows) * (f.index[:, :, None, None] == g.index)
-    return product.sum((1, 3), dtype=torch.float64)
-
-
-def _by_gradients(
-    model: nn.Module,
-    batches: Batches,
-    chosen: dict[str, nn.Parameter],
-    sums: Sums,
-    progress: bool,
-) -> Gram:
-    """The reference: a backward pass per example, anew for every slice of the gradients that fits the memory."""
-    total, one = sum(p.numel() for p in chosen.values()), 3 * sum(p.nbytes for p in model.parameters())
-    size = 2.0 * len(sums) * max(4, *(p.element_size() for p in chosen.values()))  # of one number, and once more
-    left = room(sums.memory, sums.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
-    width = min(total, int(left / size))
-    for low in tqdm(range(0, total, width), desc="slices of gradients", disable=not progress):
+def _by_gradients(work: Work) -> Gram:
+    """A backward pass per example, anew for every slice of the gradients that fits the memory."""
+    sums, parameters = Sums(work.n_rows, work.n_others), work.parameters.values()
+    n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
+    size = 2.0 * len(sums) * max(4, *(p.element_size() for p in parameters))  # of one number, and once more
+    left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
+    width = min(n_numbers, int(left / size))
+    for low in tqdm(range(0, n_numbers, width), desc="slices of gradients", disable=not work.progress):
         rows: list[Tensor] = []
-        for objective, n in batches:
-            for i in range(n):
-                with differentiable(model, chosen) as tracked:
-                    rows.append(gradient(objective(slice(i, i + 1))[0, 0], tracked)[low : low + width].clone())
+        for example in (one for examples in work.batches for one in examples.singly()):
+            with differentiable(work.model, work.parameters) as tracked:
+                rows.append(gradient(example.values()[0, 0], tracked)[low : low + width].clone())
         sums.add_gradients(torch.stack(rows))
     return sums.gram()

@@ -1,8 +1,8 @@
-"""One rule per operation: from what autograd saved for it and the gradient at its output to the parameter's factor.
+"""One rule per operation: from what autograd kept for it and the gradient at its output to the parameter's factor.
 
-A rule is a pure function (node, slot, grads, context) → factor or factors, where `slot` is the input at which the
-parameter enters. A step is the way back through an operation on the parameter alone (a transpose, a cast, 1 + w).
-To cover a new layer, add one function here and one row to the table in tests/gradients/test_ghost.py.
+A rule is a pure function (use, grads) → factor or factors. A step is the way back through an operation on the
+parameter alone (a transpose, a cast, 1 + w). To cover a new layer, add one function here, what it reads to
+`torch_contract.SAVED`, and one row to the table in tests/gradients/test_ghost.py.
 """
 
 from __future__ import annotations
@@ -17,153 +17,164 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, gram, wide
-from isouq.gradients.graph import Grads, Layout, Node, NotCovered, operation, output_shape, signed
+from isouq.gradients.graph import DATA_INPUT, Layout
+from isouq.gradients.torch_contract import RESHAPES, Grads, Node, operation, output_shape, saved, saved_axes, signed
 
 Step = Callable[[Factor], Factor]
 
 
 @dataclass
 class SharedGrams:
-    """x·xᵀ of activations that several weights multiply (query, key, value), kept until the last has used it."""
+    """x·xᵀ of activations that several weights multiply (query, key, value).
 
-    users: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    left: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    A backward pass meets these weights one right after the other, so the latest product is all that is kept.
+    """
 
-    def start(self) -> None:
-        """Forget what an earlier pass left."""
-        self.known.clear()
-        self.left = dict(self.users)
+    users: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    latest: tuple[tuple[Any, ...], Tensor] | None = None
 
     @staticmethod
     def key(x: Tensor) -> tuple[Any, ...]:
         """Saved tensors are alive together, so equal storage and shape mean the same activation."""
         return x.device, x.data_ptr(), x.shape, x.stride()
 
-    def announce(self, uses: Iterable[tuple[Node, int]]) -> None:
+    def announce(self, uses: Iterable[Use]) -> None:
         """Count the users of each activation; none where saved tensors are unpacked anew, as then keys say nothing."""
         users: Counter[tuple[Any, ...]] = Counter()
-        for node, slot in uses:
-            x, again = saved_matrix(node, slot), saved_matrix(node, slot)
+        for use in uses:
+            x, again = use.activation(), use.activation()
             if x is not None and again is not None:
                 if x.data_ptr() != again.data_ptr():
                     return
                 users[self.key(x)] += 1
-        self.users = dict(users)
+        self.users = users
 
     def get(self, x: Tensor, split: Tensor) -> Callable[[], Tensor] | None:
         """A function giving split·splitᵀ, or None where nobody shares it."""
         key = self.key(x)
-        if self.users.get(key, 1) < 2:
+        if self.users[key] < 2:
             return None
 
-        self.left[key] -= 1
-        last = self.left[key] == 0
-
         def product() -> Tensor:
-            value = self.known.pop(key) if key in self.known else gram(split)
-            if not last:
-                self.known[key] = value
-            return value
+            if self.latest is None or self.latest[0] != key:
+                self.latest = key, gram(split)
+            return self.latest[1]
 
         return product
 
 
-@dataclass
-class Context:
-    """What a rule may ask for: the parameter's name (for errors), its shape here, the layout, the shared products."""
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One use of one parameter: `node` takes it at input `slot` after the parameter-only `steps`, last one first.
+
+    `shape` is the parameter's where it enters. `layout` and `grams` belong to the batch.
+    """
 
     parameter: str
+    node: Node
+    slot: int
+    steps: tuple[Step, ...]
     shape: tuple[int, ...]
     layout: Layout
     grams: SharedGrams
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule of the operation, None where there is none for a parameter at this input."""
+        name = operation(self.node)
+        return None if self.slot == 0 and name in INPUT_FIRST else RULES.get(name)
 
     @property
     def n_examples(self) -> int:
         """How many examples the batch has."""
         return self.layout.n_examples
 
-    def refuse(self, why: str) -> NotCovered:
-        """The error to raise, naming the parameter."""
-        return NotCovered(self.parameter, why)
+    def saved(self, name: str) -> Any:
+        """What the operation kept under `name`."""
+        return saved(self.node, name)
+
+    def activation(self) -> Tensor | None:
+        """The activation (row, feature) that a matrix product takes beside its weight, None for other uses."""
+        name = operation(self.node)
+        if DATA_INPUT.get(name) != self.slot - 1:
+            return None
+        return self.saved("mat1" if name == "Addmm" else "self")
+
+    def factors(self, grads: Grads) -> list[Factor]:
+        """The parameter's gradient through this use, from the gradient at the node's output. Raises NoRule."""
+        assert self.rule is not None
+        result = self.rule(self, grads)
+        factors = result if isinstance(result, list) else [result]
+        for back in self.steps:
+            factors = [back(factor) for factor in factors]
+        if any(len(factor) != self.n_examples for factor in factors):
+            raise NoRule(f"meets a value in {self.node.name()} that is not laid out by example")
+        return factors
 
 
-def saved_matrix(node: Node, slot: int) -> Tensor | None:
-    """The activation (row, feature) that a matrix multiplication at `node` takes beside its weight at `slot`."""
-    name = operation(node)
-    if name in ("Mm", "GroupedMm") and slot == 1:
-        return node._saved_self
-    if name == "Addmm" and slot == 2:
-        return node._saved_mat1
-    return None
+# ── Matrix products and look-ups ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _matmul(node: Node, slot: int, grads: Grads, context: Context) -> Outer:
-    """out = x @ W: the gradient of W (in, out) is xᵀ·grad per example."""
-    x = saved_matrix(node, slot)
+def _matmul(use: Use, grads: Grads) -> Factor:
+    """out = x @ W, or βb + αx @ W: the gradient of W (in, out) is α xᵀ·grad per example."""
+    layout, grad = use.layout, grads[0]
+    if operation(use.node) == "Addmm" and use.slot == 0:
+        owner = layout.owner_of_input(use.node, 1, len(grad))
+        return Dense(layout.split(grad, owner).sum(1) * use.saved("beta"))
+    x = use.activation()
     if x is None:
-        raise context.refuse(f"is the left factor of a matrix product ({node.name()})")
-    owner = context.layout.owner(node, slot - 1, x, context.parameter)
-    rows = context.layout.split(x, owner)
-    grad = context.layout.split(grads[0], owner)
-    alpha = getattr(node, "_saved_alpha", 1)
-    return Outer(left=rows, right=grad if alpha == 1 else grad * alpha, left_gram=context.grams.get(x, rows))
+        raise NoRule(f"is the left factor of a matrix product ({use.node.name()})")
+    owner = layout.owner_of_input(use.node, use.slot - 1, len(x))
+    rows, grad = layout.split(x, owner), layout.split(grad, owner)
+    alpha = use.saved("alpha") if operation(use.node) == "Addmm" else 1
+    return Outer(left=rows, right=grad if alpha == 1 else grad * alpha, left_gram=use.grams.get(x, rows))
 
 
-def _addmm(node: Node, slot: int, grads: Grads, context: Context) -> Factor:
-    """out = βb + αx @ W."""
-    if slot == 0:
-        owner = context.layout.owner(node, 1, node._saved_mat1, context.parameter)
-        return Dense(context.layout.split(grads[0], owner).sum(1) * node._saved_beta)
-    return _matmul(node, slot, grads, context)
-
-
-def _grouped_matmul(node: Node, slot: int, grads: Grads, context: Context) -> list[Outer]:
+def _grouped_matmul(use: Use, grads: Grads) -> list[Factor]:
     """out[rows of e] = x[rows of e] @ W[e], the experts of a mixture; `offs` are the ends of each expert's rows."""
-    x, grad = saved_matrix(node, slot), grads[0]
-    if x is None or node._saved_offs is None or x.dim() != 2:
-        raise context.refuse(f"enters {node.name()} in a form that has no rule")
-    owner = context.layout.owner(node, 0, x, context.parameter)
+    x, grad, split = use.activation(), grads[0], use.layout.split
+    if x is None or use.saved("offs") is None or x.dim() != 2:
+        raise NoRule(f"enters {use.node.name()} in a form that has no rule")
+    owner = use.layout.owner_of_input(use.node, 0, len(x))
     if owner is None:
-        owner = torch.arange(len(x), device=x.device) // (len(x) // context.n_examples)
-    factors, start = [], 0
-    for expert, end in enumerate(node._saved_offs.tolist()):
+        owner = torch.arange(len(x), device=x.device) // (len(x) // use.n_examples)
+    factors: list[Factor] = []
+    start = 0
+    for expert, end in enumerate(use.saved("offs").tolist()):
         if end > start:
-            part = owner[start:end]
-            split = context.layout.split
-            factors.append(Outer(split(x[start:end], part), split(grad[start:end], part), slot=expert))
+            rows = slice(start, end)
+            factors.append(Outer(split(x[rows], owner[rows]), split(grad[rows], owner[rows]), slot=expert))
         start = end
     return factors
 
 
-def _embedding(node: Node, slot: int, grads: Grads, context: Context) -> Rows:
-    """row[index_t] += grad_t; the padding index gathers no gradient."""
-    if node._saved_scale_grad_by_freq:
-        raise context.refuse("is scaled by frequency, which mixes the examples of a batch")
-    index = node._saved_indices.reshape(context.n_examples, -1)
-    rows = grads[0].reshape(context.n_examples, -1, grads[0].shape[-1])
-    padding = node._saved_padding_idx
-    if 0 <= padding < 2**63:  # −1, stored unsigned, means none
-        rows = rows.masked_fill((index == padding).unsqueeze(-1), 0)
-    return Rows(index, rows)
+def _embedding(use: Use, grads: Grads) -> Rows:
+    """row[index_t] += grad_t."""
+    if use.saved("scale_grad_by_freq"):
+        raise NoRule("is scaled by frequency, which mixes the examples of a batch")
+    index = use.saved("indices").reshape(use.n_examples, -1)
+    right = grads[0].reshape(use.n_examples, -1, grads[0].shape[-1])
+    return Rows(index, right).without(use.saved("padding_idx"))
 
 
-def per_example_sum(node: Node, grad: Tensor, context: Context) -> Tensor:
+# ── Broadcasting: gains, shifts, norms ───────────────────────────────────────────────────────────────────────────────
+
+
+def per_example_sum(use: Use, grad: Tensor) -> Dense:
     """Sum grad over what was broadcast from the parameter's shape, per example: (example, *shape).
 
     `grad` belongs to the node's output: (example, …), or (row, feature) with the rows of the examples flattened.
     """
-    n, shape = context.n_examples, context.shape
+    n, shape = use.n_examples, use.shape
     if grad.dim() == 2 and len(shape) == 1:
-        owner = context.layout.owner_of_output(node, len(grad), context.parameter)
-        grad = context.layout.split(grad, owner)
+        grad = use.layout.split(grad, use.layout.owner_of_output(use.node, len(grad)))
     if grad.dim() == 0 or grad.shape[0] != n or len(shape) > grad.dim():
-        raise context.refuse(f"meets a value of shape {tuple(grad.shape)} that is not laid out by example")
+        raise NoRule(f"meets a value of shape {tuple(grad.shape)} that is not laid out by example")
     if len(shape) == grad.dim():
         if shape[0] != 1:
-            raise context.refuse(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
-        return _sum_to(grad, shape[1:]).reshape(n, *shape)
-    return _sum_to(grad, shape)
+            raise NoRule(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
+        return Dense(_sum_to(grad, shape[1:]).reshape(n, *shape))
+    return Dense(_sum_to(grad, shape))
 
 
 def _sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -174,87 +185,87 @@ def _sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     return grad.sum(narrow, keepdim=True) if narrow else grad
 
 
-def _multiply(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _per_channel_sum(grad: Tensor) -> Dense:
+    """Sum (example, channel, …) over all places."""
+    return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
+
+
+def _multiply(use: Use, grads: Grads) -> Dense:
     """out = x ∘ w, among others the gain of an RMSNorm."""
-    other = node._saved_other if slot == 0 else node._saved_self
-    return Dense(per_example_sum(node, wide(grads[0]) * other, context))
+    return per_example_sum(use, wide(grads[0]) * use.saved("other" if use.slot == 0 else "self"))
 
 
-def _add(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _add(use: Use, grads: Grads) -> Dense:
     """out = x + αw, among others a bias or a position's embedding."""
-    summed = per_example_sum(node, wide(grads[0]), context)
-    return Dense(summed * node._saved_alpha if slot == 1 else summed)
+    summed = per_example_sum(use, wide(grads[0]))
+    return Dense(summed.grad * use.saved("alpha")) if use.slot == 1 else summed
 
 
-def _expand(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _expand(use: Use, grads: Grads) -> Dense:
     """out = w repeated for every example, such as a class token."""
-    return Dense(per_example_sum(node, wide(grads[0]), context))
+    return per_example_sum(use, wide(grads[0]))
 
 
-def _layer_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _layer_norm(use: Use, grads: Grads) -> Dense:
     """out = x̂ ∘ w + b with x̂ = (x − mean)·rstd."""
     grad = wide(grads[0])
-    if slot == 1:
-        grad = grad * ((node._saved_input - node._saved_result1) * node._saved_result2)
-    return Dense(per_example_sum(node, grad, context))
+    if use.slot == 1:
+        grad = grad * ((use.saved("input") - use.saved("result1")) * use.saved("result2"))
+    return per_example_sum(use, grad)
 
 
-def _rms_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _rms_norm(use: Use, grads: Grads) -> Dense:
     """out = x·rstd ∘ w, torch's own fused RMSNorm."""
-    return Dense(per_example_sum(node, wide(grads[0]) * (node._saved_input * node._saved_result1), context))
+    return per_example_sum(use, wide(grads[0]) * (use.saved("input") * use.saved("result1")))
 
 
-def _batch_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _batch_norm(use: Use, grads: Grads) -> Dense:
     """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode is an example's output its own."""
-    if node._saved_training:
-        raise context.refuse("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
-    grad, x = wide(grads[0]), node._saved_input
-    if slot == 1:
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        scale = (node._saved_running_var + node._saved_eps).rsqrt().view(shape)
-        grad = grad * ((x - node._saved_running_mean.view(shape)) * scale)
-    return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
+    if use.saved("training"):
+        raise NoRule("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
+    grad, x = wide(grads[0]), use.saved("input")
+    if use.slot == 1:
+        by_channel = (1, -1) + (1,) * (x.dim() - 2)
+        scale = (use.saved("running_var") + use.saved("eps")).rsqrt().view(by_channel)
+        grad = grad * ((x - use.saved("running_mean").view(by_channel)) * scale)
+    return _per_channel_sum(grad)
 
 
-def _group_norm(node: Node, slot: int, grads: Grads, context: Context) -> Dense:
+def _group_norm(use: Use, grads: Grads) -> Dense:
     """out = x̂ ∘ w + b, normalised over each group of channels."""
-    grad, x = wide(grads[0]), node._saved_input
-    if slot == 1:
-        scale = (len(x), node._saved_group, 1)
-        centred = x.reshape(len(x), node._saved_group, -1) - node._saved_result1.view(scale)
-        grad = grad * (centred * node._saved_result2.view(scale)).reshape(x.shape)
-    return Dense(grad.flatten(2).sum(2) if grad.dim() > 2 else grad)
+    grad, x = wide(grads[0]), use.saved("input")
+    if use.slot == 1:
+        by_group = (len(x), use.saved("group"), 1)
+        centred = x.reshape(len(x), use.saved("group"), -1) - use.saved("result1").view(by_group)
+        grad = grad * (centred * use.saved("result2").view(by_group)).reshape(x.shape)
+    return _per_channel_sum(grad)
 
 
-def _convolution(node: Node, slot: int, grads: Grads, context: Context) -> Factor:
+def _convolution(use: Use, grads: Grads) -> Factor:
     """out = w ⋆ x + b: the gradient of w is that of a matrix product with the unfolded input."""
-    grad, x = grads[0], node._saved_input
-    if slot == 2:
-        return Dense(wide(grad).flatten(2).sum(2))
-    if node._saved_transposed or x.dim() not in (3, 4) or x.shape[0] != context.n_examples:
-        raise context.refuse("belongs to a kind of convolution that has no rule")
-    stride, padding, dilation = (tuple(getattr(node, f"_saved_{k}")) for k in ("stride", "padding", "dilation"))
-    kernel = tuple(context.shape[2:])
-    if x.dim() == 3:
+    grad, x = grads[0], use.saved("input")
+    if use.slot == 2:
+        return _per_channel_sum(wide(grad))
+    if use.saved("transposed") or x.dim() not in (3, 4) or x.shape[0] != use.n_examples:
+        raise NoRule("belongs to a kind of convolution that has no rule")
+    stride, padding, dilation = (tuple(use.saved(name)) for name in ("stride", "padding", "dilation"))
+    kernel = tuple(use.shape[2:])
+    if x.dim() == 3:  # a sequence is an image of one row
         x, grad = x.unsqueeze(2), grad.unsqueeze(2)
         stride, padding, dilation, kernel = (1, *stride), (0, *padding), (1, *dilation), (1, *kernel)
     patches = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
     out = grad.flatten(2).transpose(1, 2)
-    if node._saved_groups == 1:
+    groups = use.saved("groups")
+    if groups == 1:
         return Outer(left=out, right=patches)
-    return Dense(_grouped_convolution(out, patches, node._saved_groups))
+    out, patches = (wide(side).unflatten(2, (groups, -1)) for side in (out, patches))
+    return Dense(torch.einsum("ntgo,ntgi->ngoi", out, patches).flatten(1, 2))
 
 
-def _grouped_convolution(out: Tensor, patches: Tensor, groups: int) -> Tensor:
-    o = wide(out).unflatten(2, (groups, -1))
-    x = wide(patches).unflatten(2, (groups, -1))
-    return torch.einsum("ntgo,ntgi->ngoi", o, x).flatten(1, 2)
-
-
-Rule = Callable[[Node, int, Grads, Context], Factor | list[Outer]]
+Rule = Callable[[Use, Grads], Factor | list[Factor]]
 RULES: dict[str, Rule] = {
     "Mm": _matmul,
-    "Addmm": _addmm,
+    "Addmm": _matmul,
     "GroupedMm": _grouped_matmul,
     "Embedding": _embedding,
     "Mul": _multiply,
@@ -269,79 +280,39 @@ RULES: dict[str, Rule] = {
 INPUT_FIRST = frozenset(["NativeLayerNorm", "FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "Convolution"])
 """Operations whose first input is the activation; a parameter there has no rule."""
 
-# ── Steps: operations on the parameter alone, undone on the factor ─────────────────────────────────────────────
 
-
-def _same(factor: Factor) -> Factor:
-    return factor
-
-
-def _transpose(factor: Factor) -> Factor:
-    if isinstance(factor, Outer):
-        return factor.transposed()
-    return Dense(_dense(factor, "is transposed").transpose(-1, -2))
-
-
-def _dense(factor: Factor, what: str) -> Tensor:
-    if not isinstance(factor, Dense):
-        raise NoRule(f"{what} before a use of which the gradient is in the form {type(factor).__name__}")
-    return factor.grad
-
-
-def _reshape(shape: tuple[int, ...]) -> Step:
-    def back(factor: Factor) -> Factor:
-        whole = isinstance(factor, Outer) and factor.slot is None
-        grad = factor.dense() if whole else _dense(factor, "is reshaped")  # type: ignore[union-attr]
-        return Dense(grad.reshape(len(grad), *shape))
-
-    return back
-
-
-def _look_up(index: Tensor, padding: int) -> Step:
-    """Back through an embedding that was looked up once for all examples (positions)."""
-
-    def back(factor: Factor) -> Factor:
-        grad = _dense(factor, "is looked up")
-        rows = grad.reshape(len(grad), index.numel(), -1)
-        flat = index.reshape(1, -1).expand(len(rows), -1)
-        if 0 <= padding < 2**63:
-            rows = rows.masked_fill((flat == padding).unsqueeze(-1), 0)
-        return Rows(flat, rows)
-
-    return back
-
-
-def _slot(expert: int) -> Step:
-    def back(factor: Factor) -> Factor:
-        if not isinstance(factor, Outer) or factor.slot is not None:
-            raise NoRule("is sliced before a use that has no rule")
-        return Outer(factor.left, factor.right, factor.left_gram, factor.right_gram, slot=expert)
-
-    return back
+# ── Steps: operations on the parameter alone, undone on the factor ─────────────────────────────────────────────────
 
 
 def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step | None:
     """The way back through `node` if it acts on the parameter's value (of `shape`) alone, else None."""
-    name, out = operation(node), output_shape(node)
-    if name in ("ToCopy", "Alias", "Clone"):
-        return _same
-    if name == "T" or (name == "Permute" and len(shape) == 2) or (name == "Transpose" and _last_two(node, len(shape))):
-        return _transpose
-    if name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"):
-        return _reshape(shape)
-    if name == "Add" and out == shape and node.next_functions[1 - slot][0] is None and slot == 0:
-        return _same
-    if name == "Embedding" and node._saved_indices.shape[0] != n_examples:
-        return None if node._saved_scale_grad_by_freq else _look_up(node._saved_indices, node._saved_padding_idx)
-    if name == "Select" and node._saved_dim in (0, 2**64 - len(shape)):
-        return _slot(signed(node._saved_index) % shape[0])
+    name, n_axes = operation(node), len(shape)
+    alone = name == "Add" and slot == 0 and node.next_functions[1][0] is None and output_shape(node) == shape  # 1 + w
+    if name in ("ToCopy", "Alias", "Clone") or alone:
+        return lambda factor: factor
+    last_two = name == "Transpose" and saved_axes(node, n_axes, "dim0", "dim1") == {n_axes - 2, n_axes - 1}
+    if name == "T" or (name == "Permute" and n_axes == 2) or last_two:
+        return lambda factor: factor.transposed()
+    if name in RESHAPES:
+        return lambda factor: factor.reshaped(shape)
+    if name == "Embedding":
+        return _look_up(node, n_examples)
+    if name == "Select" and saved_axes(node, n_axes, "dim") == {0}:
+        return _take_slice(signed(saved(node, "index")), shape)
     if name == "Index":
-        index = node._saved_indices
+        index = saved(node, "indices")
         if len(index) == 1 and index[0] is not None and index[0].dim() == 0:
-            return _slot(int(index[0]) % shape[0])
+            return _take_slice(int(index[0]), shape)
     return None
 
 
-def _last_two(node: Node, n_dims: int) -> bool:
-    dims = {signed(d) % n_dims for d in (node._saved_dim0, node._saved_dim1)}
-    return dims == {n_dims - 2, n_dims - 1}
+def _look_up(node: Node, n_examples: int) -> Step | None:
+    """Back through an embedding that was looked up once for all examples (positions)."""
+    index, padding = saved(node, "indices"), saved(node, "padding_idx")
+    if index.shape[:1] == (n_examples,) or saved(node, "scale_grad_by_freq"):
+        return None
+    return lambda factor: factor.dense("is looked up before a use with").looked_up(index, padding)
+
+
+def _take_slice(place: int, shape: tuple[int, ...]) -> Step:
+    return lambda factor: factor.of_slice(place % shape[0])

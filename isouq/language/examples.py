@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from isouq.gradients.checks import ExampleError
+from isouq.gradients.model import ExampleError
 
 BatchSize = int | Literal["auto"]
 

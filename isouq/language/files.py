@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from isouq import models
-from isouq.gradients.checks import ExampleError
+from isouq.gradients.model import ExampleError
 from isouq.language import encoding, generation, scoring, tables
 from isouq.language.examples import from_pairs
 from isouq.language.scoring import SCORES, Scoring

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from isouq.gradients.checks import ExampleError, repeatable, run
-from isouq.gradients.common import check_differentiable, differentiable, select_parameters
 from isouq.gradients.isolation import is_decoder
+from isouq.gradients.model import ExampleError, check_differentiable, differentiable, repeatable, run, select_parameters
 from isouq.language.examples import Batch, Example
 
 

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
-from isouq.gradients.checks import check_model, repeatable
-from isouq.gradients.common import select_parameters
-from isouq.gradients.products import Checkpoint, Gram
+from isouq.gradients.model import check_model, repeatable, select_parameters
+from isouq.gradients.products import Checkpoint, Gram, room
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.gradients.room import room
 from isouq.language import encoding
 from isouq.language.examples import Batch, BatchSize, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples, finite_log_probs, padding, pass_cost

@@ -1,5 +1,6 @@
 """The reference engine beside plain autograd, and what it and the fast engine leave behind."""
 
+import doctest
 import functools
 import weakref
 
@@ -9,6 +10,7 @@ from closeness import assert_close
 from comparison import assert_same, classes, wanted
 from torch import nn
 
+from isouq import gradients
 from isouq.gradients import NotCovered, autograd, squared_norms
 
 
@@ -32,6 +34,12 @@ def test_reference_is_plain_autograd(model, inputs):
     assert found.n_parameters == sum(p.numel() for p in model.parameters())
     assert_close(found.objective, model(inputs).log_softmax(-1)[:, :2].detach())
     assert_same(found, wanted(model, classes(model, inputs), 5))
+
+
+def test_the_example_in_the_docstring_runs():
+    results = doctest.testmod(gradients)
+    assert results.attempted
+    assert not results.failed
 
 
 def test_reference_sees_one_example_at_a_time(model, inputs):

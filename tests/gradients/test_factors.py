@@ -8,7 +8,8 @@ from closeness import assert_close
 
 from isouq.gradients import factors
 from isouq.gradients.factors import Dense, NoRule, Outer, Picked, Rows
-from isouq.gradients.rules import SharedGrams
+from isouq.gradients.graph import Layout
+from isouq.gradients.rules import SharedGrams, Use
 
 N, VOCAB, WIDTH = 3, 7, 5
 
@@ -41,7 +42,7 @@ def written_out(factor: factors.Factor) -> torch.Tensor:
             for left, right in zip(factor.left[i].double(), factor.right[i].double(), strict=True):
                 grad[i] += torch.outer(left, right)
         elif isinstance(factor, Rows):
-            for place, row in zip(factor.index[i], factor.rows[i], strict=True):
+            for place, row in zip(factor.index[i], factor.right[i], strict=True):
                 grad[i, place] += row
     return grad
 
@@ -57,12 +58,12 @@ def squares(factor: factors.Factor) -> torch.Tensor:
 )
 def test_squared_norm_is_that_of_the_gradient_written_out(factor):
     transposed = isinstance(factor, Outer) and factor.left.shape[2] == WIDTH
-    assert_close(factors.squared_norm(factor), squares(factor.transposed() if transposed else factor))
+    assert_close(factor.squared_norm(), squares(factor.transposed() if transposed else factor))
 
 
 def test_both_ways_to_the_norm_of_an_outer_sum_are_taken_in_this_file():
-    assert factors.cheaper_as_gram(outer(2))
-    assert not factors.cheaper_as_gram(outer(40))
+    assert outer(2).cheaper_as_gram()
+    assert not outer(40).cheaper_as_gram()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,7 +71,7 @@ def test_both_ways_to_the_norm_of_an_outer_sum_are_taken_in_this_file():
 def test_half_precision_factors_are_multiplied_in_float32(dtype, n_tokens):
     """Against float64 of the same rounded numbers the error is float32's."""
     factor = outer(n_tokens, dtype=dtype)
-    assert_close(factors.squared_norm(factor), squares(factor), torch.float32)
+    assert_close(factor.squared_norm(), squares(factor), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -86,20 +87,20 @@ def test_half_precision_factors_are_multiplied_in_float32(dtype, n_tokens):
 )
 def test_inner_product_of_two_forms(f, g):
     right = (written_out(f) * written_out(g)).sum((1, 2))
-    assert_close(factors.inner(f, g), right)
-    assert_close(factors.inner(g, f), right)
+    assert_close(f.inner(g), right)
+    assert_close(g.inner(f), right)
 
 
 def test_what_an_outer_keeps_for_an_embedding_of_its_weight_is_enough():
     f, g = outer(4), rows(6, seed=1)
-    picked = Picked(factors.pick(f, g.index), f.right)
-    assert_close(factors.inner(picked, g), factors.inner(f, g))
-    assert_close(factors.inner(g, picked), factors.inner(f, g))
+    picked = Picked(f.columns(g.index), f.right)
+    assert_close(picked.inner(g), f.inner(g))
+    assert_close(g.inner(picked), f.inner(g))
 
 
 def test_gradients_of_different_slices_are_orthogonal():
-    assert (factors.inner(outer(4, slot=0), outer(6, slot=1)) == 0).all()
-    assert_close(factors.inner(outer(4, slot=1), outer(6, slot=1)), factors.inner(outer(4), outer(6)))
+    assert (outer(4, slot=0).inner(outer(6, slot=1)) == 0).all()
+    assert_close(outer(4, slot=1).inner(outer(6, slot=1)), outer(4).inner(outer(6)))
 
 
 @pytest.mark.parametrize(
@@ -108,10 +109,10 @@ def test_gradients_of_different_slices_are_orthogonal():
 )
 def test_forms_without_a_common_rule_are_refused(f, g):
     with pytest.raises(NoRule, match="dense"):
-        factors.inner(f, g)
+        f.inner(g)
 
 
-def nodes(*tensors: torch.Tensor, fresh: bool) -> list:
+def uses(*tensors: torch.Tensor, fresh: bool) -> list[Use]:
     """Stand-ins for matrix products that saved these activations; `fresh` ones unpack a copy at each access."""
 
     class Node:
@@ -125,14 +126,13 @@ def nodes(*tensors: torch.Tensor, fresh: bool) -> list:
         def _saved_self(self):
             return self.x.clone() if fresh else self.x
 
-    return [(Node(x), 1) for x in tensors]
+    return [Use("weight", Node(x), 1, (), (4, 4), Layout(1), SharedGrams()) for x in tensors]
 
 
 def test_an_activation_that_several_weights_multiply_is_multiplied_with_itself_once(monkeypatch):
     shared, single = torch.randn(2, 6, 4, dtype=torch.float64)
     grams = SharedGrams()
-    grams.announce(nodes(shared, shared, single, fresh=False))
-    grams.start()
+    grams.announce(uses(shared, shared, single, fresh=False))
     assert grams.get(single, single[None]) is None
     products = [grams.get(shared, shared[None]) for _ in range(2)]
     calls = SimpleNamespace(n=0)
@@ -145,13 +145,11 @@ def test_an_activation_that_several_weights_multiply_is_multiplied_with_itself_o
     assert_close(products[0](), shared[None] @ shared.T)
     assert_close(products[1](), shared[None] @ shared.T)
     assert calls.n == 1
-    assert not grams.known  # nothing stays in memory after the last user
 
 
 def test_activations_that_are_unpacked_anew_are_never_taken_for_each_other():
     """Their addresses are those of copies: one may stand where another stood."""
     x = torch.randn(6, 4)
     grams = SharedGrams()
-    grams.announce(nodes(x, x, x, fresh=True))
-    grams.start()
+    grams.announce(uses(x, x, x, fresh=True))
     assert grams.get(x, x[None]) is None

@@ -11,7 +11,7 @@ from reference import pad
 from torch import nn
 
 import isouq
-from isouq.gradients.checks import check_model
+from isouq.gradients.model import check_model
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 CASE = [(torch.tensor([3, 4, 5, 6]), 2)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isouq.gradients.common import differentiable, select_parameters
+from isouq.gradients.model import differentiable, select_parameters
 from isouq.studies.cost.cases import Case, Texts
 from isouq.studies.qa.sentences import SentenceEncoder
 

@@ -21,8 +21,10 @@ from isouq.gradients.products import inner_products
 # ── 8. Padding, batch composition, dtype; examples that meet ───────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama", torch.float32), *((name, torch.float64) for name in ("llama", "gemma3", "gpt2", "opt", "mixtral"))],
+)
 def test_8_a_score_depends_on_nothing_but_its_own_tokens(name, dtype):
     """Padding on either side, extra width, the order, the batch's size and company."""
     model = build(name, tied=True, dtype=dtype)

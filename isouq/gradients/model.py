@@ -1,48 +1,110 @@
-"""What both engines share: the result, the choice of parameters, and leaving the model as it was."""
+"""All that is asked of a model and done to it: checks, the choice of parameters, forward passes, leaving no trace."""
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from isouq.gradients.checks import repeatable
-
-Objective = Callable[[slice], Tensor]
-"""Rows of a batch → scalars to differentiate, (example, objective): S, the tokens' log p, or the classes'."""
-
+from isouq.gradients.torch_contract import backward_hooks, forward_hooks
 
 DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class SquaredNorms:
-    """What was differentiated, its squared gradient norms, and over which parameters.
+class ExampleError(ValueError):
+    """An error of one example: `example` is its place in the caller's order, "{}" in `message` stands for its name."""
 
-    `objective` (example, objective) float64 holds the values themselves, `by_parameter` (example, objective, param)
-    float64 their ‖∇θ‖², `names` the parameters, `n_parameters` how many numbers these are.
+    def __init__(self, message: str, example: int) -> None:
+        super().__init__(message.replace("{}", f"example {example}"))
+        self.message, self.example = message, example
+
+    def about(self, name: str) -> str:
+        """The message with another name for the example, such as "row 7" of a file."""
+        return self.message.replace("{}", name)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what has no score: no module, weights without numbers, a training mode that changes the output.
+
+    Raises TypeError or ValueError, naming the module or parameter and the way out.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} given, a torch.nn.Module wanted")
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(value):
+            raise ValueError(f"model: {name} has no shape yet; run the lazy module once on an input")
+        if value.is_meta and not offloaded:
+            raise ValueError(f"model: {name} is on the meta device, without numbers; load the model's weights")
+        if value.is_inference():
+            raise ValueError(f"model: {name} was made under torch.inference_mode(); make or load the model outside it")
+    for name, module in model.named_modules():
+        if module.training and (why := _depends_on_mode(module)):
+            raise ValueError(f"model: in training mode with {why} ({name or 'itself'}); call model.eval()")
 
-    objective: Tensor
-    by_parameter: Tensor
-    names: tuple[str, ...]
-    engine: str
-    n_parameters: int
 
-    def columns(self, which: slice) -> SquaredNorms:
-        """The same for some of the objectives."""
-        return replace(self, objective=self.objective[:, which], by_parameter=self.by_parameter[:, which])
+def _depends_on_mode(module: nn.Module) -> str | None:
+    """Why a module's output in training mode may be another than in eval mode, or None.
 
-    @property
-    def total(self) -> Tensor:
-        """The sum over parameters, (example, objective) float64."""
-        return self.by_parameter.sum(-1)
+    Only classes whose code mentions `training` come into question. Where the module or its config states rates,
+    these decide. Norms without statistics ignore the mode, and so does transformers but for its rates.
+    """
+    kinds: list[Any] = [type(module), *map(type, forward_hooks(module)[1])]  # spectral norms are hooks
+    reader = next((kind.__name__ for kind in kinds if _reads_mode(kind)), None)
+    config: Any = getattr(module, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
+    stated = {k: v for k, v in {**settings, **vars(module)}.items() if k == "p" or "drop" in k or "noise" in k}
+    rates = {k: v for k, v in stated.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    if reader and any(rates.values()):
+        return next(f"dropout {k}={v}" for k, v in rates.items() if v)
+    hub = type(module).__module__.startswith("transformers.")
+    return None if rates or hub or getattr(module, "track_running_stats", None) is False else reader
+
+
+@cache
+def _reads_mode(kind: Any) -> bool:
+    """Whether a method of the class or of its bases mentions `training`, besides nn.Module's own and fast paths."""
+    bases = set(kind.__mro__) - {nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder}
+    methods = [inspect.unwrap(f) for base in bases for f in vars(base).values() if inspect.isfunction(f)]
+    codes: list[Any] = [method.__code__ for method in methods]
+    for code in codes:  # grows: functions inside functions
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return issubclass(kind, torch.jit.ScriptModule) or any("training" in (*c.co_names, *c.co_consts) for c in codes)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Raise ValueError where a forward pass inside draws random numbers, in whatever mode."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+    before = states()
+    yield
+    if not all(map(torch.equal, before, states())):
+        raise ValueError("model: its forward pass draws random numbers; call model.eval(), or make it deterministic")
+
+
+def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
+    """The model's output. What torch says of an input that does not fit becomes a ValueError naming `argument`."""
+    try:
+        return model(*args, **options)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if type(error) not in (RuntimeError, IndexError, ValueError):  # memory, checkpointing: no matter of the input
+            raise
+        given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
+        raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -146,7 +208,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
     tracked.names |= {id(every[name]): to for name, to in tied.items()}
     flags = [(p, p.requires_grad) for p in tensors.values()]
     offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
-    hooks = _backward_hooks(model, tensors.values())
+    hooks = backward_hooks(model, tensors.values())
     kept, grads = [dict(table) for table in hooks], [p.grad for p in tensors.values()]
     try:
         for table in hooks:  # emptied in place: autograd holds the very same tables
@@ -177,12 +239,6 @@ def _as_written() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def _backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[int, Any]]:
-    tables = [p._backward_hooks for p in parameters] + [p._post_accumulate_grad_hooks for p in parameters]
-    tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
-    return [table for table in tables if table]
 
 
 def check_differentiable(values: Tensor) -> None:

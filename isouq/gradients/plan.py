@@ -1,0 +1,152 @@
+"""The plan of a batch's backward pass: a rule for every use of every parameter, found in autograd's graph.
+
+No parameter's gradient is formed. Hooks turn the activations and output gradients into factors as the backward pass
+meets them. A use without a rule raises `NotCovered` before anything is returned.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointError
+
+from isouq.gradients.autograd import Examples
+from isouq.gradients.factors import Factor, NoRule, Outer, Picked
+from isouq.gradients.graph import Graph, Layout
+from isouq.gradients.model import Tracked, differentiable
+from isouq.gradients.rules import RULES, SharedGrams, Step, Use, step
+from isouq.gradients.torch_contract import Grads, Node, NotCovered, is_custom, output_shape
+
+Visit = Callable[[Use, list[Factor]], None]
+
+
+@contextmanager
+def planned(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter]) -> Iterator[Plan]:
+    """A forward pass of the examples, and the plan of its backward pass over `parameters`. Raises NotCovered."""
+    with differentiable(model, parameters) as tracked:
+        try:
+            yield Plan(examples.values(), tracked, examples.n)
+        except CheckpointError as error:  # gradient checkpointing unpacks an activation once and no more
+            why = "is computed anew in the backward pass (gradient checkpointing)"
+            raise NotCovered("an activation", why) from error
+
+
+@dataclass
+class Plan:
+    """All uses of the parameters in one batch's graph, and the backward pass that visits them."""
+
+    values: Tensor
+    tracked: Tracked
+    n_examples: int
+    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    by_node: dict[Node, list[Use]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.graph = Graph(self.values)
+        self.grams = SharedGrams()
+        self.layout = Layout(self.n_examples)
+        for leaf, tensor in self.graph.leaves():
+            name = self.tracked.names.get(id(tensor))
+            if name is None:
+                raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
+            if name in self.tracked.parameters:
+                self._follow(leaf, name, tuple(tensor.shape), ())
+        self.custom = [node for node in self.graph.order if is_custom(node)]
+        self._check_custom_functions()
+        self.grams.announce([use for uses in self.by_node.values() for use in uses])
+        self.roots = self.graph.roots(set(self.by_node))
+
+    def _follow(self, node: Node, name: str, shape: tuple[int, ...], steps: tuple[Step, ...]) -> None:
+        for consumer, slot in self.graph.consumers[node]:
+            back = step(consumer, slot, shape, self.n_examples)
+            if back is not None:
+                self._follow(consumer, name, output_shape(consumer), (back, *steps))
+                continue
+            use = Use(name, consumer, slot, steps, shape, self.layout, self.grams)
+            if use.rule is None:
+                raise NotCovered(name, f"is used by {consumer.name()}, which no rule covers")
+            self.uses[name].append(use)
+            self.by_node[consumer].append(use)
+
+    def _check_custom_functions(self) -> None:
+        """A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that."""
+        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
+        for node in self.custom:
+            if not watches_all or "checkpoint" in node.name().lower():
+                raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
+
+    def squares(self, seed: Tensor, *, retain: bool) -> Tensor:
+        """‖∇‖² of each example's part of `seed`, a sum over examples, by parameter: (example, param) float64."""
+        collector = Collector(self)
+        self.backward(seed, collector, retain=retain)
+        nothing = torch.zeros(self.n_examples, dtype=torch.float64)
+        return torch.stack([collector.squares.get(name, nothing) for name in self.tracked.parameters], 1)
+
+    def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
+        """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it.
+
+        Raises NotCovered where a custom function gathers a parameter's gradient by itself, or cannot be passed.
+        """
+        if not self.roots:  # none of the chosen parameters takes part: their gradient is zero
+            return
+        handles = [node.register_prehook(self._meet(node, visit)) for node in self.by_node]
+        try:
+            edges = [GradientEdge(node, 0) for node in self.roots]
+            grads = torch.autograd.grad(seed, edges, retain_graph=retain, allow_unused=True)
+        except RuntimeError as error:
+            if self.custom:
+                raise NotCovered("an activation", f"cannot pass {self.custom[0].name()} ({error})") from error
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tensor in self.tracked.tensors if self.custom else ():
+            if tensor.grad is not None:
+                name = self.tracked.names[id(tensor)]
+                raise NotCovered(name, f"gathers a gradient inside {self.custom[0].name()}")
+        for node, grad in zip(self.roots, grads, strict=True):  # the pass stops here, so their hooks did not run
+            self._meet(node, visit)((grad,))
+
+    def _meet(self, node: Node, visit: Visit) -> Callable[[Grads], None]:
+        @torch.no_grad()
+        def hook(grads: Grads) -> None:
+            for use in self.by_node[node] if grads[0] is not None else ():
+                try:
+                    visit(use, use.factors(grads))
+                except NoRule as error:
+                    raise NotCovered(use.parameter, str(error)) from None
+
+        return hook
+
+
+@dataclass
+class Collector:
+    """Adds up ‖Σ_uses g_use‖² = Σ ‖g_use‖² + 2 Σ_{u<v} ⟨g_u, g_v⟩ for each parameter, (example,) float64."""
+
+    plan: Plan
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
+
+    def __call__(self, use: Use, factors: list[Factor]) -> None:
+        """Take the factors of one use."""
+        name = use.parameter
+        for factor in factors:
+            square = factor.squared_norm() + sum(2 * factor.inner(other) for other in self.pending[name])
+            self.squares[name] = self.squares.get(name, 0) + square.cpu()
+        if len(self.plan.uses[name]) > 1:
+            self.pending[name].extend([self._shrink(use, factor) for factor in factors])
+
+    def _shrink(self, use: Use, factor: Factor) -> Factor:
+        """Of a head's (token, vocab) gradient, keep only the columns that the tied embedding's tokens will ask for."""
+        others = [u for u in self.plan.uses[use.parameter] if u is not use]
+        look_up = len(others) == 1 and others[0].rule is RULES["Embedding"] and not others[0].steps
+        if isinstance(factor, Outer) and look_up:
+            index = others[0].saved("indices").reshape(self.plan.n_examples, -1)
+            return Picked(factor.columns(index), factor.right)
+        return factor
