@@ -13,6 +13,8 @@ PY := .venv/bin/python
 READY := .venv/isouq-installed
 # machine=100: one job at a time that needs the machine for itself. --nolock: the Snakefile has a lock that ends with
 # the process, while Snakemake's own outlives a kill. Jobs tell what they do themselves, so `rules` is quiet.
+# A process for each core; the tests of one file stay together, since some share what they built.
+PARALLEL := -n auto --dist loadfile
 SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress rules --resources machine=100 --nolock --rerun-incomplete
 CONFIG := --config profile="$$PROFILE"
 export PROFILE
@@ -43,10 +45,10 @@ test: $(READY) ## all tests; fetches models and data and builds the book at smok
 	@$(PY) tests/chromium.py
 	@$(PY) -m isouq.cli assets fetch gemma-3-270m
 	@$(SNAKEMAKE) --config profile=smoke
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## the tests that need no download and run no notebook
-	@$(PY) -m pytest -m 'not assets and not book'
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m 'not assets and not book'
 
 # The environment is requirements.lock with another torch, which comes first with what its build needs.
 test-torch: .venv-torch-$(VERSION)/installed ## the tests of the gradients under torch VERSION, in an environment of its own

@@ -86,7 +86,8 @@ class Plan:
         collector = Collector(self)
         self.backward(seed, collector, retain=retain)
         nothing = torch.zeros(self.n_examples, dtype=torch.float64)
-        return torch.stack([collector.squares.get(name, nothing) for name in self.tracked.parameters], 1)
+        columns = [collector.squares.get(name, nothing) for name in self.tracked.parameters]
+        return torch.stack([column.to(self.values.device) for column in columns], 1).cpu()  # waits for a card once
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
         """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it.
@@ -138,7 +139,8 @@ class Collector:
         name = use.parameter
         for factor in factors:
             square = factor.squared_norm() + sum(2 * factor.inner(other) for other in self.pending[name])
-            self.squares[name] = self.squares.get(name, 0) + square.cpu()
+            earlier = self.squares.get(name)
+            self.squares[name] = square if earlier is None else earlier + square.to(earlier.device)
         if len(self.plan.uses[name]) > 1:
             self.pending[name].extend([self._shrink(use, factor) for factor in factors])
 
