@@ -13,8 +13,8 @@ PY := .venv/bin/python
 READY := .venv/isouq-installed
 # machine=100: one job at a time that needs the machine for itself. --nolock: the Snakefile has a lock that ends with
 # the process, while Snakemake's own outlives a kill. Jobs tell what they do themselves, so `rules` is quiet.
-# A process for each core; the tests of one file stay together, since some share what they built.
-PARALLEL := -n auto --dist loadfile
+# A process for each core.
+PARALLEL := -n auto --dist loadgroup
 SNAKEMAKE := $(PY) -m snakemake --cores $(CORES) --quiet host progress rules --resources machine=100 --nolock --rerun-incomplete
 CONFIG := --config profile="$$PROFILE"
 export PROFILE

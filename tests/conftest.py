@@ -8,6 +8,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On several cores a file's tests stay in one process, for what they share; those of the gradients share nothing."""
+    for item in items:
+        if item.path.parent.name not in {"gradients", "traps"}:
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest):
     """Several test runs may share the machine; real models (marker `assets`) take all its cores."""

@@ -121,7 +121,9 @@ def test_validate_refuses_a_name_misspelt_after_papermills_p():
 
 def test_validate_refuses_a_parameter_that_the_cell_does_not_set():
     given = QA | {"n_shots": Path()}
-    with pytest.raises(profiles.ProfileError, match="04_llm_qa: n_shots is missing, or is no plain value"):
+    with pytest.raises(
+        profiles.ProfileError, match="04_llm_qa: not set in the parameters cell, or not a plain value: n_shots"
+    ):
         profiles.validate("04_llm_qa", given)
 
 
@@ -247,9 +249,10 @@ def test_sections_may_share_entries_by_yamls_merge(tmp_path):
 
 
 def test_outside_a_clone_a_notebook_is_checked_and_a_profile_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "CLONE", tmp_path)
+    for module in (profiles, schemas):
+        monkeypatch.setattr(module, "CLONE", tmp_path)
     assert profiles.validate("04_llm_qa", QA).model_dump() == QA
     with pytest.raises(profiles.ProfileError, match="'smoke'; profiles: none, they come with a clone of isouq"):
         profiles.load("smoke")
     (line,) = complaints(written(tmp_path))
-    assert line.endswith("notebooks/04_llm_qa.ipynb is not there: a profile needs a clone of isouq")
+    assert line.endswith("notebooks/04_llm_qa.ipynb is not there: default values need a clone of isouq")

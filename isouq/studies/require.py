@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+AXES = ("row", "column", "entry", "entry")
+
 
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
     """Refuse what is not among `allowed`; the message names the nearest allowed value."""
@@ -67,8 +69,9 @@ def numbers(
     array = array_of(name, value)
     short = array.ndim != ndim or len(array) < least or (least and not array.size)
     if short or (width is not None and array.shape[-1] != width):
-        last = "" if width is None else f", the last of {width} entries"
-        raise ValueError(f"{name}: shape {array.shape} given, {ndim} axes with {least} rows or more wanted{last}")
+        axes = ", ".join([*AXES[: ndim - 1], AXES[ndim - 1] if width is None else str(width)]) + "," * (ndim == 1)
+        rows = f" with {least} row{'s' * (least != 1)} or more" if ndim > 1 or width is None else ""
+        raise ValueError(f"{name}: shape {array.shape} given, ({axes}){rows} wanted")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: {array.dtype} given, real numbers wanted")
     array = array.astype(np.float64, copy=False)
