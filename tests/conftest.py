@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several cores a file's tests stay in one process, for what they share; those of the gradients share nothing."""
+    """With several processes, keep a file's tests in one, for what they share; those of the gradients share nothing."""
     for item in items:
         if item.path.parent.name not in {"gradients", "traps"}:
             item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
