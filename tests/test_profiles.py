@@ -121,7 +121,7 @@ def test_validate_refuses_a_name_misspelt_after_papermills_p():
 
 def test_validate_refuses_a_parameter_that_the_cell_does_not_set():
     given = QA | {"n_shots": Path()}
-    with pytest.raises(profiles.ProfileError, match="04_llm_qa: not set in the parameters cell, .*: n_shots"):
+    with pytest.raises(profiles.ProfileError, match=r"04_llm_qa: not set in the parameters cell, .*: n_shots"):
         profiles.validate("04_llm_qa", given)
 
 
