@@ -28,8 +28,8 @@ LIBRARY = (
 # The companion after it: studies import the library, never back; the pipeline imports studies, never back.
 STUDIES = (
     ("identity", "require", "results"),
-    ("store", "evaluation", "plotting", "assets"),
-    ("qa", "synthetic"),
+    ("store", "evaluation", "claims", "plotting", "assets"),
+    ("verdicts", "qa", "synthetic"),
     ("isotropy", "cost"),
 )
 PIPELINE = (("profiles",), ("runner", "jobs"))
