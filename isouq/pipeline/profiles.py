@@ -120,7 +120,7 @@ class Isotropy(Parameters):
     n_queries: Annotated[int, Field(ge=8, multiple_of=2)] = 60
     n_checked: Count = 2  # proxies and queries whose inner products autograd computes again
     memory_gb: Annotated[float, Field(gt=0)] = 2.0
-    n_resamples: Annotated[int, Field(ge=40)] = 300  # fewer leave an end of a 95 % interval empty
+    n_resamples: Annotated[int, Field(ge=40)] = 2000  # fewer leave an end of a 95 % interval empty
 
 
 class Mcmc(Parameters):
@@ -157,7 +157,7 @@ class LlmQa(Parameters):
     engine: Engine = "auto"
     batch_size: Count = 8
     max_new_tokens: Count = 24
-    n_resamples: Annotated[int, Field(ge=40)] = 300  # fewer leave an end of a 95 % interval empty
+    n_resamples: Annotated[int, Field(ge=40)] = 2000  # fewer leave an end of a 95 % interval empty
     n_folds: Annotated[int, Field(ge=2, le=10)] = 5  # each needs right and wrong answers, of which 10 are enough
 
     def assets(self) -> list[str]:
