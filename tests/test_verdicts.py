@@ -268,3 +268,25 @@ def test_the_papers_spread_has_a_width():
     assert chance.paper_outcome() == "undecided", "0.63 ± 0.08 does not exclude one half"
     gap = claims.printed("table_2.triviaqa.p_true - table_2.triviaqa.combined")
     assert (gap.value, gap.sd) == pytest.approx((0.08, math.hypot(0.06, 0.05)))
+
+
+def test_the_figure_shows_rules_that_err_in_at_most_six_percent_and_find_more():
+    rows = json.loads((ROOT / "book" / "verdicts.json").read_text())
+    assert {row["quantity"] for row in rows} == {"size", "power"}
+    for row in rows:
+        assert row["n_runs"] >= 1000
+        assert row["after"] <= 0.06 if row["quantity"] == "size" else row["after"] >= 0.5, row["case"]
+
+
+def test_the_committed_results_give_no_verdict_where_the_core_was_not_run():
+    for name in ("embedded", "published"):
+        stored = json.loads((ROOT / "results" / name / "results.json").read_text())["results"]
+        found = {key: Entry(row["value"], row["low"], row["high"], row["n"]) for key, row in stored.items()}
+        judged = verdicts.judge(CLAIMS, found)
+        assert {judged[f"C{i}"].outcome for i in range(6, 11)} == {"not run"}
+        assert "not run" not in {judged[f"C{i}"].outcome for i in range(1, 6)}
+
+
+def test_no_claim_names_a_model_that_published_does_not_ask():
+    asked = {key.split(".")[1] for claim in CLAIMS for check in claim.checks for key in [check.key] if key[:3] == "qa."}
+    assert asked <= {"smollm2-135m-instruct", "mean", "models", "transfer"}
