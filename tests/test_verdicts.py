@@ -71,7 +71,7 @@ def test_one_check_is_judged_by_where_its_interval_lies(rule, interval, outcome)
         (["holds"], ["does not hold", "not run"], "partly (1 of 2)"),
         (["holds", "undecided"], ["holds"], "partly (2 of 3)"),
         (["does not hold"], ["holds", "holds"], "does not hold"),
-        (["does not hold", "undecided", "undecided"], [], "undecided (2 of 3 core checks are open)"),
+        (["does not hold", "undecided", "undecided"], [], "undecided (of 3 core checks 2 open, 1 failed)"),
         (["does not hold", "does not hold", "undecided"], [], "does not hold (2 of 3 core checks fail)"),
         (["undecided"], ["does not hold", "does not hold"], "undecided (why)"),
     ],

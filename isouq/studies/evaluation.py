@@ -253,9 +253,8 @@ class Ranking:
 def max_t(rankings: Sequence[Ranking]) -> float:
     """Return the critical value that makes intervals of all `rankings` hold at once, at 95 %: 1.96 for one alone.
 
-    It is the 95 % quantile over shared resamples of the largest |draw − mean| / standard deviation.
-
-    A ranking that does not vary adds nothing. Raises ValueError for no ranking and for rankings of different resamples.
+    It is the 95 % quantile, over shared resamples, of the largest distance from the mean in standard deviations. A
+    ranking that does not vary adds nothing. Raises ValueError for no ranking and for rankings of different resamples.
     """
     if not rankings or len({ranking.draws.shape for ranking in rankings}) > 1:
         raise ValueError(f"rankings: {len(rankings)} given, at least one wanted, all of the same resamples")

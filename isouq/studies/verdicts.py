@@ -106,8 +106,10 @@ def combine(checks: Sequence[CheckVerdict]) -> Verdict:
     if core.count("does not hold") > len(core) / 2:
         reason = f"{core.count('does not hold')} of {len(core)} core checks fail" if len(core) > 1 else ""
         return Verdict("does not hold", reason, tuple(checks))
-    reasons = list(dict.fromkeys(one.reason for one in checks if one.check.core and one.outcome == "undecided"))
-    reason = reasons[0] if len(core) == 1 else f"{core.count('undecided')} of {len(core)} core checks are open"
+    if len(core) > 1:
+        reason = f"of {len(core)} core checks {core.count('undecided')} open, {core.count('does not hold')} failed"
+    else:
+        reason = next(one.reason for one in checks if one.check.core)
     return Verdict("undecided", reason, tuple(checks))
 
 

@@ -284,7 +284,8 @@ def _compared(table: pd.DataFrame, prefix: str, analysis: Analysis) -> dict[str,
     n, note = len(used), "paired, refitted in every resample"
     results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
     results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
-    spread = float(np.nanstd(gaps[CONTROLS[0]].draws) * np.sqrt(n))
+    # A stand-in for a rival that is not run: log G, a score of another kind than the combined one.
+    spread = float(np.nanstd(found["combined"].minus(found["log_gradient"]).draws) * np.sqrt(n))
     alone = fits.auroc_spread(0.575, float(used["wrong"].mean()))
     results[f"{prefix}.power.paired_008"] = Result(value=fits.questions_needed(0.08, spread), unit="questions")
     results[f"{prefix}.power.chance_060_055"] = Result(value=fits.questions_needed(0.05, alone), unit="questions")
