@@ -14,13 +14,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 from isouq_book import figure, results  # noqa: E402
 from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
+
+from isouq.studies import claims  # noqa: E402
 
 BEGIN, END = "<!-- measured: written by book/readme.py -->", "<!-- end of what was measured -->"
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
@@ -125,14 +125,13 @@ def _posteriors(run: Results) -> list[str]:
     """How ‖g‖² follows the variance that MCMC finds (C4), beside the paper's, and how that goes with the width (C5)."""
     if not any(key.startswith("mcmc.") for key in run.entries):
         return []
-    claims = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf-8"))}
+    stated = {claim.id: claim for claim in claims.load(ROOT / "book" / "claims.yml")}
     rows = []
-    for check in claims["C4"]["checks"]:
-        entry = run.entries.get(check["key"])
+    for check in stated["C4"].checks:
+        entry = run.entries.get(check.key)
         ours = "failed the gate" if entry is None else format_interval(entry)
-        rows.append(f"| {check['label'].removesuffix(', ρ')} | {ours} | {check['paper']} |")
-    key = claims["C5"]["checks"][0]["key"]
-    slopes = {label: run.entries.get(key.format(kind=kind)) for kind, label in claims["C5"]["each"]["kind"].items()}
+        rows.append(f"| {check.label.removesuffix(', ρ')} | {ours} | {check.paper} |")
+    slopes = {check.label: run.entries.get(check.key) for check in stated["C5"].checks}
     return [
         "Rank correlation of ‖g‖² with the variance that MCMC finds, with 95 % intervals over n data seeds:",
         "",

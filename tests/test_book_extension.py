@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = ROOT / "book" / "_ext"
 sys.path.insert(0, str(EXTENSION))
 
-from isouq_book import claims, provenance, results, verdicts  # noqa: E402
+from isouq_book import provenance, results  # noqa: E402
 
 ENTRY = results.Entry(0.634, 0.55, 0.71, 120)
 KEY = "qa.gemma-3-270m.triviaqa.combined.auroc"
@@ -82,121 +82,6 @@ def test_the_record_names_the_run_and_its_uncommitted_changes():
     assert "no results" in provenance.footer({})
 
 
-# Verdicts
-
-
-@pytest.mark.parametrize(
-    ("rule", "interval", "outcome"),
-    [
-        ({"above": 0.5}, (0.51, 0.7), "holds here"),
-        ({"above": 0.5}, (0.3, 0.49), "does not hold here"),
-        ({"above": 0.5}, (0.45, 0.7), "undecided (interval includes 0.5)"),
-        ({"below": 0.5}, (0.3, 0.49), "holds here"),
-        ({"below": 0.5}, (0.5, 0.6), "does not hold here"),
-        ({"within": [0.4, 0.6]}, (0.45, 0.55), "holds here"),
-        ({"within": [0.4, 0.6]}, (0.2, 0.3), "does not hold here"),
-        ({"within": [0.4, 0.6]}, (0.3, 0.5), "undecided (interval includes 0.4)"),
-        ({"within": [0.4, 0.6]}, (0.3, 0.7), "undecided (interval includes 0.4 and 0.6)"),
-        ({"greater_than": "other"}, (0.61, 0.7), "holds here"),
-        ({"greater_than": "other"}, (0.3, 0.39), "does not hold here"),
-        ({"greater_than": "other"}, (0.3, 0.5), "undecided (interval includes values of the other's interval)"),
-        ({"greater_than": "absent"}, (0.3, 0.5), "not yet run"),
-        ({"above": 0.5}, (None, None), "undecided (no interval at this size)"),
-    ],
-)
-def test_a_rule_looks_at_where_the_interval_lies(rule, interval, outcome):
-    found = {"key": results.Entry(0.5, *interval), "other": results.Entry(0.5, 0.4, 0.6)}
-    assert str(verdicts.judge(rule, "key", found)) == outcome
-
-
-def test_an_exact_result_is_judged_by_its_value():
-    found = {"key": results.Entry(2.4)}
-    assert verdicts.judge({"below": 3}, "key", found, exact=True).outcome == "holds here"
-    assert verdicts.judge({"below": 3}, "key", found).outcome == "undecided"
-    found = {"key": results.Entry(2.4, 2.0, 3.5)}
-    assert verdicts.judge({"below": 3}, "key", found, exact=True).outcome == "undecided"
-
-
-def test_a_result_that_was_not_computed_gets_no_other_verdict():
-    assert verdicts.judge({"above": 0.5}, "key", {}).outcome == "not yet run"
-
-
-@pytest.mark.parametrize("rule", [{}, {"over": 1}, {"above": 1, "below": 2}])
-def test_an_unknown_rule_is_refused(rule):
-    with pytest.raises(ValueError, match="wanted exactly one of above"):
-        verdicts.judge(rule, "key", {"key": ENTRY})
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "text"),
-    [
-        (["holds here", "holds here"], "holds here (2 of 2 checks)"),
-        (["holds here", "does not hold here", "undecided"], "does not hold here (1 of 3 checks)"),
-        (["holds here", "not yet run"], "not yet run (1 of 2 checks)"),
-        (["not yet run", "not yet run"], "not yet run"),
-        (["not yet run", "undecided"], "undecided (why)"),
-        ([], "not yet run"),
-    ],
-)
-def test_a_claim_holds_only_if_every_check_does(outcomes, text):
-    found = [verdicts.Verdict(one, "why" if one == "undecided" else "") for one in outcomes]
-    assert str(verdicts.combine(found)) == text
-    assert str(verdicts.combine(found, "no such model")) == "not reproduced (no such model)"
-
-
-# The claims as they stand in the book
-
-CLAIMS = claims.load(ROOT / "book" / "claims.yml")
-CHECKS = [pytest.param(check, id=f"{claim.id} {check.label}") for claim in CLAIMS for check in claim.checks]
-WITHOUT_NUMBER = [claim for claim in CLAIMS if claim.paper.startswith("Stated")]
-
-
-def test_all_ten_claims_are_there_in_order():
-    assert [claim.id for claim in CLAIMS] == [f"C{number}" for number in range(1, 11)]
-
-
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
-def test_the_papers_own_numbers_pass_the_rules(claim):
-    if claim in WITHOUT_NUMBER:
-        assert not any(check.paper for check in claim.checks)
-    else:
-        assert all(verdicts.satisfied(check.rule, *check.paper) for check in claim.checks)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_a_check_asks_for_a_key_of_the_agreed_form(check):
-    form = re.compile(
-        r"derivation\.engine\.max_relative_difference"
-        r"|isotropy\.networks\.(fisher|empirical_fisher)\.(unseen|shifted|other_problem|noise)\.(spearman|spread|structure)"
-        r"|isotropy\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|own_answers|truthfulqa|prose)\.pull"
-        r"|isotropy\.spectra\.(outlier|bulk)_(share|slope)"
-        r"|mcmc\.size\.(tanh|relu)_(fan_in|fixed)\.slope"
-        r"|mcmc\.(binary|multiclass|regression)_\w+\.(gn|la|aleatoric)\.(pearson|spearman)"
-        r"|qa\.(smollm2-135m-instruct|gemma-3-270m)\.(triviaqa|wikidata|truthfulqa|truthfulqa_choose)"
-        r"\.(p_true|semantic_entropy|naive_entropy|aleatoric|epistemic|combined)\.auroc"
-        r"|cost\.(smollm2-135m-instruct|gemma-3-270m)\.\w+\.(seconds_per_question|peak_bytes|relative_to_forward|relative_error)"
-    )
-    for key in [check.key, *check.others()]:
-        assert form.fullmatch(key), key
-
-
-@pytest.mark.parametrize(
-    ("claim", "message"),
-    [
-        ({"id": "C1", "claim": "x", "paper": "", "verdict": "holds"}, "C1: unknown field 'verdict'"),
-        (
-            {"id": "C1", "claim": "x", "paper": "", "checks": [{"label": "x", "key": "a.b", "rule": {"over": 1}}]},
-            "C1: rule",
-        ),
-    ],
-)
-def test_a_claim_with_a_typed_verdict_or_an_unknown_rule_is_refused(tmp_path, claim, message):
-    file = tmp_path / "claims.yml"
-    file.write_text(yaml.safe_dump([claim]))
-    with pytest.raises(ValueError, match=message):
-        claims.load(file)
-
-
 # The extension in a small book
 
 
@@ -258,18 +143,25 @@ def test_a_book_without_a_file_of_results_fails(small_book, found, cause):
     assert cause in warnings
 
 
-def test_the_claims_table_shows_values_and_generated_verdicts(small_book):
-    claim = {"id": "C7", "claim": "It is *so*.", "paper": "0.52", "chapter": "notebooks/04", "each": {"m": {"a": "A"}}}
-    check = {"label": "{m}: above chance", "key": "qa.{m}.auroc", "rule": {"above": 0.5}}
+def test_the_claims_table_shows_rules_values_and_generated_verdicts(small_book):
+    claim = {"id": "C7", "claim": "It is *so*.", "paper": "0.52", "chapter": "notebooks/04", "written": "before"}
+    check = {"label": "{m}: AUROC", "key": "qa.{m}.auroc", "rule": {"above": 0.5}, "core": True}
+    check["paper"] = "table_2.triviaqa.epistemic"
     page = "```{claims-table} claims.yml\n```\n\n```{provenance}\n```\n"
-    written = yaml.safe_dump([claim | {"checks": [check]}])
+    written = yaml.safe_dump([claim | {"each": {"m": {"a": "A"}}, "checks": [check]}])
     code, text, warnings = small_book(page, {"qa.a.auroc": auroc(0.7)}, claims=written)
     assert code == 0, warnings
-    for part in ('id="claim-c7"', "<em>so</em>", "A: above chance", "0.70 [0.65, 0.75]", "not in this book yet"):
-        assert part in text
-    assert "holds here" in text
+    words = re.sub("<[^>]+>", "", text)
+    for part in ("core A: AUROC, above 0.5: 0.70 [0.65, 0.75], n = 99, with all checks [0.65, 0.75]; holds", "so"):
+        assert part in words
+    for part in ("paper’s 0.52 ± 0.07 by this rule: undecided", "not in this book yet", "rules were written before"):
+        assert part in words.replace("'", "’").replace("&#x27;", "’")
+    assert 'id="claim-c7"' in text
+    assert 'class="verdict verdict-holds"' in text
     code, text, _ = small_book(page, {"qa.a.auroc": auroc(0.3)}, claims=written)
-    assert "does not hold here" in text
+    assert 'class="verdict verdict-does-not-hold"' in text
+    code, text, _ = small_book(page, {"other.key": auroc(0.3)}, claims=written)
+    assert "not run (no result for 1 core check)" in text
 
 
 def test_a_figure_is_drawn_from_results_and_says_in_words_what_it_shows(small_book):

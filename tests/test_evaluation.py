@@ -58,8 +58,11 @@ def test_stratified_auroc_weighs_pairs_by_hand() -> None:
     # stratum 0: one pair, won; stratum 1: two pairs, one won; stratum 2: one class, no pair
     score, wrong, stratum = [2, 1, 2, 1, 3, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 2]
     assert evaluation.stratified_auroc(score, wrong, stratum) == 2 / 3
+    assert evaluation.n_pairs(wrong, stratum) == 3
     with pytest.raises(ValueError, match="no stratum"):
         evaluation.stratified_auroc(score, wrong, range(6))
+    with pytest.raises(evaluation.UndefinedStatisticError, match="one stratum given, at least two wanted"):
+        evaluation.stratified_auroc(score, wrong, [1] * 6)
 
 
 def test_correlations_equal_scipy(scored: tuple[np.ndarray, np.ndarray]) -> None:
@@ -80,7 +83,7 @@ def test_bootstrap_covers_the_true_mean_at_its_level() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        interval = evaluation.bootstrap_interval(np.mean, rng.normal(size=80), seed=seed)
+        interval = evaluation.bootstrap_interval(np.mean, rng.normal(size=80), n_resamples=300, seed=seed)
         hits += interval.low <= 0 <= interval.high
     assert 180 <= hits <= 199  # binomial(200, 0.95) leaves this range with chance about 0.001
 
@@ -100,11 +103,11 @@ def test_bootstrap_redraws_resamples_of_one_class_and_says_when_it_cannot() -> N
     interval = evaluation.auroc_interval([0.0, 1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1, 1])
     assert (interval.low, interval.high) == (1.0, 1.0)
     with pytest.raises(ValueError, match="undefined on more than half"):
-        evaluation.bootstrap_interval(_defined_only_in_order, np.arange(20))
+        evaluation.bootstrap_interval(_defined_only_without_repeats, np.arange(20), n_resamples=40)
 
 
-def _defined_only_in_order(column: np.ndarray) -> float:
-    if (np.diff(column) < 0).any():
+def _defined_only_without_repeats(column: np.ndarray) -> float:
+    if len(set(column)) < len(column):
         raise evaluation.UndefinedStatisticError
     return 0.0
 
@@ -117,46 +120,134 @@ def test_wilson_interval_has_the_published_value() -> None:
         evaluation.wilson_interval(5, 3)
 
 
-def test_out_of_fold_scores_find_signal_and_do_not_leak() -> None:
-    rng = np.random.default_rng(2)
-    wrong = rng.random(300) < 0.5
-    signal = np.column_stack([wrong + rng.normal(size=300), rng.normal(size=300)])
-    assert evaluation.auroc(evaluation.out_of_fold_scores(signal, wrong), wrong) > 0.7
-    # As many noise features as a fit could use to memorise its own labels; out of sample it must not.
-    noise = rng.normal(size=(300, 100))
-    assert evaluation.auroc(evaluation.out_of_fold_scores(noise, wrong), wrong) < 0.6
-
-
-def test_out_of_fold_scores_refuse_what_they_cannot_fit() -> None:
-    with pytest.raises(ValueError, match="3 right and 17 wrong answers given, of each as many as the 5 folds"):
-        evaluation.out_of_fold_scores(np.arange(20.0)[:, None], [True] * 17 + [False] * 3)
-    with pytest.raises(ValueError, match="features: NaN or infinite"):
-        evaluation.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)
-
-
-def test_likelihood_ratio_is_chi_squared_when_nothing_is_added() -> None:
-    rng = np.random.default_rng(4)
-    base = rng.normal(size=(300, 200, 1))
-    wrong = rng.random((300, 200)) < 1 / (1 + np.exp(-base[..., 0]))
-    p_values = [evaluation.likelihood_ratio_test(base[i], rng.normal(size=(200, 1)), wrong[i])[1] for i in range(300)]
-    assert stats.kstest(p_values, "uniform").pvalue > 0.01
-
-
-def test_likelihood_ratio_finds_what_is_added_and_only_that() -> None:
-    rng = np.random.default_rng(5)
-    base, extra = rng.normal(size=(2, 400, 1))
-    wrong = rng.random(400) < 1 / (1 + np.exp(-(base + extra)[:, 0]))
-    statistic, p_value = evaluation.likelihood_ratio_test(base, extra, wrong)
-    assert p_value < 1e-6
-    assert p_value == pytest.approx(stats.chi2.sf(statistic, 1))
-    twice = evaluation.likelihood_ratio_test(base, np.hstack([extra, 3 * extra - base]), wrong)
-    assert twice == pytest.approx((statistic, p_value)), "a combination adds no degree of freedom"
-    with pytest.raises(evaluation.UndefinedStatisticError, match="extra: constant, or the same as base"):
-        evaluation.likelihood_ratio_test(np.hstack([base, extra]), base + 2 * extra, wrong)
-    with pytest.raises(ValueError, match="right and wrong"):
-        evaluation.likelihood_ratio_test(base, extra, np.ones(400))
-
-
 def test_enough_of_both_is_the_declared_rule() -> None:
     assert evaluation.enough_of_both([True] * 10 + [False] * 10)
     assert not evaluation.enough_of_both([True] * 50 + [False] * 9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8])
+def test_a_column_that_varies_by_rounding_only_is_constant(scale: float) -> None:
+    noise = 1 + 1e-12 * np.arange(20)
+    assert evaluation.is_constant(scale * noise)
+    assert not evaluation.is_constant(scale * (1 + 1e-6 * np.arange(20)))
+    for correlation in (evaluation.pearson, evaluation.spearman):
+        with pytest.raises(evaluation.UndefinedStatisticError, match="a is constant"):
+            correlation(scale * noise, np.arange(20.0))
+
+
+# All resamples at once, and what the intervals are worth
+
+
+def test_auroc_of_all_resamples_at_once_equals_one_at_a_time(scored) -> None:
+    score, wrong = scored
+    weights = evaluation.Resamples.of(wrong, n_resamples=40).counts
+    values = evaluation.weighted_auroc(score, wrong, weights)
+    assert values == pytest.approx([roc_auc_score(wrong, score, sample_weight=row) for row in weights], abs=1e-12)
+    several = np.random.default_rng(0).normal(size=weights.shape)
+    values = evaluation.weighted_auroc(several, wrong, weights)
+    wanted = [roc_auc_score(wrong, s, sample_weight=row) for s, row in zip(several, weights, strict=True)]
+    assert values == pytest.approx(wanted, abs=1e-12)
+    assert np.isnan(evaluation.weighted_auroc(score, wrong, wrong[None, :] * 1.0)).all()
+
+
+def test_stratified_auroc_of_all_resamples_at_once_counts_the_same_pairs(scored) -> None:
+    score, wrong = scored
+    stratum = np.arange(200) % 3
+    weights = evaluation.Resamples.of(wrong, n_resamples=40).counts
+    values = evaluation.weighted_auroc(score, wrong, weights, stratum)
+    for row, value in zip(weights, values, strict=True):
+        rows = np.repeat(np.arange(200), row.astype(int))
+        assert value == pytest.approx(evaluation.stratified_auroc(score[rows], wrong[rows], stratum[rows]), abs=1e-12)
+
+
+def test_bca_equals_scipy() -> None:
+    column = np.random.default_rng(0).gamma(2.0, size=40)
+    ours = evaluation.bootstrap_interval(np.mean, column, n_resamples=5000)
+    options = {"method": "BCa", "n_resamples": 5000, "random_state": 1}
+    theirs = stats.bootstrap((column,), np.mean, **options).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx(theirs, abs=0.05)  # ours uses Student's t with 39 degrees of freedom
+
+
+def miss_rate(interval_of, truth: float, make, n_runs: int) -> float:
+    """Return how often an interval misses the truth, over made-up samples (score, wrong)."""
+    intervals = [interval_of(*make(np.random.default_rng(run)), run) for run in range(n_runs)]
+    return float(np.mean([not one.low <= truth <= one.high for one in intervals]))
+
+
+def test_few_right_answers_do_not_narrow_the_interval() -> None:
+    def make(rng):
+        wrong = np.arange(120) >= 11
+        return rng.normal(size=120) + 1.2 * wrong, wrong
+
+    def percentile(score, wrong, seed):
+        plan = evaluation.Resamples.of(wrong, n_resamples=200, seed=seed)
+        low, high = np.nanquantile(evaluation.ranking(score, wrong, plan).draws, [0.025, 0.975])
+        return evaluation.Interval(0.5, low, high, 120)
+
+    truth = stats.norm.cdf(1.2 / np.sqrt(2))
+    after = miss_rate(lambda s, w, seed: evaluation.auroc_interval(s, w, n_resamples=200, seed=seed), truth, make, 200)
+    assert after <= 0.08
+    assert after < miss_rate(percentile, truth, make, 200)
+
+
+def test_questions_that_share_a_cluster_are_resampled_together() -> None:
+    def make(rng):
+        cluster = np.repeat(np.arange(24), 5)
+        wrong = rng.random(24)[cluster] < 0.5
+        return rng.normal(size=24)[cluster] + 0.1 * rng.normal(size=120), wrong
+
+    def by_cluster(score, wrong, seed):
+        plan = evaluation.Resamples.of(wrong, clusters=np.arange(120) // 5, n_resamples=200, seed=seed)
+        return evaluation.ranking(score, wrong, plan).interval()
+
+    alone = miss_rate(lambda s, w, seed: evaluation.auroc_interval(s, w, n_resamples=200, seed=seed), 0.5, make, 100)
+    assert alone > 0.2
+    assert miss_rate(by_cluster, 0.5, make, 100) <= 0.1
+
+
+def test_equal_scores_are_seldom_told_apart_and_unequal_ones_are() -> None:
+    def make(rng, gap: float = 0.0):
+        wrong = rng.random(120) < 0.5
+        shared = rng.normal(size=120)
+        first, second = (shared + rng.normal(size=120) + (0.5 + extra) * wrong for extra in (gap, 0.0))
+        return (first, second), wrong
+
+    def difference(pair, wrong, seed):
+        return evaluation.auroc_difference(*pair, wrong, n_resamples=200, seed=seed)
+
+    assert miss_rate(difference, 0.0, make, 150) <= 0.08
+    assert miss_rate(difference, 0.0, lambda rng: make(rng, 1.0), 30) > 0.8
+
+
+def test_max_t_is_a_single_comparison_for_copies_and_grows_for_others() -> None:
+    rng = np.random.default_rng(0)
+    wrong = rng.random(150) < 0.5
+    plan = evaluation.Resamples.of(wrong)
+    scores = [evaluation.ranking(rng.normal(size=150) + wrong, wrong, plan) for _ in range(4)]
+    assert evaluation.max_t(scores[:1] * 3) == pytest.approx(1.96, abs=0.08)
+    assert evaluation.max_t(scores) == pytest.approx(2.49, abs=0.12)  # four independent ones
+    with pytest.raises(ValueError, match="rankings: 0 given"):
+        evaluation.max_t([])
+
+
+# Refused by name
+
+
+def test_two_sides_of_different_questions_are_refused(scored) -> None:
+    score, wrong = scored
+    one = evaluation.ranking(score, wrong, evaluation.Resamples.of(wrong, n_resamples=40))
+    other = evaluation.ranking(score[:-1], wrong[:-1], evaluation.Resamples.of(wrong[:-1], n_resamples=40))
+    with pytest.raises(ValueError, match="the same questions on both sides wanted"):
+        one.minus(other)
+    with pytest.raises(ValueError, match="plan: resamples of 199 questions given, of 200 wanted"):
+        evaluation.ranking(score, wrong, evaluation.Resamples.of(wrong[:-1], n_resamples=40))
+    missing = np.where(np.arange(200) == 3, np.nan, score)
+    with pytest.raises(ValueError, match="control: NaN at 1 of 200"):
+        evaluation.auroc_difference(score, missing, wrong)
+
+
+def test_fewer_than_two_clusters_are_refused(scored) -> None:
+    with pytest.raises(evaluation.UndefinedStatisticError, match="clusters: 1 given, at least 2 wanted"):
+        evaluation.Resamples.of(scored[1], clusters=["a"] * 200)
+    with pytest.raises(ValueError, match="clusters: 1 of 200 rows have no group"):
+        evaluation.Resamples.of(scored[1], clusters=[None] + ["a"] * 199)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from isouq.studies import evaluation
+from isouq.studies import evaluation, fits
 from isouq.studies.isotropy import covariance, distortion, networks, spectra
 from isouq.studies.qa import analysis
 from isouq.studies.synthetic import jobs, point, posterior, problems
@@ -84,13 +84,17 @@ ROWS_OF = {
     evaluation.stratified_auroc: ASKED | {"stratum": (GROUP, "groups")},
     evaluation.auroc_interval: ASKED | DRAWN,
     evaluation.auroc_difference: ASKED | DRAWN | {"control": (OTHER, "score")},
-    evaluation.bootstrap_interval: DRAWN | {"statistic": (np.mean, ""), "level": (0.9, "level")},
-    evaluation.wilson_interval: {"successes": (1, "whole"), "n": (3, "count"), "level": (0.9, "level")},
-    evaluation.out_of_fold_scores: {
-        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
+    evaluation.bootstrap_interval: DRAWN | {
+        "statistic": (np.mean, ""), "level": (0.9, "level"), "clusters": (GROUP, "groups")
     },
-    evaluation.likelihood_ratio_test: {
-        "base": (ROWS[:, :1], "array"), "extra": (ROWS[:, 1:], "array"), "wrong": (WRONG, "labels")
+    evaluation.wilson_interval: {"successes": (1, "whole"), "n": (3, "count"), "level": (0.9, "level")},
+    evaluation.is_constant: {"column": (SCORE, "alone")},
+    evaluation.n_pairs: {"wrong": (WRONG, "labels"), "stratum": (GROUP, "groups")},
+    fits.questions_needed: {"gap": (0.1, "positive"), "spread": (1.0, "number")},
+    fits.auroc_spread: {"value": (0.6, "level"), "share_wrong": (0.5, "level")},
+    fits.residual_ranks: {"score": (SCORE, "score"), "given": (ROWS, "array")},
+    fits.out_of_fold_scores: {
+        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
     },
     evaluation.enough_of_both: {"wrong": (WRONG, "enough"), "minimum": (10, "count")},
     covariance.from_rows: {"rows": (ROWS, "alone"), "kind": ("fisher", ""), "n_examples": (N, "count or None")},
@@ -146,10 +150,9 @@ ROWS_OF = {
     spectra.lanczos_density: AT | {"n_steps": (4, "count"), "n_repeats": (1, "count")},
     spectra.effective_rank: {"eigenvalues": (VARIANCE, "alone")},
     spectra.marchenko_pastur: {"eigenvalues": (VARIANCE, "alone")},
-    analysis.quantile_bins: {"column": (SCORE, "alone"), "n_bins": (4, "count")},
     analysis.compare: {"found": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
-    analysis.score_columns: {
+    analysis.rankings: {
         "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")
     },
 }  # fmt: skip
@@ -157,13 +160,15 @@ ROWS_OF = {
 TAKE_OBJECTS = {
     *(networks.solve, networks.build, networks.form, networks.outputs, networks.compare, networks.table),
     *(networks.sweep, networks.against_isotropic, networks.interval, spectra.widths),
-    *(analysis.auroc_table, analysis.within_bins, analysis.added_signal, analysis.agreement, analysis.accuracy),
+    *(analysis.auroc_table, analysis.within, analysis.added_signal, analysis.agreement, analysis.accuracy),
+    *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
+    *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
     *(analysis.named_results, analysis.beside_paper, posterior.sample, posterior.reference, problems.float64),
 }
 
 
 def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
-    modules = (evaluation, covariance, distortion, point, posterior, problems, networks, spectra, analysis)
+    modules = (evaluation, fits, covariance, distortion, point, posterior, problems, networks, spectra, analysis)
     public = {f for m in modules for n, f in vars(m).items() if inspect.isfunction(f) and not n.startswith("_")}
     public = {f for f in public if f.__module__ in {m.__name__ for m in modules}}
     assert {f.__qualname__ for f in public - TAKE_OBJECTS} <= {f.__qualname__ for f in ROWS_OF}
@@ -194,7 +199,7 @@ def test_nonsense_is_refused_by_the_name_of_the_argument(function, name, kind, w
 
 @pytest.mark.parametrize("function", [f for f, row in ROWS_OF.items() if f is not analysis.compare and row])
 def test_the_rows_of_the_table_are_right_as_they_stand(function):
-    if function.__module__.endswith("analysis") and function is not analysis.quantile_bins:
+    if function.__module__.endswith("analysis"):
         return  # an empty table has no columns
     given = {key: tuple(value) if key == "limits" else value for key, (value, _) in ROWS_OF[function].items()}
     columns = (given.pop("statistic"), SCORE) if function is evaluation.bootstrap_interval else ()
@@ -214,8 +219,7 @@ SERIES = {name: pd.Series(array) for name, array in {"score": SCORE, "other": VA
         lambda s, w: evaluation.pearson(s["score"], s["other"].loc[w.index]),
         lambda s, w: evaluation.spearman(s["score"], s["other"].loc[w.index]),
         lambda s, w: evaluation.bootstrap_interval(evaluation.auroc, s["score"], w),
-        lambda s, w: evaluation.out_of_fold_scores(s[["score"]], w),
-        lambda s, w: evaluation.likelihood_ratio_test(s[["score"]], s[["other"]], w),
+        lambda s, w: fits.out_of_fold_scores(s[["score"]], w),
         lambda s, w: distortion.distortion(s["other"], s["other"].loc[w.index]),
         lambda s, w: jobs.trend(s["score"], s["other"], w),
     ],
@@ -240,7 +244,10 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: evaluation.bootstrap_interval(lambda a: a, SCORE), "statistic: its value"),
         (lambda: evaluation.bootstrap_interval(np.mean), "columns: 0 given"),
         (lambda: evaluation.bootstrap_interval(np.mean, SCORE, n_resamples=39), "n_resamples: 39 .* at least 40"),
-        (lambda: evaluation.bootstrap_interval(np.mean, SCORE, level=0.999), "n_resamples: 300 .* at least 2000"),
+        (
+            lambda: evaluation.bootstrap_interval(np.mean, SCORE, n_resamples=300, level=0.999),
+            "n_resamples: 300 .* at least 2000",
+        ),
         (lambda: evaluation.bootstrap_interval(np.mean, SCORE[:4]), "columns: 4 rows given, too few"),
         (lambda: evaluation.wilson_interval(4, 3), "successes: 4 given, .* at most 3"),
         (lambda: evaluation.Interval(0.5, 0.6, 0.4, 3), "interval: 0.5"),
@@ -275,23 +282,16 @@ def test_a_feature_that_far_values_flatten_is_refused(share):
     """Standardised, all its other values are alike, and a ridge takes their perfect separation for nothing."""
     far = np.where(np.arange(N) < share * N, 1e9, 1.0)
     feature = ((2 * WRONG - 1) * far)[:, None]
-    for call in (
-        lambda: evaluation.likelihood_ratio_test(SCORE[:, None], feature, WRONG),
-        lambda: evaluation.likelihood_ratio_test(feature, SCORE[:, None], WRONG),
-        lambda: evaluation.out_of_fold_scores(feature, WRONG),
-    ):
-        with pytest.raises(ValueError, match="a feature with values far beyond the others"):
-            call()
+    with pytest.raises(ValueError, match="a feature with values far beyond the others"):
+        fits.out_of_fold_scores(feature, WRONG)
     rare = (np.arange(N) < 3).astype(float)[:, None]  # nothing is flattened where the others are equal
-    assert np.isfinite(evaluation.likelihood_ratio_test(SCORE[:, None], rare, WRONG)).all()
+    assert np.isfinite(fits.out_of_fold_scores(rare, WRONG)).all()
 
 
 def test_undefined_is_told_from_wrong():
     for call in (
         lambda: evaluation.bootstrap_interval(np.mean, SCORE[:3]),
-        lambda: evaluation.likelihood_ratio_test(ROWS, ROWS[:, :1] + ROWS[:, 1:2], WRONG),
-        lambda: evaluation.likelihood_ratio_test(ROWS, ROWS[:, :1], 0 * WRONG),
-        lambda: evaluation.out_of_fold_scores(ROWS, np.arange(N) < 2),
+        lambda: fits.out_of_fold_scores(ROWS, np.arange(N) < 2),
     ):
         with pytest.raises(evaluation.UndefinedStatisticError):
             call()

@@ -1,30 +1,27 @@
 """How well an uncertainty estimate does its work: correlations, AUROC, and intervals for both.
 
-Orientation, everywhere: a score is an uncertainty, so high means "the answer is wrong". Every statistic
-refuses NaN, masked values, pandas columns of other rows, and input on which it is not defined, rather than return a
-number that means nothing.
+Orientation, everywhere: a score is an uncertainty, so high means "the answer is wrong". Every statistic refuses NaN,
+masked values, pandas columns of other rows, and input on which it is not defined.
+
+Intervals of raw scores are BCa bootstrap intervals. Those of fitted scores (`isouq.studies.fits`) refit in every
+resample. A `Ranking` holds either, so that any two can be compared on the same resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from scipy import special, stats
 
 from isouq.studies import require
 
-N_RESAMPLES = 300  # as many as behind the paper's Table 2
+N_RESAMPLES = 2000
 MIN_PER_CLASS = 10  # with fewer right or fewer wrong answers than this, an AUROC is not reported
-FLAT = 1e-3  # standard deviations; a ridge does not see features whose values mostly lie nearer to each other
+CONSTANT = 1e-9  # of a column's largest absolute value; what varies by less is rounding
 
 Column = NDArray[np.float64]
 
@@ -56,7 +53,7 @@ class Interval:
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
     """Return Pearson's correlation r of two columns; raises ValueError on NaN and on a constant column."""
-    a, b = (_moderate(name, column) for name, column in zip("ab", _two_columns(a, b), strict=True))
+    a, b = (moderate(name, column) for name, column in zip("ab", _two_columns(a, b), strict=True))
     return float(stats.pearsonr(a, b)[0])
 
 
@@ -64,6 +61,12 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's rank correlation ρ, ties at their mean rank; raises ValueError as `pearson` does."""
     a, b = _two_columns(a, b)
     return float(stats.pearsonr(stats.rankdata(a), stats.rankdata(b))[0])
+
+
+def is_constant(column: ArrayLike) -> bool:
+    """Return whether a column varies by no more than CONSTANT times its largest absolute value."""
+    values = require.numbers("column", column)
+    return bool(np.ptp(values) <= CONSTANT * np.abs(values).max())
 
 
 def auroc(score: ArrayLike, wrong: ArrayLike) -> float:
@@ -75,11 +78,11 @@ def auroc(score: ArrayLike, wrong: ArrayLike) -> float:
     Raises ValueError when a score is NaN, when lengths differ, and when all answers are right or all wrong.
     """
     score, wrong = _score_and_wrong(score, wrong)
-    concordant, pairs = _concordant_pairs(score, wrong)
-    if pairs == 0:
+    value = weighted_auroc(score, wrong, np.ones((1, len(wrong))))[0]
+    if np.isnan(value):
         side = "wrong" if wrong.all() else "right"
         raise UndefinedStatisticError(f"AUROC needs right and wrong answers; all {len(wrong)} are {side}")
-    return concordant / pairs
+    return float(value)
 
 
 def stratified_auroc(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike) -> float:
@@ -88,77 +91,269 @@ def stratified_auroc(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike) -> 
     Comparing only within strata of, say, the answer's probability asks what the score adds once that is
     known: 0.5 means nothing. `stratum`: (example,) labels. A stratum of one class has no pairs.
 
-    Raises ValueError as `auroc` does, for an example without a stratum, and when no stratum holds both classes.
+    Raises ValueError as `auroc` does, for an example without a stratum, when no stratum holds both classes, and when
+    there is one stratum only: the value would be that of `auroc`.
     """
     codes = require.groups("stratum", stratum)
     require.same_rows(score=score, wrong=wrong, stratum=stratum)
     score, wrong = _score_and_wrong(score, wrong)
-    counts = [_concordant_pairs(score[codes == s], wrong[codes == s]) for s in np.unique(codes)]
-    pairs = sum(pairs for _, pairs in counts)
-    if pairs == 0:
-        raise UndefinedStatisticError("no stratum holds both right and wrong answers")
-    return sum(concordant for concordant, _ in counts) / pairs
+    _require_strata(wrong, codes)
+    return float(weighted_auroc(score, wrong, np.ones((1, len(wrong))), codes)[0])
+
+
+def n_pairs(wrong: ArrayLike, stratum: ArrayLike) -> int:
+    """Return how many pairs of a right and a wrong answer lie in the same stratum."""
+    require.same_rows(wrong=wrong, stratum=stratum)
+    codes, wrong = require.groups("stratum", stratum), require.labels("wrong", wrong)
+    return int(
+        np.bincount(codes[wrong], minlength=codes.max() + 1) @ np.bincount(codes[~wrong], minlength=codes.max() + 1)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Resamples:
+    """Bootstrap resamples of the rows, the same for every statistic that is computed on them.
+
+    counts: (resample, row), how often each row was drawn. left_out: (cluster, row), ones but for one cluster's rows,
+    for the jackknife.
+    """
+
+    counts: Column
+    left_out: Column
+    seed: int
+
+    @classmethod
+    def of(
+        cls, rows: ArrayLike, *, clusters: ArrayLike | None = None, n_resamples: int = N_RESAMPLES, seed: int = 0
+    ) -> Resamples:
+        """Draw `n_resamples` resamples of `rows`; `clusters` (row,) are drawn as wholes.
+
+        Raises ValueError for fewer than 40 resamples, fewer than two clusters, and rows without a cluster;
+        UndefinedStatisticError for so few rows or clusters that a 95 % interval has no different resamples (four have
+        35, and 40 are needed).
+        """
+        n = len(require.array_of("rows", rows))
+        codes = np.arange(n) if clusters is None else require.groups("clusters", clusters)
+        if clusters is not None:
+            require.same_rows(rows=rows, clusters=clusters)
+        n_resamples, seed = require.count("n_resamples", n_resamples, 40), require.seed("seed", seed)
+        n_clusters = int(codes.max(initial=-1)) + 1
+        if clusters is not None and n_clusters < 2:
+            raise UndefinedStatisticError(f"clusters: {n_clusters} given, at least 2 wanted")
+        if n_clusters < 5:
+            raise UndefinedStatisticError(f"columns: {n_clusters} rows given, too few for 40 different resamples")
+        drawn = np.random.default_rng(seed).integers(0, n_clusters, (n_resamples, n_clusters))
+        counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n_clusters).astype(float)
+        return cls(counts[:, codes], 1.0 - np.eye(n_clusters)[:, codes], seed)
+
+
+def bca(value: float, draws: Column, jackknife: Column, n: int, *, n_units: int, level: float = 0.95) -> Interval:
+    """Return the bias-corrected and accelerated bootstrap interval of a statistic (Efron 1987).
+
+    draws: (resample,), jackknife: (cluster,), both NaN where the statistic is undefined. With few units a bootstrap's
+    spread is too narrow, so quantiles of t with n_units − 1 degrees of freedom take the normal ones' place (Hesterberg
+    2015). Units are clusters, or answers of the rarer class. Raises ValueError when most resamples are undefined.
+    """
+    draws, jackknife = defined(draws, n), jackknife[np.isfinite(jackknife)]
+    below = (np.sum(draws < value) + np.sum(draws == value) / 2) / len(draws)
+    edge = 0.5 / len(draws)
+    bias = special.ndtri(np.clip(below, edge, 1 - edge))
+    away = jackknife.mean() - jackknife if len(jackknife) else np.zeros(1)
+    scale = np.sum(away**2) ** 1.5
+    acceleration = np.sum(away**3) / (6 * scale) if scale > 0 else 0.0
+    z = bias + special.stdtrit(max(1, n_units - 1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, special.ndtr(bias + z / (1 - acceleration * z)))
+    return Interval(value, min(float(low), value), max(float(high), value), n)
+
+
+def defined(draws: Column, n: int) -> Column:
+    """Return the resamples on which a statistic is defined; refuses it when they are fewer than half."""
+    finite = draws[np.isfinite(draws)]
+    if len(finite) < len(draws) / 2:
+        raise UndefinedStatisticError(f"the statistic is undefined on more than half of the resamples ({n} rows)")
+    return finite
 
 
 def bootstrap_interval(
     statistic: Callable[..., float],
     *columns: ArrayLike,
+    clusters: ArrayLike | None = None,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return `statistic(*columns)` with its percentile bootstrap interval.
+    """Return `statistic(*columns)` with its BCa bootstrap interval, for any statistic.
 
     Rows are drawn with replacement, the same rows from every column, so a difference of two statistics on
-    the same questions is paired. A resample on which the statistic is undefined (one class) is drawn again.
+    the same questions is paired. A resample on which the statistic is undefined (one class) is left out.
 
     Raises ValueError when columns differ in length or rows, when the statistic refuses the full sample or returns
-    something other than a finite number, and when more resamples are undefined than asked for. It takes 2/(1 − level)
-    resamples, 40 at 95 %, for one of them to lie beyond each end, and rows that have as many different ones: four rows
-    have 35, and so no interval at 95 %.
+    something other than a finite number, when more than half of the resamples are undefined, and as `Resamples.of`.
+    It takes 2/(1 − level) resamples for one of them to lie beyond each end.
     """
     arrays = [require.array_of(f"columns[{k}]", column) for k, column in enumerate(columns)]
     if not arrays or any(not array.ndim for array in arrays):
         raise ValueError(f"columns: {len(arrays)} given, at least one wanted, each with a row per example")
     require.same_rows(**{f"columns[{k}]": column for k, column in enumerate(columns)})
-    needed = math.ceil(round(2 / (1 - _level(level)), 6))
-    n_resamples, n = require.count("n_resamples", n_resamples, needed), len(arrays[0])
-    if not n or math.comb(2 * min(n, 30) - 1, min(n, 30)) < needed:
-        raise UndefinedStatisticError(f"columns: {n} rows given, too few for {needed} different resamples")
-    value = _value(statistic, arrays)
-    rng = np.random.default_rng(require.seed("seed", seed))
-    draws: list[float] = []
-    for _ in range(2 * n_resamples):
-        rows = rng.integers(0, n, n)
+    level = require.number("level", level, 0.0, 1 - 2**-52)  # nearer to 1 its upper tail rounds to nothing
+    n_resamples = require.count("n_resamples", n_resamples, math.ceil(round(2 / (1 - level), 6)))
+    plan = Resamples.of(arrays[0], clusters=clusters, n_resamples=n_resamples, seed=seed)
+    value, rows = _value(statistic, arrays), np.arange(len(arrays[0]))
+
+    def draw(counts: Column) -> float:
         try:
-            draws.append(_value(statistic, [array[rows] for array in arrays]))
+            return _value(statistic, [array[np.repeat(rows, counts.astype(int))] for array in arrays])
         except UndefinedStatisticError:
-            continue
-        if len(draws) == n_resamples:
-            break
-    if len(draws) < n_resamples:
-        raise UndefinedStatisticError(f"the statistic is undefined on more than half of the resamples ({n} rows)")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), n)
+            return math.nan
+
+    draws, jackknife = ([draw(counts) for counts in part] for part in (plan.counts, plan.left_out))
+    n_units = len(plan.left_out)
+    return bca(value, np.array(draws), np.array(jackknife), len(rows), n_units=n_units, level=level)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """How well a score ranks wrong above right: on all n questions, on each resample, and beside it.
+
+    value: the AUROC, or a difference of two. draws: (resample,) on the questions drawn. out_of_bag: (resample,) on
+    those left out. jackknife: (cluster,) without one cluster. The draws of a fitted score are its out_of_bag, since
+    its scores are of use only on questions that the fit has not seen, and it has no jackknife. n_units: clusters, or
+    answers of the rarer class, if they are fewer.
+    """
+
+    value: float
+    draws: Column
+    out_of_bag: Column
+    jackknife: Column | None
+    n: int
+    n_units: int
+
+    def interval(self) -> Interval:
+        """Return the 95 % interval: BCa for a raw score, out-of-bag percentiles for a fitted one."""
+        if self.jackknife is not None:
+            return bca(self.value, self.draws, self.jackknife, self.n, n_units=self.n_units)
+        low, high = np.quantile(defined(self.out_of_bag, self.n), [0.025, 0.975])
+        return Interval(self.value, min(float(low), self.value), max(float(high), self.value), self.n)
+
+    def minus(self, other: Ranking) -> Ranking:
+        """Return the paired difference, on the same questions and the same resamples.
+
+        Raises ValueError for rankings of different questions or resamples.
+        """
+        if self.n != other.n or self.draws.shape != other.draws.shape:
+            given = f"{self.n} questions with {len(self.draws)} resamples and {other.n} with {len(other.draws)}"
+            raise ValueError(f"other: {given} given, the same questions on both sides wanted")
+        out_of_bag, value = self.out_of_bag - other.out_of_bag, self.value - other.value
+        if self.jackknife is None or other.jackknife is None:
+            return replace(self, value=value, draws=out_of_bag, out_of_bag=out_of_bag, jackknife=None)
+        draws, jackknife = self.draws - other.draws, self.jackknife - other.jackknife
+        return replace(self, value=value, draws=draws, out_of_bag=out_of_bag, jackknife=jackknife)
+
+
+def max_t(rankings: Sequence[Ranking]) -> float:
+    """Return the critical value that makes intervals of all `rankings` hold at once, at 95 %: 1.96 for one alone.
+
+    It is the 95 % quantile, over shared resamples, of the largest distance from the mean in standard deviations. A
+    ranking that does not vary adds nothing. Raises ValueError for no ranking and for rankings of different resamples.
+    """
+    if not rankings or len({ranking.draws.shape for ranking in rankings}) > 1:
+        raise ValueError(f"rankings: {len(rankings)} given, at least one wanted, all of the same resamples")
+    draws = np.stack([ranking.draws for ranking in rankings])
+    draws = draws[:, np.isfinite(draws).all(axis=0)]
+    spread = draws.std(axis=1, keepdims=True)
+    if not draws.shape[1]:
+        raise UndefinedStatisticError("rankings: no resample on which all are defined given")
+    away = np.abs(draws - draws.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, np.inf)
+    return max(float(np.quantile(away.max(axis=0), 0.95)), -float(special.ndtri(0.025)))
+
+
+def ranking(score: ArrayLike, wrong: ArrayLike, plan: Resamples) -> Ranking:
+    """Return the AUROC of a raw score, on all questions and over the resamples of `plan`."""
+    score, wrong = _score_and_wrong(score, wrong)
+    return _rank(score, wrong, plan, np.zeros(len(wrong), dtype=int))
+
+
+def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, plan: Resamples) -> Ranking:
+    """Return the AUROC over pairs of the same stratum, on all questions and over resamples; see `stratified_auroc`."""
+    codes = require.groups("stratum", stratum)
+    require.same_rows(score=score, wrong=wrong, stratum=stratum)
+    score, wrong = _score_and_wrong(score, wrong)
+    _require_strata(wrong, codes)
+    return _rank(score, wrong, plan, codes)
+
+
+def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
+    if len(np.unique(codes)) < 2:
+        raise UndefinedStatisticError("stratum: one stratum given, at least two wanted; in one this is the plain AUROC")
+    if not n_pairs(wrong, codes):
+        raise UndefinedStatisticError("no stratum holds both right and wrong answers")
+
+
+def _rank(score: Column, wrong: NDArray[np.bool_], plan: Resamples, codes: NDArray[np.int64]) -> Ranking:
+    if plan.counts.shape[1] != len(wrong):
+        raise ValueError(f"plan: resamples of {plan.counts.shape[1]} questions given, of {len(wrong)} wanted")
+    parts = (np.ones((1, len(wrong))), plan.counts, (plan.counts == 0).astype(float), plan.left_out)
+    value, draws, out_of_bag, jackknife = (weighted_auroc(score, wrong, part, codes) for part in parts)
+    if np.isnan(value[0]):
+        side = "wrong" if wrong.all() else "right"
+        raise UndefinedStatisticError(f"AUROC needs right and wrong answers; all {len(wrong)} are {side}")
+    n_units = min(len(plan.left_out), int(wrong.sum()), int((~wrong).sum()))
+    return Ranking(float(value[0]), draws, out_of_bag, jackknife, len(wrong), n_units)
+
+
+def weighted_auroc(
+    score: Column, wrong: NDArray[np.bool_], weights: Column, codes: NDArray[np.int64] | None = None
+) -> Column:
+    """Return the AUROC of every row of `weights` (resample, example), by ranks; NaN where a class has no weight.
+
+    score: (example,) or, where it differs between resamples, (resample, example). codes: (example,) strata; only pairs
+    within one count.
+    """
+    codes = np.zeros(len(wrong), dtype=int) if codes is None else codes
+    if score.ndim == 1:  # one order serves every resample
+        order = np.lexsort((score, codes))
+        score, w, is_wrong, codes = score[None, order], weights[:, order], wrong[None, order], codes[None, order]
+    else:
+        order = np.lexsort((score, np.broadcast_to(codes, score.shape)), axis=1)
+        score, w = np.take_along_axis(score, order, 1), np.take_along_axis(weights, order, 1)
+        is_wrong, codes = wrong[order], codes[order]
+    right, wrong_weight = np.where(is_wrong, 0.0, w), np.where(is_wrong, w, 0.0)
+    # A run is a group of tied scores in one stratum. A wrong answer wins against the right ones of its stratum before
+    # its run, and half of those in it. Cumulated weights never fall, so a running maximum carries the weight at the
+    # start of a run through it, and a running minimum from behind the weight at its end.
+    total = np.cumsum(right, axis=1)
+    before = total - right
+    first = np.ones(score.shape, dtype=bool)
+    first[:, 1:] = (score[:, 1:] != score[:, :-1]) | (codes[:, 1:] != codes[:, :-1])
+    opens = np.ones(score.shape, dtype=bool)
+    opens[:, 1:] = codes[:, 1:] != codes[:, :-1]
+    last, closes = np.roll(first, -1, axis=1), np.roll(opens, -1, axis=1)
+    run_start = np.maximum.accumulate(np.where(first, before, 0), axis=1)
+    run_end = np.minimum.accumulate(np.where(last, total, np.inf)[:, ::-1], axis=1)[:, ::-1]
+    stratum_start = np.maximum.accumulate(np.where(opens, before, 0), axis=1)
+    stratum_end = np.minimum.accumulate(np.where(closes, total, np.inf)[:, ::-1], axis=1)[:, ::-1]
+    concordant = np.sum(wrong_weight * ((run_start + run_end) / 2 - stratum_start), axis=1)
+    pairs = np.sum(wrong_weight * (stratum_end - stratum_start), axis=1)
+    return np.divide(concordant, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
 
 
 def auroc_interval(score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
-    """Return the AUROC for "the answer is wrong" with its 95 % bootstrap interval over questions."""
-    return bootstrap_interval(auroc, *_score_and_wrong(score, wrong), n_resamples=n_resamples, seed=seed)
+    """Return the AUROC for "the answer is wrong" with its 95 % BCa bootstrap interval over questions."""
+    require.same_rows(score=score, wrong=wrong)
+    return ranking(score, wrong, Resamples.of(wrong, n_resamples=n_resamples, seed=seed)).interval()
 
 
 def auroc_difference(
     score: ArrayLike, control: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return AUROC(score) − AUROC(control) on the same questions, with its paired 95 % bootstrap interval."""
+    """Return AUROC(score) − AUROC(control) on the same questions, with its paired 95 % BCa bootstrap interval.
 
-    def difference(score: ArrayLike, control: ArrayLike, wrong: ArrayLike) -> float:
-        return auroc(score, wrong) - auroc(control, wrong)
-
+    Raises ValueError as `auroc` does, and for a question that one of the two has no score for.
+    """
     require.same_rows(score=score, control=control, wrong=wrong)
     control = require.numbers("control", control, finite=False)
-    score, wrong = _score_and_wrong(score, wrong)
-    return bootstrap_interval(difference, score, control, wrong, n_resamples=n_resamples, seed=seed)
+    plan = Resamples.of(wrong, n_resamples=n_resamples, seed=seed)
+    return ranking(score, wrong, plan).minus(ranking(control, wrong, plan)).interval()
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
@@ -166,89 +361,16 @@ def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
 
     Raises ValueError for no trial, for more successes than trials, and for a level outside (0, 1).
     """
-    n = require.count("n", n)
+    n, level = require.count("n", n), require.number("level", level, 0.0, 1 - 2**-52)
     successes = require.count("successes", successes, 0, n)
-    interval = stats.binomtest(successes, n).proportion_ci(_level(level), method="wilson")
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return Interval(successes / n, float(interval.low), float(interval.high), n)
-
-
-def out_of_fold_scores(
-    features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0
-) -> NDArray[np.float64]:
-    """Return each example's log-odds of being wrong from a logistic regression that never saw it.
-
-    `features`: (example, feature). Folds are stratified and shuffled by `seed`; the features are
-    standardised with the training folds' mean and spread; the ridge penalty is scikit-learn's default (C =
-    1). Without any signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more
-    wrong answers in training has fewer in its test part.
-
-    Raises ValueError on a feature that is not finite or has a value far beyond all others, and when a class has
-    fewer examples than folds.
-    """
-    require.same_rows(features=features, wrong=wrong)
-    features, wrong = _features("features", features), require.labels("wrong", wrong)
-    n_folds, seed = require.count("n_folds", n_folds, 2), require.seed("seed", seed)
-    if min(wrong.sum(), (~wrong).sum()) < n_folds:
-        counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
-        raise UndefinedStatisticError(f"wrong: {counts} given, of each as many as the {n_folds} folds wanted")
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression())
-    return cross_val_predict(classifier, features, wrong, cv=folds, method="decision_function")
-
-
-def likelihood_ratio_test(base: ArrayLike, extra: ArrayLike, wrong: ArrayLike) -> tuple[float, float]:
-    """Test whether `extra` features tell right from wrong once the `base` features are known.
-
-    Both: (example, feature). Two nested logistic regressions are fitted; twice the gain in log-likelihood
-    is χ² with as many degrees of freedom as the extra features add directions, when these say nothing. Returns χ²
-    and its p-value.
-
-    Raises ValueError on features that are not finite, that have a value so far out that all others look alike, on
-    extra ones that are constant or combinations of the base, and when all answers are right or all are wrong.
-    """
-    require.same_rows(base=base, extra=extra, wrong=wrong)
-    base, extra, wrong = _features("base", base), _features("extra", extra), require.labels("wrong", wrong)
-    if wrong.all() or not wrong.any():
-        raise UndefinedStatisticError("wrong: a logistic regression needs right and wrong answers")
-    both = np.column_stack([base, extra])
-    n_directions = _rank(both) - _rank(base)
-    if not n_directions:
-        raise UndefinedStatisticError("extra: constant, or the same as base; features that base does not hold wanted")
-    statistic = 2 * (_log_likelihood(both, wrong) - _log_likelihood(base, wrong))
-    return statistic, float(stats.chi2.sf(statistic, n_directions))
-
-
-def _log_likelihood(features: Column, wrong: NDArray[np.bool_]) -> float:
-    """Return the maximised log-likelihood (nats); the ridge is only there to keep separable data finite."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e6, tol=1e-8, max_iter=10_000))
-    return float(-log_loss(wrong, model.fit(features, wrong).predict_proba(features), normalize=False))
-
-
-def _features(name: str, features: ArrayLike) -> Column:
-    """Return (example, feature), none of which a ridge on standardised features would flatten."""
-    columns = _moderate(name, require.numbers(name, features, 2), 1e140)
-    spreads = np.quantile(np.abs(columns - np.median(columns, axis=0)), [0.25, 0.5, 0.75], axis=0)
-    if ((spreads > 0) & (spreads < FLAT * columns.std(axis=0))).any():
-        why = "a feature with values far beyond the others given, which leave these alike once standardised"
-        raise ValueError(f"{name}: {why}; one without them wanted, such as its logarithm or ranks")
-    return columns
-
-
-def _rank(features: Column) -> int:
-    return int(np.linalg.matrix_rank(StandardScaler().fit_transform(features)))
 
 
 def enough_of_both(wrong: ArrayLike, minimum: int = MIN_PER_CLASS) -> bool:
     """Return whether there are `minimum` right and `minimum` wrong answers: the rule for an AUROC."""
     wrong = require.labels("wrong", wrong, least=0)
     return bool(min(wrong.sum(), (~wrong).sum()) >= require.count("minimum", minimum))
-
-
-def _concordant_pairs(score: Column, wrong: NDArray[np.bool_]) -> tuple[float, int]:
-    """Return how many (wrong, right) pairs the score orders rightly (ties one half), and of how many."""
-    n_wrong = int(wrong.sum())
-    concordant = stats.rankdata(score)[wrong].sum() - n_wrong * (n_wrong + 1) / 2
-    return float(concordant), n_wrong * (len(wrong) - n_wrong)
 
 
 def _score_and_wrong(score: ArrayLike, wrong: ArrayLike) -> tuple[Column, NDArray[np.bool_]]:
@@ -261,20 +383,16 @@ def _two_columns(a: ArrayLike, b: ArrayLike) -> tuple[Column, Column]:
     columns = require.numbers("a", a), require.numbers("b", b)
     require.same_rows(a=a, b=b)
     for name, column in zip("ab", columns, strict=True):
-        if column.min() == column.max():
+        if is_constant(column):
             raise UndefinedStatisticError(f"{name} is constant; a correlation with it is not defined")
     return columns
 
 
-def _moderate(name: str, columns: Column, most: float = 1e300) -> Column:
+def moderate(name: str, columns: Column, most: float = 1e300) -> Column:
     """Refuse numbers so large that a sum of them, or of their squares, overflows."""
     if np.abs(columns).max() > most:
         raise ValueError(f"{name}: values up to {np.abs(columns).max():.1e} given, at most {most:.0e} wanted")
     return columns
-
-
-def _level(level: float) -> float:
-    return require.number("level", level, 0.0, 1 - 2**-52)  # nearer to 1 its upper tail rounds to nothing
 
 
 def _value(statistic: Callable[..., float], columns: list[NDArray]) -> float:

@@ -51,7 +51,7 @@ def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
 
 def test_the_gain_is_the_difference_to_the_likelihood_on_the_same_questions() -> None:
     aurocs = analysis.auroc_table(made_up(), QUICK)
-    own, control = value_of(aurocs, "combined"), value_of(aurocs, "likelihood")
+    own, control = value_of(aurocs, "epistemic"), value_of(aurocs, "likelihood")
     assert own["versus_likelihood"] == pytest.approx(own["value"] - control["value"])
     assert control["versus_likelihood"] == control["versus_likelihood_high"] == 0
 
@@ -63,8 +63,8 @@ def test_too_few_right_answers_say_so_instead_of_a_number() -> None:
     aurocs = analysis.auroc_table(table, QUICK)
     assert aurocs["value"].isna().all()
     assert value_of(aurocs, "epistemic")["note"] == "too few: 9 right, 51 wrong"
-    assert analysis.within_bins(table, QUICK)["value"].isna().all()
-    assert analysis.added_signal(table).empty
+    assert analysis.within(table, QUICK)["value"].isna().all()
+    assert analysis.added_signal(table, QUICK).empty
     results = named(table, "m.triviaqa")
     assert results["qa.m.triviaqa.accuracy"].value == 9 / 60
     assert not any(key.endswith("auroc") for key in results)
@@ -80,23 +80,67 @@ def test_an_empty_answer_counts_as_wrong_but_has_no_score() -> None:
     assert results["qa.m.wikidata.empty.count"].value == 20
 
 
-def test_within_bins_of_probability_noise_stays_noise() -> None:
-    found = analysis.within_bins(made_up(600), QUICK).set_index(["method", "within"])["value"]
-    assert found["log_gradient", "probability"] == pytest.approx(0.5, abs=0.08)
-    assert found["epistemic", "length"] < 0.3
+def test_with_probability_held_fixed_noise_stays_noise_and_a_function_of_it_is_no_number() -> None:
+    rows = analysis.within(made_up(600), QUICK).set_index(["method", "within"])
+    assert rows["value"]["log_gradient", "probability"] == pytest.approx(0.5, abs=0.08)
+    assert rows["value"]["epistemic", "probability"] == pytest.approx(0.5, abs=0.08)
+    assert np.isnan(rows["value"]["likelihood", "probability"])
+    assert rows["value"]["epistemic", "length"] < 0.3
 
 
-def test_quantile_bins_split_evenly_and_keep_ties_together() -> None:
-    assert np.bincount(analysis.quantile_bins(pd.Series(range(100)), 4)).tolist() == [25, 25, 25, 25]
-    assert len(set(analysis.quantile_bins(pd.Series([1] * 90 + [2] * 10), 4))) <= 2
+def test_only_answers_of_exactly_one_length_are_compared_and_their_pairs_are_reported() -> None:
+    table = made_up(200)
+    rows = analysis.within(table, QUICK).set_index(["method", "within"]).loc[("likelihood", "length")]
+    lengths = table.groupby("n_tokens")["wrong"]
+    assert rows["n_pairs"] == (lengths.sum() * (lengths.size() - lengths.sum())).sum()
+    alike = analysis.within(table.assign(n_tokens=1), QUICK).set_index(["method", "within"])["value"]
+    assert np.isnan(alike["likelihood", "length"]), "one length is no stratum"
 
 
-def test_added_signal_is_found_when_it_is_there() -> None:
+def test_added_signal_has_its_sign_and_is_found_when_it_is_there() -> None:
     table = made_up(600)
-    for aggregation, p_value in analysis.added_signal(table)[["aggregation", "p_value"]].to_numpy():
-        assert p_value > 0.001, aggregation
-    table["log_epistemic_sequence"] += table["wrong"]
-    assert analysis.added_signal(table).set_index("aggregation")["p_value"]["sequence"] < 1e-6
+    for row in analysis.added_signal(table, QUICK).itertuples():
+        assert row.coefficient_low < 0.3, row.aggregation
+        assert row.gain < 0.01, row.aggregation
+    for sign in (1, -1):
+        told = table.assign(log_epistemic_sequence=table["log_epistemic_sequence"] + sign * table["wrong"])
+        row = analysis.added_signal(told, QUICK).set_index("aggregation").loc["sequence"]
+        assert sign * row["coefficient"] > 1
+        assert row["gain_low"] > 0
+
+
+def test_every_rival_goes_through_the_same_folds() -> None:
+    found = analysis.rankings(made_up(), "sequence", QUICK)
+    assert set(analysis.CONTROLS) < set(found)
+    flipped = made_up().assign(log_prob=lambda table: -table["log_prob"])  # a fit learns the sign of its own
+    again = analysis.rankings(flipped, "sequence", QUICK)
+    assert again["likelihood_fitted"].value == pytest.approx(found["likelihood_fitted"].value)
+    aurocs = analysis.auroc_table(made_up(), QUICK)
+    gap = value_of(aurocs, "combined")["value"] - value_of(aurocs, "likelihood_fitted")["value"]
+    assert value_of(aurocs, "combined")["versus_likelihood"] == pytest.approx(gap)
+
+
+def test_a_rival_is_compared_in_pairs_and_must_have_every_question() -> None:
+    table = made_up().assign(p_true=lambda rows: rows["likelihood"] + 0.1)
+    results = named(table, "m.triviaqa")
+    gap = results["qa.m.triviaqa.combined.auroc_over_p_true"]
+    values = (results[f"qa.m.triviaqa.{name}.auroc"].value for name in ("combined", "p_true"))
+    assert gap.value == pytest.approx(np.subtract(*values))
+    assert results["qa.m.triviaqa.combined.max_t"].value >= 1.96
+    table.loc[3, "p_true"] = np.nan
+    with pytest.raises(ValueError, match="p_true: NaN or infinite at 1 of 240"):
+        analysis.rankings(table, "sequence", QUICK)
+
+
+def test_statements_of_one_relation_are_a_cluster() -> None:
+    texts = ("The country of Ahvaz is", "The country of Siemens of Mobility is", "The country of citizenship of A is")
+    texts = (*texts, "Hyderabad is located in", "Surrey is located in", "Long Island shares a border with", "Why?")
+    table = analysis.clustered(pd.DataFrame({"question": texts}), "wikidata")
+    first, also, citizen, here, there, border, other = table["cluster"]
+    assert first == also == "country"
+    assert here == there
+    assert len({first, citizen, here, border, other}) == 5
+    assert "cluster" not in analysis.clustered(table[["question"]], "triviaqa")
 
 
 def test_named_results_have_the_fixed_keys() -> None:
@@ -161,8 +205,8 @@ def test_a_label_that_is_missing_is_not_counted_as_wrong() -> None:
     table.loc[3, ["wrong", "right"]] = np.nan
     for call in (
         lambda: analysis.auroc_table(table, QUICK),
-        lambda: analysis.within_bins(table, QUICK),
-        lambda: analysis.added_signal(table),
+        lambda: analysis.within(table, QUICK),
+        lambda: analysis.added_signal(table, QUICK),
     ):
         with pytest.raises(ValueError, match="wrong: NaN"):
             call()
@@ -181,14 +225,12 @@ def test_few_scored_answers_have_results_without_what_is_undefined(n: int) -> No
     assert not any(key.endswith(("auroc", "spearman_with_log_prob")) for key in results)
 
 
-def test_bins_that_tell_right_from_wrong_and_a_constant_gradient_leave_no_number() -> None:
+def test_a_constant_gradient_leaves_no_number() -> None:
     table = made_up(80).assign(log_gradient=1.0)
     table["wrong"] = table["log_prob"].rank() <= 40
     table["right"] = ~table["wrong"]
     table["log_epistemic_sequence"] = 2 * table["log_prob"] + 1
-    within = analysis.within_bins(table, QUICK)
-    assert within[within["within"] == "probability"]["value"].isna().all()
-    assert "sequence" not in set(analysis.added_signal(table)["aggregation"])
+    assert "sequence" not in set(analysis.added_signal(table, QUICK)["aggregation"])
     results = named(table, "m.triviaqa")
     assert "qa.m.triviaqa.log_gradient.spearman_with_log_prob" not in results
-    assert not any("auroc_within_probability" in key for key in results)
+    assert "qa.m.triviaqa.epistemic.auroc_given_probability" not in results

@@ -15,11 +15,13 @@ from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from . import claims, provenance
-from .claims import Check, Claim
-from .results import Entry, format_interval
+from isouq.studies import claims, verdicts
+from isouq.studies.claims import Claim
+from isouq.studies.verdicts import CheckVerdict, Verdict
+
+from . import provenance
+from .results import Entry, format_interval, format_number
 from .roles import quote
-from .verdicts import Verdict
 
 _LOGGER = logging.getLogger(__name__)
 _COLUMNS = (("Claim", 30), ("Here", 34), ("In the paper", 16), ("Verdict", 20))
@@ -35,25 +37,26 @@ class ClaimsTable(SphinxDirective):
         _, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(path)
         try:
-            rows = [self._row(claim) for claim in claims.load(path)]
+            stated = claims.load(path)
+            judged = verdicts.judge(stated, self.env.app.isouq_results.entries)
+            rows = [self._row(claim, judged[claim.id]) for claim in stated]
         except (OSError, ValueError, KeyError, TypeError) as error:
             _LOGGER.warning("claims-table: %s", error, location=self.get_location())
             return []
         return [_table([name for name, _ in _COLUMNS], [width for _, width in _COLUMNS], rows)]
 
-    def _row(self, claim: Claim) -> list[list[nodes.Node]]:
-        entries = self.env.app.isouq_results.entries
+    def _row(self, claim: Claim, verdict: Verdict) -> list[list[nodes.Node]]:
         target = nodes.target("", "", ids=[f"claim-{claim.id.lower()}"])
         title = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(" "), *self._words(claim.claim))
         chapter = nodes.paragraph("", "", *self._chapter(claim.chapter))
-        measured = [_measurements(claim.checks, entries) if claim.checks else _paragraph("–")]
-        if claim.note:
-            measured.append(nodes.paragraph("", "", *self._words(claim.note), classes=["claim-note"]))
+        measured = [_measurements(verdict, self.env.app.isouq_results.entries)]
+        notes = filter(None, (claim.note, claims.WRITTEN[claim.written]))
+        measured += [nodes.paragraph("", "", *self._words(note), classes=["claim-note"]) for note in notes]
         return [
             [target, title, chapter],
             measured,
             [nodes.paragraph("", "", *self._words(claim.paper))],
-            [nodes.paragraph("", "", _verdict(claim.judge(entries)))],
+            [nodes.paragraph("", "", _outcome(verdict))],
         ]
 
     def _words(self, text: str) -> list[nodes.Node]:
@@ -148,23 +151,31 @@ class PublicNames(SphinxDirective):
         return list(content.children)
 
 
-def _measurements(checks: tuple[Check, ...], entries: dict[str, Entry]) -> nodes.Node:
+def _measurements(verdict: Verdict, entries: dict[str, Entry]) -> nodes.Node:
+    """Return a claim's checks, one item each: rule, value with its own 95 % interval and n, and the outcome."""
     listing = nodes.bullet_list(classes=["claim-checks"])
-    for check in checks:
-        verdict = check.judge(entries)
-        words = nodes.paragraph("", f"{check.label}: ")
-        if verdict.outcome != "not yet run":
-            for place, key in enumerate([check.key, *check.others()]):
-                words += [nodes.Text(" against " if place else ""), quote(key, format_interval(entries[key]))]
-            words += nodes.Text("; ")
-        words += _verdict(verdict)
+    for one in verdict.checks:
+        words = nodes.paragraph("", "", *([nodes.strong("", "core"), nodes.Text(" ")] if one.check.core else []))
+        words += nodes.Text(f"{one.check.label}, {one.check.region}: ")
+        if one.check.key in entries:
+            words += [quote(one.check.key, format_interval(entries[one.check.key])), nodes.Text(_simultaneous(one))]
+        words += _outcome(one)
+        if one.check.paper is not None:
+            words += nodes.Text(f"; the paper's {one.check.paper} by this rule: {one.check.paper_outcome()}")
         listing += nodes.list_item("", words)
     return listing
 
 
-def _verdict(verdict: Verdict) -> nodes.Node:
-    style = "verdict-" + verdict.outcome.replace(" here", "").replace(" ", "-")
-    return nodes.inline("", str(verdict), classes=["verdict", style])
+def _simultaneous(one: CheckVerdict) -> str:
+    if one.low is None or one.high is None:
+        return "; "
+    spec = ".2f" if max(abs(one.low), abs(one.high)) >= 0.01 else ""
+    return f", with all checks [{format_number(one.low, spec)}, {format_number(one.high, spec)}]; "
+
+
+def _outcome(verdict: Verdict | CheckVerdict) -> nodes.Node:
+    words = f"{verdict.outcome} ({verdict.reason})" if verdict.reason else verdict.outcome
+    return nodes.inline("", words, classes=["verdict", f"verdict-{verdict.outcome.replace(' ', '-')}"])
 
 
 def _paragraph(text: str, classes: list[str] | None = None) -> nodes.paragraph:

@@ -1,40 +1,36 @@
 """What the scores say about right and wrong answers: the chapter's tables and its named results.
 
-Declared before any result was seen: the headline aggregation is `sequence`, the literal reading of p(y|x),
-and its keys have no suffix. "epistemic" and "aleatoric" are the raw estimates, high = wrong (suffix _fitted
-for the same through a logistic regression); "combined" is the logistic regression on log U_E and log U_A,
-as a pair it has no raw form. Fitted scores are out of fold; their intervals are over questions, with the
-fits held fixed.
+Declared after a first look at another model: the headline aggregation is `sequence`, the literal reading of p(y|x),
+and its keys have no suffix. "epistemic" and "aleatoric" are the raw estimates, high = wrong. A suffix _fitted means
+through a logistic regression, which every rival goes through on the same folds and resamples; "combined" is that of
+log U_E and log U_A, which as a pair have no raw form.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
-from isouq.studies import evaluation, require
-from isouq.studies.evaluation import Interval, UndefinedStatisticError
+from isouq.studies import claims, evaluation, fits, require
+from isouq.studies.evaluation import Interval, Ranking, Resamples, UndefinedStatisticError
+from isouq.studies.fits import Fit
 from isouq.studies.results import Result
 
 HEADLINE = "sequence"
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 SHOWN = ("aleatoric", "epistemic", "combined", "likelihood", "log_gradient", "length")
 WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient", "likelihood": "likelihood"}
+RIVALS = ("p_true", "semantic_entropy", "naive_entropy")  # columns of the table, high = wrong, where a study has them
+CONTROLS = ("likelihood_fitted", "likelihood_length_fitted", "likelihood_length_gradient_fitted")
 NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its official prompt shows it
-N_BINS = 4  # quantile bins of probability and of length
-
-# The paper's Table 2: AUROC, mean and standard deviation of 300 bootstrap runs over its four language models.
-_METHODS = ("p_true", "semantic_entropy", "naive_entropy", "aleatoric", "epistemic", "combined")
-_MEANS_AND_STDS = {
-    "triviaqa": ((0.69, 0.06), (0.55, 0.03), (0.52, 0.04), (0.60, 0.04), (0.52, 0.07), (0.61, 0.05)),
-    "truthfulqa": ((0.55, 0.06), (0.54, 0.08), (0.51, 0.08), (0.60, 0.09), (0.55, 0.07), (0.63, 0.08)),
-}
-PAPER_TABLE_2 = {name: dict(zip(_METHODS, numbers, strict=True)) for name, numbers in _MEANS_AND_STDS.items()}
+RELATION = re.compile(
+    r"The (?P<of>country of citizenship|.+?) (?:of|by|in) .+ is$|.+ (?P<verb>(?:is|shares) .+ (?:in|of|with))$"
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,32 @@ class Analysis:
         require.count("n_resamples", self.n_resamples, 40), require.seed("seed", self.seed)
         require.count("n_folds", self.n_folds, 2, evaluation.MIN_PER_CLASS)
 
-    def interval(self, statistic: Any, *columns: Any) -> Interval | None:
-        """Return `statistic(*columns)` with its percentile bootstrap interval over questions, None if undefined."""
+    def resamples(self, table: pd.DataFrame) -> Resamples:
+        """Draw resamples of the table's questions, by `cluster` where it has such a column."""
+        options = {"n_resamples": self.n_resamples, "seed": self.seed}
+        return Resamples.of(table["wrong"], clusters=table.get("cluster"), **options)
+
+    def correlation(self, table: pd.DataFrame, a: str, b: str) -> Interval | None:
+        """Return Spearman's ρ of two columns with its interval over questions, None where it is undefined."""
+        options = {"n_resamples": self.n_resamples, "seed": self.seed}
+        clusters = table.get("cluster")
         try:
-            return evaluation.bootstrap_interval(statistic, *columns, n_resamples=self.n_resamples, seed=self.seed)
+            return evaluation.bootstrap_interval(evaluation.spearman, table[a], table[b], clusters=clusters, **options)
         except UndefinedStatisticError:
             return None
+
+
+def clustered(table: pd.DataFrame, data_set: str) -> pd.DataFrame:
+    """Return the table with a column `cluster` where its questions come in kinds: the relations of Wikidata.
+
+    "The country of Ahvaz is" and "The country of Białystok is" share one, and errors with it; they are resampled
+    together. A statement of no known form is a cluster of its own. Other sets come back as they are.
+    """
+    if data_set != "wikidata":
+        return table
+    matches = {text: RELATION.match(text) for text in table["question"]}
+    names = {text: (match["of"] or match["verb"]) if match else text for text, match in matches.items()}
+    return table.assign(cluster=table["question"].map(names))
 
 
 def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
@@ -67,36 +83,39 @@ def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
     return table[table[f"log_epistemic_{aggregation}"].notna()]
 
 
-def score_columns(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[str, np.ndarray]:
-    """Return every score of an aggregation by name, high = wrong; `table` holds only scored rows.
+def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[str, Ranking]:
+    """Return the ranking of every score of an aggregation by name, all on the same resamples and folds.
 
-    Raw: aleatoric, epistemic. Fitted: aleatoric_fitted, epistemic_fitted, combined. With the headline also
-    the controls, which have no aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient (log
-    G), length (L).
+    Raw: aleatoric, epistemic. Fitted: aleatoric_fitted, epistemic_fitted, combined, and the control likelihood_fitted
+    (log p). With the headline also what has no aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient
+    (log G), length (L), the RIVALS that the table has, and the controls on (log p, log L) and (log p, log L, log G).
+
+    Raises ValueError for a rival without a score for one of the questions, by name.
     """
     require.one_of("aggregation", aggregation, AGGREGATIONS)
-    features = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
-    scores = dict(zip(("aleatoric", "epistemic"), features.T, strict=True))
-    for name, used in (("aleatoric_fitted", [0]), ("epistemic_fitted", [1]), ("combined", [0, 1])):
-        scores[name] = evaluation.out_of_fold_scores(
-            features[:, used], table["wrong"].to_numpy(), n_folds=analysis.n_folds, seed=analysis.seed
-        )
+    wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
+    log_u = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
+    control = np.column_stack([table["log_prob"], np.log(table["n_tokens"]), table["log_gradient"]])
+    raw: dict[str, Any] = {"aleatoric": log_u[:, 0], "epistemic": log_u[:, 1]}
+    fitted = {"aleatoric_fitted": log_u[:, :1], "epistemic_fitted": log_u[:, 1:], "combined": log_u}
+    fitted[CONTROLS[0]] = control[:, :1]
     if aggregation == HEADLINE:
-        scores |= {
-            "likelihood": table["likelihood"].to_numpy(),
-            "likelihood_per_token": (table["likelihood"] / table["n_tokens"]).to_numpy(),
-            "log_gradient": table["log_gradient"].to_numpy(),
-            "length": table["n_tokens"].to_numpy(float),
-        }
-    return scores
+        fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control}
+        raw |= {"likelihood": table["likelihood"], "likelihood_per_token": table["likelihood"] / table["n_tokens"]}
+        raw |= {"log_gradient": table["log_gradient"], "length": table["n_tokens"]}
+        raw |= {name: require.numbers(name, table[name]) for name in RIVALS if name in table}
+    found = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
+    return found | {
+        name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
+    }
 
 
 def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     """Return the AUROC for "the answer is wrong" of every score, one row each, with its interval.
 
-    Columns: method, aggregation, value, low, high, n, n_wrong, note, and versus_likelihood(_low, _high),
-    the paired difference to the AUROC of −S on the same questions. Where right or wrong answers are fewer
-    than `evaluation.MIN_PER_CLASS` the numbers are NaN and `note` says so.
+    Columns: method, aggregation, value, low, high, n, n_wrong, note, and versus_likelihood(_low, _high), the paired
+    difference to the likelihood on the same questions: raw scores against −S, fitted ones against a fit on log p. Where
+    right or wrong answers are fewer than `evaluation.MIN_PER_CLASS` the numbers are NaN and `note` says so.
     """
     rows = []
     for aggregation in AGGREGATIONS:
@@ -110,53 +129,62 @@ def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
             names = ("aleatoric", "epistemic", "aleatoric_fitted", "epistemic_fitted", "combined")
             rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
             continue
-        for name, score in score_columns(used, aggregation, analysis).items():
-            found = _columns(analysis.interval(evaluation.auroc, score, wrong), len(used))
-            gain = _columns(analysis.interval(_auroc_gain, score, used["likelihood"], wrong), len(used))
-            rows.append({"method": name, **row, **found} | dict(zip(_GAIN, gain.values(), strict=False)))
+        found = rankings(used, aggregation, analysis)
+        plain = evaluation.ranking(used["likelihood"], wrong, analysis.resamples(used))
+        for name, one in found.items():
+            control = found[CONTROLS[0]] if one.jackknife is None else plain
+            gain = _columns(_interval(one.minus(control)), len(used))
+            gains = dict(zip(_GAIN, gain.values(), strict=False))
+            rows.append({"method": name, **row, **_columns(_interval(one), len(used))} | gains)
     return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", "value", "low", "high", *_GAIN])
 
 
 _GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")
 
 
-def _auroc_gain(score: Any, likelihood: Any, wrong: Any) -> float:
-    return evaluation.auroc(score, wrong) - evaluation.auroc(likelihood, wrong)
+def _interval(one: Ranking) -> Interval | None:
+    try:
+        return one.interval()
+    except UndefinedStatisticError:
+        return None
 
 
-def within_bins(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
-    """Return the AUROC among answers of like probability, and of like length: is anything left to say?
+def within(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
+    """Return the AUROC of raw scores with the answer's probability held fixed, and with its length: is anything left?
 
-    Bins are quartiles of log p and of L, fixed once on all answers; the value counts only pairs inside a
-    bin. Columns: method, within (probability or length), value, low, high, n; NaN when too few are right or
-    wrong, or when no bin holds both.
+    length: over pairs of answers with exactly as many tokens. probability: of the ranks that are left once a smooth
+    curve in log p is taken off. both: the same with log p and L. Columns: method, within, value, low, high, n, n_pairs;
+    NaN where too few are right or wrong, where all lengths are the same, and where the score is a function of what is
+    held fixed.
     """
     used = scored(table)
     wrong = require.labels("wrong", used["wrong"], least=0)
-    enough = evaluation.enough_of_both(wrong)
     rows = []
-    for within, column in (("probability", "log_prob"), ("length", "n_tokens")):
-        for method, score in WITHIN.items():
-            found = None
-            if enough:
-                bins = quantile_bins(used[column], N_BINS)
-                found = analysis.interval(evaluation.stratified_auroc, used[score], wrong, bins)
-            rows.append({"method": method, "within": within, **_columns(found, len(used))})
+    for by, given in {"length": ["n_tokens"], "probability": ["log_prob"], "both": ["log_prob", "n_tokens"]}.items():
+        for method, column in WITHIN.items():
+            interval = _fixed(used, column, given, analysis) if evaluation.enough_of_both(wrong) else None
+            pairs = evaluation.n_pairs(wrong, used["n_tokens"]) if by == "length" and len(used) else np.nan
+            rows.append({"method": method, "within": by, **_columns(interval, len(used)), "n_pairs": pairs})
     return pd.DataFrame(rows)
 
 
-def quantile_bins(column: ArrayLike, n_bins: int) -> np.ndarray:
-    """Return each row's quantile bin, 0 the lowest; equal values share a bin, so there may be fewer."""
-    values = require.numbers("column", column)
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, require.count("n_bins", n_bins) + 1)[1:-1]))
-    return np.searchsorted(edges, values, side="right")
+def _fixed(table: pd.DataFrame, column: str, given: list[str], analysis: Analysis) -> Interval | None:
+    wrong, plan = table["wrong"], analysis.resamples(table)
+    try:
+        if given == ["n_tokens"]:
+            return evaluation.stratified_ranking(table[column], wrong, table["n_tokens"], plan).interval()
+        left = fits.residual_ranks(table[column].to_numpy(), table[given].to_numpy(float))
+        return evaluation.ranking(left, wrong.to_numpy(), plan).interval()
+    except UndefinedStatisticError:
+        return None
 
 
-def added_signal(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the likelihood-ratio test of log U_E beside log p and log L, for each aggregation.
+def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
+    """Return what log U_E adds to log p and log L in a logistic regression, for each aggregation with its own p.
 
-    Columns: aggregation, statistic (χ², one degree of freedom), p_value, n; no row when too few are right
-    or wrong, or when U_E says nothing that the others do not say too.
+    Columns: aggregation, n; coefficient(_low, _high) of log U_E, in log-odds of being wrong per standard deviation;
+    gain(_low, _high), the gain in out-of-sample log score, in nats per answer. No row where too few are right or wrong,
+    or where log U_E is linear in the others.
     """
     rows = []
     for aggregation in AGGREGATIONS:
@@ -166,13 +194,24 @@ def added_signal(table: pd.DataFrame) -> pd.DataFrame:
         log_p = np.log(used["probability_token_mean"]) if aggregation == "token_mean" else used["log_prob"]
         log_p = log_p / used["n_tokens"] if aggregation == "geometric" else log_p
         base = np.column_stack([log_p, np.log(used["n_tokens"])])
-        try:
-            extra = used[[f"log_epistemic_{aggregation}"]]
-            statistic, p_value = evaluation.likelihood_ratio_test(base, extra, used["wrong"])
-        except UndefinedStatisticError:
+        # Only what is not linear in the others: a ridge would share p's own slope between log p and 2 log p + log G.
+        log_u_e = used[f"log_epistemic_{aggregation}"].to_numpy()
+        design = np.column_stack([np.ones(len(base)), base])
+        extra = log_u_e - design @ np.linalg.lstsq(design, log_u_e, rcond=None)[0]
+        if np.abs(extra).max() <= evaluation.CONSTANT * np.abs(log_u_e).max():
             continue
-        rows.append({"aggregation": aggregation, "statistic": statistic, "p_value": p_value, "n": len(used)})
-    return pd.DataFrame(rows)
+        both = np.column_stack([base, extra])
+        plan, wrong = analysis.resamples(used), used["wrong"].to_numpy()
+        small, large = (Fit.of(features, wrong, plan, n_folds=analysis.n_folds) for features in (base, both))
+        gain = large.log_score().minus(small.log_score()).interval()
+        row: dict[str, Any] = {"aggregation": aggregation, "n": len(used)}
+        for name, one in (("coefficient", large.coefficient(2)), ("gain", gain)):
+            row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["aggregation", "n", *_ADDED])
+
+
+_ADDED = tuple(f"{name}{end}" for name in ("coefficient", "gain") for end in ("", "_low", "_high"))
 
 
 def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | None]:
@@ -183,8 +222,8 @@ def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | N
     used = scored(table)
     log_p = used["log_prob"]
     return {
-        "epistemic": analysis.interval(evaluation.spearman, used["log_epistemic_sequence"], log_p),
-        "log_gradient": analysis.interval(evaluation.spearman, used["log_gradient"], log_p),
+        "epistemic": analysis.correlation(used, "log_epistemic_sequence", "log_prob"),
+        "log_gradient": analysis.correlation(used, "log_gradient", "log_prob"),
         "below_half": evaluation.wilson_interval(int((log_p < np.log(0.5)).sum()), len(used)) if len(used) else None,
     }
 
@@ -213,19 +252,43 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
         key += "_fitted" if row["method"].endswith("_fitted") else ""
         claim = {"truthfulqa_choose": "C6", "triviaqa": "C7"}.get(subject.split(".")[-1])
         results[f"{key}.auroc"] = _of_row(row, claim=claim)
-        if row["method"] != "likelihood":
+        if row["method"] not in ("likelihood", CONTROLS[0]):
             gain = dict(zip(("value", "low", "high"), (row[name] for name in _GAIN), strict=True))
             results[f"{key}.auroc_gain"] = Result(**gain, n=row["n"], note="paired with likelihood")
-    for row in within_bins(table, analysis).dropna(subset=["value"]).to_dict("records"):
-        results[f"{prefix}.{row['method']}.auroc_within_{row['within']}"] = _of_row(row)
-    for row in added_signal(table).to_dict("records"):
-        key = f"{prefix}.epistemic_{row['aggregation']}.added_signal_p_value"
-        results[key] = Result(value=row["p_value"], n=row["n"], note="likelihood-ratio test given log p and log L")
+    for row in within(table, analysis).dropna(subset=["value"]).to_dict("records"):
+        metric = {"length": "auroc_within_length", "probability": "auroc_given_probability"}.get(row["within"])
+        results[f"{prefix}.{row['method']}.{metric or 'auroc_given_both'}"] = _of_row(row)
+        if row["within"] == "length":
+            results[f"{prefix}.within_length.pairs"] = Result(value=int(row["n_pairs"]), n=row["n"])
+    for row in added_signal(table, analysis).to_dict("records"):
+        for name, metric in (("coefficient", "coefficient_given_p_and_length"), ("gain", "log_score_gain")):
+            ends = {end: row[f"{name}_{end}"] for end in ("low", "high")}
+            key = f"{prefix}.epistemic_{row['aggregation']}.{metric}"
+            results[key] = Result(value=row[name], **ends, n=row["n"], note="refitted in every resample")
+    results |= _compared(table, prefix, analysis)
     found = agreement(table, analysis)
     for method, interval in found.items():
         key, note = ("share", "Wilson") if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
             results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
+    return results
+
+
+def _compared(table: pd.DataFrame, prefix: str, analysis: Analysis) -> dict[str, Result]:
+    """Return the combined estimate minus each rival and control, paired, with max-t and the questions they take."""
+    used = scored(table)
+    if not evaluation.enough_of_both(used["wrong"]):
+        return {}
+    found = rankings(used, HEADLINE, analysis)
+    gaps = {name: found["combined"].minus(found[name]) for name in (*RIVALS, *CONTROLS) if name in found}
+    n, note = len(used), "paired, refitted in every resample"
+    results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
+    results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
+    # A stand-in for a rival that is not run: log G, a score of another kind than the combined one.
+    spread = float(np.nanstd(found["combined"].minus(found["log_gradient"]).draws) * np.sqrt(n))
+    alone = fits.auroc_spread(0.575, float(used["wrong"].mean()))
+    results[f"{prefix}.power.paired_008"] = Result(value=fits.questions_needed(0.08, spread), unit="questions")
+    results[f"{prefix}.power.chance_060_055"] = Result(value=fits.questions_needed(0.05, alone), unit="questions")
     return results
 
 
@@ -240,7 +303,7 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     return results
 
 
-_INTERVAL = "95 % percentile bootstrap over questions"
+_INTERVAL = "95 % bootstrap over questions"
 
 
 def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
@@ -261,10 +324,14 @@ def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
 
     Every data set gives the same rows, NaN where there is no number, so that panels stay aligned.
     """
-    published = {name: mean for name, (mean, _) in PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {}).items()}
+    published = {name: mean for name, (mean, _) in _published(data_set).items()}
     headline = aurocs[aurocs["aggregation"] == HEADLINE].set_index("method")
     rows = headline.reindex(SHOWN).rename_axis("method").reset_index()
     return rows.assign(paper=rows["method"].map(published))
+
+
+def _published(data_set: str) -> Mapping[str, list[float]]:
+    return claims.paper()["table_2"].get(data_set.removesuffix("_choose"), {})
 
 
 def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
@@ -280,7 +347,7 @@ def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.Data
     for data_set, aurocs in found.items():
         rows = aurocs.set_index(["aggregation", "method"])
         columns[data_set] = rows.apply(_as_text, axis=1, column=column)
-        published = PAPER_TABLE_2.get(data_set.removesuffix("_choose"), {})
+        published = _published(data_set)
         if column == "value" and published:
             text = {
                 (HEADLINE, method): f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for method, (mean, std) in published.items()

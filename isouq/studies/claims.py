@@ -1,0 +1,205 @@
+"""The paper's claims as claims.yml states them, and the paper's own numbers.
+
+A claim is a list of checks. A check names one result, the region in which the claim wants it, and whether it is *core*,
+that is, whether the claim stands or falls with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from isouq.studies import require
+from isouq.studies.results import check_key
+
+Outcome = Literal["holds", "partly", "does not hold", "undecided", "not run"]
+INTERVALS = ("bootstrap", "t", "exact")
+_CLAIM_FIELDS = {"id", "claim", "chapter", "paper", "note", "written", "joint", "each", "checks"}
+_CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper"}
+WRITTEN = {
+    "before": "Its rules were written before any of these numbers was seen.",
+    "look": "Its rules were written after a first look at another model, before any number for a core check was seen.",
+    "after": "The limits of its rules were set before its chapter was run at this size. Which checks are core, and how "
+    "several are corrected for, was decided afterwards, with the numbers known.",
+}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number in the paper with its standard deviation; `sd` is None where the paper prints none."""
+
+    value: float
+    sd: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
+
+
+@dataclass(frozen=True)
+class Region:
+    """The open interval in which a claim wants a result."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    @classmethod
+    def of(cls, rule: Mapping[str, Any], name: str = "rule") -> Region:
+        """Return the region of `{above: x}`, `{below: x}` or `{near: {value: x, margin: m}}`.
+
+        `near` is an equivalence rule: the whole interval has to lie within the margin.
+
+        Raises:
+            ValueError: another rule, more than one, a border that is not finite, or a margin that is not positive.
+        """
+        if not isinstance(rule, Mapping) or len(rule) != 1 or not set(rule) <= {"above", "below", "near"}:
+            raise ValueError(f"{name}: {rule} given, exactly one of above, below, near wanted")
+        ((kind, operand),) = rule.items()
+        if kind != "near":
+            border = require.number(f"{name}: {kind}", operand)
+            return cls(least=border) if kind == "above" else cls(most=border)
+        if not isinstance(operand, Mapping) or set(operand) != {"value", "margin"}:
+            raise ValueError(f"{name}: near {operand} given, a value and a margin wanted")
+        value = require.number(f"{name}: near, value", operand["value"])
+        margin = require.number(f"{name}: near, margin", operand["margin"], 0.0)
+        return cls(value - margin, value + margin)
+
+    def __str__(self) -> str:
+        """Return the rule in words, for example ``above 0.4``."""
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"between {self.least:g} and {self.most:g}"
+        return f"above {self.least:g}" if math.isfinite(self.least) else f"below {self.most:g}"
+
+    def place(self, low: float, high: float) -> Outcome:
+        """Return whether an interval lies inside ("holds"), wholly outside ("does not hold"), or across a border."""
+        if self.least < low and high < self.most:
+            return "holds"
+        return "does not hold" if high <= self.least or low >= self.most else "undecided"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result, the region in which the claim wants it, and the paper's number in its place.
+
+    `interval` says how the result's interval was made: by a bootstrap, from Student's t over n units, or not at all
+    (`exact`, for a deviation that has no sampling error). `planned` marks a result that no chapter computes yet.
+    """
+
+    label: str
+    key: str
+    region: Region
+    core: bool = False
+    interval: str = "bootstrap"
+    planned: bool = False
+    paper: Printed | None = None
+
+    def paper_outcome(self) -> Outcome | None:
+        """Return what this rule makes of the paper's own number with its ± (1.96 standard deviations)."""
+        if self.paper is None:
+            return None
+        reach = 1.96 * (self.paper.sd or 0.0)
+        return self.region.place(self.paper.value - reach, self.paper.value + reach)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper. `joint` are the keys of max-t critical values that cover all its checks, if any."""
+
+    id: str
+    claim: str
+    paper: str
+    written: str
+    checks: tuple[Check, ...]
+    chapter: str = ""
+    note: str = ""
+    joint: tuple[str, ...] = ()
+
+
+@functools.cache
+def paper() -> dict[str, Any]:
+    """Return the numbers that the paper prints: `table_1`, `table_2` and `text` of paper.yml."""
+    return yaml.safe_load(resources.files("isouq.studies").joinpath("paper.yml").read_text(encoding="utf-8"))
+
+
+def printed(path: str) -> Printed:
+    """Return one number of the paper, for example `table_1.gn.spearman.binary_xor` or `table_2.triviaqa.p_true`.
+
+    `table_2.triviaqa.p_true - table_2.triviaqa.combined` is the difference of two. Its standard deviation is that of
+    independent numbers, since the paper does not print the one of the difference.
+
+    Raises:
+        ValueError: a path that leads nowhere, by name.
+    """
+    if " - " in path:
+        first, second = (printed(part) for part in path.split(" - "))
+        return Printed(first.value - second.value, math.hypot(first.sd or 0, second.sd or 0) or None)
+    entry: Any = paper()
+    for part in path.split("."):
+        require.one_of(f"paper: {path}", part, entry if isinstance(entry, Mapping) else ())
+        entry = entry[part]
+    return Printed(*np.atleast_1d(entry).tolist())
+
+
+def load(path: str | Path) -> list[Claim]:
+    """Read claims.yml.
+
+    Raises:
+        ValueError: an unknown field, rule, kind of interval or number of the paper, a key of another form, two claims
+            of one id, or a claim without a core check; the claim and the check are named.
+    """
+    claims = [_claim(entry) for entry in yaml.safe_load(Path(path).read_text(encoding="utf-8"))]
+    ids = [claim.id for claim in claims]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: ids {', '.join(ids)} given, each only once wanted")
+    return claims
+
+
+def _claim(entry: Mapping[str, Any]) -> Claim:
+    name = str(entry.get("id", "a claim without id"))
+    for key in entry:
+        require.one_of(f"{name}: field", key, _CLAIM_FIELDS)
+    require.one_of(f"{name}: written", entry.get("written"), WRITTEN)
+    axes = [[(axis, pair) for pair in names.items()] for axis, names in entry.get("each", {}).items()]
+    products = [dict(product) for product in itertools.product(*axes)]
+    checks = [_check(name, check, values) for values in products for check in entry.get("checks", [])]
+    if not any(check.core for check in checks):
+        raise ValueError(f"{name}: {len(checks)} checks given, none of them core; at least one core check wanted")
+    joint = [entry["joint"].format(**_parts(values, 0)) for values in products] if "joint" in entry else []
+    plain = {key: entry[key] for key in ("id", "claim", "paper", "written", "chapter", "note") if key in entry}
+    return Claim(**plain, checks=tuple(checks), joint=tuple(dict.fromkeys(joint)))
+
+
+def _check(name: str, entry: Mapping[str, Any], values: Mapping[str, tuple[str, str]]) -> Check:
+    for key in entry:
+        require.one_of(f"{name}: field of a check", key, _CHECK_FIELDS)
+    label, key = entry["label"].format(**_parts(values, 1)), entry["key"].format(**_parts(values, 0))
+    check_key(key)
+    require.one_of(f"{name}: {label}: interval", entry.get("interval", "bootstrap"), INTERVALS)
+    plain = {key: entry[key] for key in ("core", "interval", "planned") if key in entry}
+    region = Region.of(entry["rule"], f"{name}: {label}: rule")
+    number = printed(entry["paper"].format(**_parts(values, 0))) if "paper" in entry else None
+    return Check(label, key, region, paper=number, **plain)
+
+
+def _parts(values: Mapping[str, tuple[str, str]], which: int) -> dict[str, str]:
+    return {axis: pair[which] for axis, pair in values.items()}
+
+
+def require_known_keys(claims: Sequence[Claim], known: Collection[str]) -> None:
+    """Refuse a check whose key no run has and that is not marked as planned, which is what a misspelt key looks like.
+
+    Raises:
+        ValueError: such a key, with its claim and the nearest known key.
+    """
+    for claim in claims:
+        for check in claim.checks:
+            if not check.planned:
+                require.one_of(f"{claim.id}: {check.label}: key", check.key, known)

@@ -1,0 +1,191 @@
+"""Logistic regressions on uncertainty scores, each fitted again in every bootstrap resample.
+
+A fitted score that is judged with its fits held fixed looks surer than it is. Here one fit is made for each resample
+and tried on the questions that the resample left out, so that an interval contains the fit's own uncertainty. All
+rivals are fitted on the same resamples and the same folds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats
+from sklearn.model_selection import StratifiedKFold
+
+from isouq.studies import require
+from isouq.studies.evaluation import (
+    CONSTANT,
+    Column,
+    Interval,
+    Ranking,
+    Resamples,
+    UndefinedStatisticError,
+    auroc,
+    defined,
+    moderate,
+    weighted_auroc,
+)
+
+N_REPEATS = 20  # of the folds behind a fitted score's own value
+FLAT = 1e-3  # standard deviations; a ridge does not see features whose values mostly lie nearer to each other
+
+
+def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+    """Fit a logistic regression to every row of `weights` (fit, example) at once, by Newton's method.
+
+    The penalty is scikit-learn's default (C = 1), on features standardised with each fit's own mean and spread.
+    Returns coefficients (fit, 1 + feature) for `features` as given, the intercept first; NaN where a class has no
+    weight.
+
+    Raises RuntimeError if a fit does not converge.
+    """
+    x = np.column_stack([np.ones(len(features)), features])
+    products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
+    n_fits, size = len(weights), x.shape[1]
+    mean = weights @ features / weights.sum(axis=1, keepdims=True)
+    variance = np.maximum(weights @ features**2 / weights.sum(axis=1, keepdims=True) - mean**2, 0)
+    # β of a standardised feature is β·s of the plain one, so the penalty β² becomes s²β². A constant one is left alone.
+    constant = variance <= (CONSTANT * np.abs(features).max(axis=0)) ** 2
+    penalty = np.column_stack([np.zeros(n_fits), np.where(constant, 1.0, variance)])
+    defined = (weights @ wrong > 0) & (weights @ ~wrong > 0)
+    beta, used = np.zeros((n_fits, size)), np.where(defined[:, None], weights, 1.0)
+    for _ in range(50):
+        p = special.expit(beta @ x.T)
+        gradient = (used * (wrong - p)) @ x - penalty * beta
+        hessian = ((used * p * (1 - p)) @ products).reshape(n_fits, size, size)
+        hessian[:, range(size), range(size)] += penalty
+        step = np.linalg.solve(hessian + 1e-12 * np.eye(size), gradient[..., None])[..., 0]
+        beta += step
+        if np.abs(step * np.sqrt(np.maximum(penalty, 1e-300) + (penalty == 0))).max() < 1e-9:
+            beta[~defined] = np.nan
+            return beta
+    raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after 50 steps")
+
+
+def out_of_fold_scores(
+    features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return each example's log-odds of being wrong from a logistic regression that never saw it.
+
+    `features`: (example, feature). Folds are stratified and shuffled by `seed`; see `fit_logistic` for the fit. Without
+    any signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more wrong answers in training
+    has fewer in its test part.
+
+    Raises ValueError on a feature that is not finite or has a value far beyond all others, and when a class has
+    fewer examples than folds.
+    """
+    require.same_rows(features=features, wrong=wrong)
+    features, wrong = _features("features", features), require.labels("wrong", wrong)
+    n_folds, seed = require.count("n_folds", n_folds, 2), require.seed("seed", seed)
+    if min(wrong.sum(), (~wrong).sum()) < n_folds:
+        counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
+        raise UndefinedStatisticError(f"wrong: {counts} given, of each as many as the {n_folds} folds wanted")
+    splits = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(features, wrong)
+    tests = [test for _, test in splits]
+    folds = np.empty(len(wrong), dtype=int)
+    for fold, test in enumerate(tests):
+        folds[test] = fold
+    beta = fit_logistic(features, wrong, (folds != np.arange(n_folds)[:, None]).astype(float))
+    return beta[folds, 0] + np.sum(beta[folds, 1:] * features, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A logistic regression on some features, on the same folds and resamples as its rivals.
+
+    out_of_fold: (repeat, example) log-odds of being wrong. out_of_bag: (resample, example) log-odds from the fit to
+    each resample, of use where the resample left the example out. beta: (resample, feature), per standard deviation of
+    the feature over all examples. coefficients: (feature,), the same of the fit to all examples.
+    """
+
+    out_of_fold: Column
+    out_of_bag: Column
+    beta: Column
+    coefficients: Column
+    wrong: NDArray[np.bool_]
+    plan: Resamples
+
+    @classmethod
+    def of(cls, features: ArrayLike, wrong: ArrayLike, plan: Resamples, *, n_folds: int = 5) -> Fit:
+        """Fit once for each resample of `plan`, and on N_REPEATS draws of the folds. Raises as `out_of_fold_scores`."""
+        seeds = range(plan.seed, plan.seed + N_REPEATS)
+        held_out = [out_of_fold_scores(features, wrong, n_folds=n_folds, seed=seed % 2**32) for seed in seeds]
+        features, wrong = _features("features", features), require.labels("wrong", wrong)
+        spread = features.std(axis=0)
+        beta = fit_logistic(features, wrong, plan.counts)
+        whole = fit_logistic(features, wrong, np.ones((1, len(wrong))))[0, 1:]
+        scores = beta[:, :1] + beta[:, 1:] @ features.T
+        return cls(np.stack(held_out), scores, beta[:, 1:] * spread, whole * spread, wrong, plan)
+
+    def ranking(self) -> Ranking:
+        """Return the AUROC of its scores out of fold, mean over repeats, and out of bag over resamples."""
+        value = np.mean([auroc(score, self.wrong) for score in self.out_of_fold])
+        draws = weighted_auroc(self.out_of_bag, self.wrong, (self.plan.counts == 0).astype(float))
+        return self._ranking(float(value), draws)
+
+    def log_score(self) -> Ranking:
+        """Return the mean log-probability of what happened (nats per answer) out of sample, in the same form."""
+        sign = np.where(self.wrong, 1.0, -1.0)
+        left_out = self.plan.counts == 0
+        each = np.where(left_out, special.log_expit(sign * self.out_of_bag), 0.0).sum(axis=1)
+        draws = np.divide(each, left_out.sum(axis=1), out=np.full(len(each), np.nan), where=left_out.any(axis=1))
+        value = float(special.log_expit(sign * self.out_of_fold).mean())
+        return self._ranking(value, draws)
+
+    def _ranking(self, value: float, draws: Column) -> Ranking:
+        n_units = min(len(self.plan.left_out), int(self.wrong.sum()), int((~self.wrong).sum()))
+        return Ranking(value, draws, draws, None, len(self.wrong), n_units)
+
+    def coefficient(self, feature: int) -> Interval:
+        """Return one feature's coefficient per standard deviation, with its 95 % interval over refits."""
+        value, n = float(self.coefficients[feature]), len(self.wrong)
+        low, high = np.quantile(defined(self.beta[:, feature], n), [0.025, 0.975])
+        return Interval(value, min(float(low), value), max(float(high), value), n)
+
+
+def residual_ranks(score: ArrayLike, given: ArrayLike) -> Column:
+    """Return the ranks of a score less what a smooth curve in the ranks of `given` explains of them.
+
+    given: (example, feature), such as log p and L. The curve is a cubic in each feature's ranks, by least squares. What
+    is left ranks the answers as if `given` were the same for all.
+
+    Raises UndefinedStatisticError where nothing is left: the score is a function of `given`.
+    """
+    require.same_rows(score=score, given=given)
+    score, given = require.numbers("score", score, finite=False), require.numbers("given", given, 2)
+    ranks = stats.rankdata(score)
+    centred = (stats.rankdata(given, axis=0) - (len(given) + 1) / 2) / len(given)
+    design = np.column_stack([np.ones(len(given)), centred, centred**2, centred**3])
+    left = ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
+    if np.abs(left).max() <= 1e-6 * len(ranks):
+        raise UndefinedStatisticError("score: a function of what is given; nothing is left to rank")
+    return left
+
+
+def questions_needed(gap: float, spread: float) -> int:
+    """Return how many questions tell a difference of `gap` from none in 80 % of studies, at 5 %, two-sided.
+
+    spread: the standard error of the difference times the root of the number of questions it was found on.
+    """
+    gap, spread = require.number("gap", gap, 0.0), require.number("spread", spread, 0.0, or_equal=True)
+    return math.ceil(((special.ndtri(0.975) + special.ndtri(0.8)) * spread / gap) ** 2)
+
+
+def auroc_spread(value: float, share_wrong: float) -> float:
+    """Return the standard error of an AUROC times the root of n, by Hanley and McNeil (1982), for planning."""
+    most = 1 - 2**-52
+    a, share = require.number("value", value, 0.0, most), require.number("share_wrong", share_wrong, 0.0, most)
+    return math.sqrt((a / (2 - a) - a**2) / share + (2 * a**2 / (1 + a) - a**2) / (1 - share))
+
+
+def _features(name: str, features: ArrayLike) -> Column:
+    """Return (example, feature), none of which a ridge on standardised features would flatten."""
+    columns = moderate(name, require.numbers(name, features, 2), 1e140)
+    spreads = np.quantile(np.abs(columns - np.median(columns, axis=0)), [0.25, 0.5, 0.75], axis=0)
+    if ((spreads > 0) & (spreads < FLAT * columns.std(axis=0))).any():
+        why = "a feature with values far beyond the others given, which leave these alike once standardised"
+        raise ValueError(f"{name}: {why}; one without them wanted, such as its logarithm or ranks")
+    return columns

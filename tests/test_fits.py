@@ -1,0 +1,140 @@
+"""Fitted scores: the solver against scikit-learn, and how often their intervals err."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from isouq.studies import evaluation, fits
+from isouq.studies.evaluation import Resamples
+from isouq.studies.fits import Fit
+
+N = 120
+
+
+def made_up(seed: int = 0, *, effect: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Two correlated features on different scales, of which the first knows about wrong answers."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.random(N) < 0.5
+    noise = rng.normal(size=(N, 2))
+    first = noise[:, 0] + effect * wrong
+    return np.column_stack([first, 30 * (first + 0.5 * noise[:, 1]) - 7]), wrong
+
+
+def sklearn_fit() -> object:
+    return make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10, max_iter=1000))
+
+
+def test_many_fits_at_once_equal_scikit_learn() -> None:
+    features, wrong = made_up(effect=1.0)
+    counts = Resamples.of(wrong, n_resamples=40).counts
+    beta = fits.fit_logistic(features, wrong, counts)
+    for row, weights in zip(beta[:5], counts[:5], strict=True):
+        rows = np.repeat(np.arange(N), weights.astype(int))
+        model = sklearn_fit().fit(features[rows], wrong[rows])
+        assert row[0] + features @ row[1:] == pytest.approx(model.decision_function(features), abs=1e-5)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_scores_out_of_fold_equal_scikit_learn(separable: bool) -> None:
+    features, wrong = made_up(effect=20.0 if separable else 0.5)
+    folds = StratifiedKFold(5, shuffle=True, random_state=3)
+    wanted = cross_val_predict(sklearn_fit(), features, wrong, cv=folds, method="decision_function")
+    assert fits.out_of_fold_scores(features, wrong, seed=3) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_resample_of_one_class_has_no_fit_and_a_constant_feature_no_slope() -> None:
+    features, wrong = made_up()
+    beta = fits.fit_logistic(features, wrong, np.stack([wrong * 1.0, np.ones(N)]))
+    assert np.isnan(beta[0]).all()
+    constant = np.column_stack([features[:, 0], np.ones(N)])
+    beta = fits.fit_logistic(constant, wrong, np.ones((1, N)))
+    assert beta[0, 2] == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_out_of_fold_find_signal_and_do_not_leak() -> None:
+    rng = np.random.default_rng(2)
+    wrong = rng.random(300) < 0.5
+    signal = np.column_stack([wrong + rng.normal(size=300), rng.normal(size=300)])
+    assert evaluation.auroc(fits.out_of_fold_scores(signal, wrong), wrong) > 0.7
+    # As many noise features as a fit could use to memorise its own labels; out of sample it must not.
+    noise = rng.normal(size=(300, 100))
+    assert evaluation.auroc(fits.out_of_fold_scores(noise, wrong), wrong) < 0.6
+
+
+def test_scores_out_of_fold_refuse_what_they_cannot_fit() -> None:
+    with pytest.raises(ValueError, match="3 right and 17 wrong answers given, of each as many as the 5 folds"):
+        fits.out_of_fold_scores(np.arange(20.0)[:, None], [True] * 17 + [False] * 3)
+    with pytest.raises(ValueError, match="features: NaN or infinite"):
+        fits.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)
+
+
+def test_a_fitted_score_without_signal_seldom_excludes_chance() -> None:
+    fixed, refit = [], []
+    for seed in range(150):
+        features, wrong = made_up(seed)
+        scores = fits.out_of_fold_scores(features, wrong, seed=seed)
+        plan = Resamples.of(wrong, n_resamples=200, seed=seed)
+        fixed.append(evaluation.ranking(scores, wrong, plan).interval())
+        draws = fits.fit_logistic(features, wrong, plan.counts)
+        left_out = draws[:, :1] + draws[:, 1:] @ features.T
+        values = evaluation.weighted_auroc(left_out, wrong, (plan.counts == 0) * 1.0)
+        refit.append(evaluation.Interval(0.5, *np.nanquantile(values, [0.025, 0.975]), N))
+    sizes = [np.mean([not one.low <= 0.5 <= one.high for one in found]) for found in (fixed, refit)]
+    assert sizes[0] > 0.1, "fits held fixed are too sure"
+    assert sizes[1] <= 0.06
+
+
+def test_a_fitted_score_with_signal_excludes_chance() -> None:
+    found = []
+    for seed in range(10):
+        features, wrong = made_up(seed, effect=1.0)
+        found.append(Fit.of(features, wrong, Resamples.of(wrong, n_resamples=200, seed=seed)).ranking().interval())
+    assert sum(one.low > 0.5 for one in found) >= 9
+
+
+def test_a_coefficient_has_its_sign_and_seldom_excludes_zero_without_signal() -> None:
+    excluded = []
+    for seed in range(200):
+        features, wrong = made_up(seed, effect=1.0)
+        features = np.column_stack([features[:, 0], np.random.default_rng([seed, 1]).normal(size=N)])
+        beta = fits.fit_logistic(features, wrong, Resamples.of(wrong, n_resamples=200, seed=seed).counts)
+        low, high = np.quantile(beta[:, 2], [0.025, 0.975])
+        excluded.append(not low <= 0 <= high)
+        assert np.quantile(beta[:, 1], 0.025) > 0 or seed % 10, "the first feature warns of wrong answers"
+    assert np.mean(excluded) <= 0.08
+
+
+def test_a_feature_of_noise_adds_nothing_to_the_log_score_and_signal_does() -> None:
+    rng = np.random.default_rng(0)
+    features, wrong = made_up(effect=1.0)
+    plan = Resamples.of(wrong, n_resamples=400)
+    noise, signal = (np.column_stack([features[:, 0], x]) for x in (rng.normal(size=N), rng.normal(size=N) + wrong))
+    small, useless, large = (Fit.of(x, wrong, plan) for x in (features[:, :1], noise, signal))
+    assert useless.log_score().minus(small.log_score()).interval().low < 0
+    gain = large.log_score().minus(small.log_score()).interval()
+    assert gain.value > 0.05
+
+
+def test_residual_ranks_hold_p_fixed_where_its_quartiles_do_not() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=4000)
+    wrong = rng.random(4000) < 1 / (1 + np.exp(2 * p))
+    score = np.exp(-p) + 0.05 * rng.normal(size=4000)  # p and noise
+    quartile = np.searchsorted(np.quantile(p, [0.25, 0.5, 0.75]), p)
+    assert evaluation.stratified_auroc(score, wrong, quartile) > 0.6
+    assert evaluation.auroc(fits.residual_ranks(score, p[:, None]), wrong) == pytest.approx(0.5, abs=0.04)
+    knows_more = score + 0.3 * wrong
+    assert evaluation.auroc(fits.residual_ranks(knows_more, p[:, None]), wrong) > 0.55
+    with pytest.raises(evaluation.UndefinedStatisticError, match="a function of what is given"):
+        fits.residual_ranks(-p, p[:, None])
+
+
+def test_questions_needed_grow_with_the_square_of_the_spread() -> None:
+    # (1.96 + 0.84)² · spread² / gap²; Hanley and McNeil at 0.575 and as many right as wrong answers
+    assert fits.questions_needed(0.5, 1.0) == 32
+    assert fits.questions_needed(0.05, fits.auroc_spread(0.575, 0.5)) == pytest.approx(1030, rel=0.05)
+    with pytest.raises(ValueError, match=r"gap: 0\.0 given"):
+        fits.questions_needed(0.0, 1.0)
