@@ -135,7 +135,8 @@ def test_a_parameter_of_the_analysis_runs_just_its_notebook_and_the_plan_says_wh
     write_profile(project, n_resamples=70)
     plan = plan_after(project)
     assert plan.keys() == {QA}
-    assert re.search(r"before: \W*n_resamples: 300\W* now: \W*n_resamples: 70\W*$", plan[QA])
+    before = schemas.defaults("04_llm_qa")["n_resamples"]
+    assert re.search(rf"before: \W*n_resamples: {before}\W* now: \W*n_resamples: 70\W*$", plan[QA])
     assert jobs(run(project).stdout) == [QA]
 
 
