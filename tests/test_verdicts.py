@@ -111,6 +111,14 @@ def test_a_t_interval_cut_at_one_is_read_from_its_whole_side():
     assert p_values[0] == p_values[1]
 
 
+def test_the_interval_of_a_correlation_ends_where_correlations_do():
+    checks = [Check(f"check {i}", f"a.k{i}.spearman", Region(least=0.4), core=True, interval="t") for i in range(3)]
+    claim = Claim("C4", "", "", "before", tuple(checks))
+    results = {check.key: Entry(0.9, 0.1, 1.0, n=2) for check in checks}
+    one = verdicts.judge([claim], results)["C4"].checks[0]
+    assert (one.low, one.high, one.outcome) == (-1.0, 1.0, "undecided")
+
+
 def test_an_exact_result_is_judged_by_its_value_and_others_need_an_interval():
     exact, sampled = claim_of(1, interval="exact"), claim_of(1)
     assert str(verdicts.judge([exact], {"c1.k0": Entry(2.4)})["C1"]) == "holds"

@@ -226,6 +226,8 @@ class _Estimate:
             return CheckVerdict(check, check.region.place(self.value, self.value))
         quantile = -float(special.stdtrit(self.df, LEVEL / (2 * factor)))
         low, high = self.value - quantile * self.errors[0], self.value + quantile * self.errors[1]
+        if check.key.endswith((".pearson", ".spearman")):  # t-intervals know no end of a scale
+            low, high = max(low, -1.0), min(high, 1.0)
         outcome = check.region.place(low, high)
         edges = [f"{edge:g}" for edge in (check.region.least, check.region.most) if low <= edge <= high]
         reason = f"interval includes {' and '.join(edges)}" if outcome == "undecided" else ""
