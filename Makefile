@@ -48,7 +48,7 @@ test: $(READY) ## all tests; fetches models and data and builds the book at smok
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## the tests that need no download and run no notebook
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m 'not assets and not book'
+	@ISOUQ_FUZZ=100 OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m 'not assets and not book'
 
 # The environment is requirements.lock with another torch, which comes first with what its build needs.
 test-torch: .venv-torch-$(VERSION)/installed ## the tests of the gradients under torch VERSION, in an environment of its own
