@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from isouq.studies import claims, verdicts
+from isouq.studies import claims, require, verdicts
 from isouq.studies.claims import Check, Claim, Region
 from isouq.studies.verdicts import CheckVerdict
 
@@ -241,10 +241,18 @@ def test_a_claim_that_is_not_in_order_is_refused_by_name(tmp_path, changes, mess
         claims.load(tmp_path / "claims.yml")
 
 
+def require_known_keys(stated: list[Claim], known: set[str]) -> None:
+    """A key that no run has, of a check that is not planned, is a misspelt one."""
+    for claim in stated:
+        for check in claim.checks:
+            if not check.planned:
+                require.one_of(f"{claim.id}: {check.label}: key", check.key, known)
+
+
 def test_a_rule_with_an_unknown_key_is_refused_with_the_nearest_known_one():
     with pytest.raises(ValueError, match=r"C1: check 0: key: 'c1.k0' given.*did you mean 'c1.k9'"):
-        claims.require_known_keys([claim_of(1)], {"c1.k9"})
-    claims.require_known_keys([claim_of(1, planned=True)], {"c1.k9"})
+        require_known_keys([claim_of(1)], {"c1.k9"})
+    require_known_keys([claim_of(1, planned=True)], {"c1.k9"})
 
 
 # The claims as they stand in the book
@@ -257,7 +265,7 @@ def test_all_ten_claims_are_there_in_order():
 def test_every_key_is_one_of_a_committed_run_or_marked_as_planned():
     runs = [json.loads((ROOT / "results" / name / "results.json").read_text()) for name in ("embedded", "published")]
     known = {key for run in runs for key in run["results"]}
-    claims.require_known_keys(CLAIMS, known)
+    require_known_keys(CLAIMS, known)
     assert not [check.key for claim in CLAIMS for check in claim.checks if check.planned and check.key in known]
 
 
@@ -276,6 +284,28 @@ def test_the_papers_spread_has_a_width():
     assert chance.paper_outcome() == "undecided", "0.63 ± 0.08 does not exclude one half"
     gap = claims.printed("table_2.triviaqa.p_true - table_2.triviaqa.combined")
     assert (gap.value, gap.sd) == pytest.approx((0.08, math.hypot(0.06, 0.05)))
+
+
+def test_the_page_says_in_words_what_the_simulation_found():
+    page = " ".join((ROOT / "book" / "verdicts.md").read_text().split())
+    before = {row["case"]: row["before"] for row in json.loads((ROOT / "book" / "verdicts.json").read_text())}
+    ordinals = {4: "fourth", 5: "fifth", 6: "sixth", 7: "seventh"}
+    refuted, held = (
+        ordinals[round(1 / before[case])]
+        for case in ("eight checks at the border: refuted", "eight checks of 80 % power: holds")
+    )
+    assert f"was refuted in every {refuted} study" in page
+    assert f"power of 80 % held in every {held}." in page
+
+
+def test_the_papers_numbers_in_a_claims_words_come_from_its_tables(tmp_path):
+    words = next(claim for claim in CLAIMS if claim.id == "C6").paper
+    assert f"combined {claims.printed('table_2.truthfulqa.combined')}, P(True)" in words
+    entries = yaml.safe_load((ROOT / "book" / "claims.yml").read_text())
+    entries[0]["paper"] = "Table 2: {table_2.truthfulqa.combine}"
+    (tmp_path / "claims.yml").write_text(yaml.safe_dump(entries))
+    with pytest.raises(ValueError, match=r"'combine' given, .*did you mean 'combined'"):
+        claims.load(tmp_path / "claims.yml")
 
 
 def test_the_figure_shows_rules_that_err_in_at_most_six_percent_and_find_more():

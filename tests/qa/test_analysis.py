@@ -214,6 +214,16 @@ def test_a_label_that_is_missing_is_not_counted_as_wrong() -> None:
         analysis.accuracy(table)
 
 
+def test_a_share_knows_that_answers_of_one_cluster_are_not_so_many() -> None:
+    table = pd.DataFrame({"right": np.repeat([True, False], 60)})
+    alone = analysis.accuracy(table)
+    by_ten = analysis.accuracy(table.assign(cluster=np.repeat(np.arange(12), 10)))
+    by_one = analysis.accuracy(table.assign(cluster=np.arange(120)))
+    assert alone.value == by_ten.value == by_one.value == 0.5
+    assert by_ten.high - by_ten.low > 2.5 * (alone.high - alone.low)
+    assert by_one.high - by_one.low == pytest.approx(alone.high - alone.low, rel=0.15)
+
+
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_few_scored_answers_have_results_without_what_is_undefined(n: int) -> None:
     table = made_up(30)

@@ -224,13 +224,21 @@ def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | N
     return {
         "epistemic": analysis.correlation(used, "log_epistemic_sequence", "log_prob"),
         "log_gradient": analysis.correlation(used, "log_gradient", "log_prob"),
-        "below_half": evaluation.wilson_interval(int((log_p < np.log(0.5)).sum()), len(used)) if len(used) else None,
+        "below_half": _share(used, log_p < np.log(0.5)) if len(used) else None,
     }
 
 
 def accuracy(table: pd.DataFrame, column: str = "right") -> Interval:
-    """Return the share of right answers with Wilson's 95 % interval."""
-    return evaluation.wilson_interval(int(require.labels(column, table[column]).sum()), len(table))
+    """Return the share of right answers with its 95 % interval: Wilson's, or one over clusters where there are any."""
+    return _share(table, require.labels(column, table[column]))
+
+
+def _share(table: pd.DataFrame, chosen: Any) -> Interval:
+    """Return the share of rows that are chosen; answers to questions of one cluster are not so many answers."""
+    interval = evaluation.wilson_interval(int(np.sum(chosen)), len(table))
+    if "cluster" not in table or not 0 < interval.value < 1 or table["cluster"].nunique() < 5:
+        return interval
+    return evaluation.bootstrap_interval(np.mean, np.asarray(chosen, float), clusters=table["cluster"])
 
 
 def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
@@ -239,9 +247,9 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
     `aurocs` is the `auroc_table` of `table`.
     """
     prefix = f"qa.{subject}"
-    results = {f"{prefix}.accuracy": _result(accuracy(table), note="Wilson")}
+    results = {f"{prefix}.accuracy": _result(accuracy(table), note=_SHARE)}
     if "right_by_mean" in table:
-        results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note="Wilson")
+        results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note=_SHARE)
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
         results |= _committed_results(table, prefix, analysis)
@@ -268,7 +276,7 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
     results |= _compared(table, prefix, analysis)
     found = agreement(table, analysis)
     for method, interval in found.items():
-        key, note = ("share", "Wilson") if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
+        key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
             results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
     return results
@@ -304,6 +312,7 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
 
 
 _INTERVAL = "95 % bootstrap over questions"
+_SHARE = "Wilson, or bootstrap over clusters of questions"
 
 
 def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
