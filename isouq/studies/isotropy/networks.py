@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from isouq.studies import require
 from isouq.studies.evaluation import spearman
 from isouq.studies.isotropy import covariance
-from isouq.studies.isotropy.covariance import Covariance, SingularCovarianceError
 from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structure
 from isouq.studies.synthetic import cache, point, posterior, problems
 from isouq.studies.synthetic.posterior import Settings
-from isouq.studies.synthetic.problems import Network, Problem
+from isouq.studies.synthetic.problems import Problem
 
 Array = NDArray[np.float64]
 
 # Where proxy data come from: the training data, and then sources that are farther and farther from them.
 SOURCES = ("training", "unseen", "shifted", "other problem", "noise")
-MATRICES = ("isotropic", "empirical_fisher", "empirical_fisher_diagonal", "fisher", "hessian")
-LABELS = ("true", "shuffled", "model")
+MATRICES = ("isotropic", "empirical_fisher", "fisher")
 PARTNER = {
     "binary_rings": "multiclass_spirals",
     "binary_xor": "multiclass_clusters",
@@ -41,8 +39,7 @@ RECIPE = ("matrix", "source", "labels")
 class Recipe:
     """One way to make a covariance: the matrix, the source of its inputs, and its labels.
 
-    matrix: one of MATRICES; "hessian" is that of the training data, with the prior's curvature (Laplace).
-    labels: "true", "shuffled" (the true ones, permuted), "model" (sampled from the network) or "none".
+    matrix: one of MATRICES. labels: of an empirical Fisher, "true" or "model" (sampled from the network), else "none".
     """
 
     matrix: str
@@ -52,18 +49,14 @@ class Recipe:
     def __post_init__(self) -> None:
         require.one_of("matrix", self.matrix, MATRICES)
         require.one_of("source", self.source, SOURCES)
-        require.one_of("labels", self.labels, LABELS if self.matrix.startswith("empirical") else ("none",))
+        require.one_of("labels", self.labels, ("true", "model") if self.matrix == "empirical_fisher" else ("none",))
 
 
 RECIPES = (
     *(Recipe(matrix="isotropic", source=source) for source in SOURCES),
-    Recipe(matrix="hessian"),
     *(Recipe(matrix="fisher", source=source) for source in SOURCES),
     *(Recipe(matrix="empirical_fisher", source=source, labels="true") for source in SOURCES[:3]),
     *(Recipe(matrix="empirical_fisher", source=source, labels="model") for source in SOURCES),
-    Recipe(matrix="empirical_fisher", source="unseen", labels="shuffled"),
-    Recipe(matrix="empirical_fisher_diagonal", source="training", labels="true"),
-    Recipe(matrix="empirical_fisher_diagonal", source="unseen", labels="true"),
 )
 
 
@@ -76,11 +69,6 @@ class Case:
     g: Array
     variance: Array
     passed: bool
-
-    @property
-    def damping(self) -> float:
-        """α/n, the prior's mean precision over the number of training examples: λ for which Σ(λ) is Laplace's shape."""
-        return float(np.mean(self.problem.model.scales() ** -2.0) / len(self.problem.inputs))
 
 
 def solve(problem: Problem, settings: Settings, folder: str | Path | None = None, *, n_starts: int = 8) -> Case:
@@ -120,74 +108,46 @@ def proxies(problem: Problem, source: str, n: int) -> tuple[Array, NDArray[np.in
     return (inputs + SHIFT if source == "shifted" else inputs), targets
 
 
-def outputs(network: Network, theta: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The network's logits (…, class) in torch, from the same flat θ that jax uses."""
-    activation = {"tanh": torch.tanh, "relu": torch.relu}[network.activation]
-    *hidden, (weight, bias) = network.layers(theta)
-    for hidden_weight, hidden_bias in hidden:
-        inputs = activation(inputs @ hidden_weight + hidden_bias)
-    return inputs @ weight + bias
-
-
-def jacobian(problem: Problem, theta: Array, inputs: Array) -> tuple[Array, Array]:
-    """∂logits/∂θ (example, class, param) and the logits (example, class) of the problem's network; no regression's."""
-    require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
-    x = torch.tensor(require.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs))
-    at = torch.tensor(problem.model.parameters(theta))
-
-    def one(theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return outputs(problem.model.network, theta, x)
-
-    return torch.func.vmap(torch.func.jacrev(one), (None, 0))(at, x).numpy(), one(at, x).numpy()
-
-
 def form(case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0) -> Array:
     """Return gᵀΣg (point,) with the covariance of `recipe` from n proxies (default: as many as training examples).
 
-    damping: λ in units of the case's own, α/n. A Hessian carries the prior already, so it takes none.
-    Raises SingularCovarianceError where Σ does not exist, as for the Hessian at a saddle.
+    damping: λ in units of α/n, the prior's mean precision over the number of training examples, for which Σ(λ) has the
+    shape of Laplace's covariance.
     """
+    problem, g = case.problem, case.g
     if recipe.matrix == "isotropic":
-        return np.square(case.g).sum(1)
-    strength = 0.0 if recipe.matrix == "hessian" else damping * case.damping
-    return build(case, recipe, n).quadratic_form(case.g, damping=strength)
-
-
-def build(case: Case, recipe: Recipe, n: int | None = None) -> Covariance:
-    """Return the covariance of `recipe`, which is not isotropic, from n proxies at the case's θ*."""
-    n_training = len(case.problem.inputs)
-    if recipe.matrix == "hessian":
-        return covariance.hessian(point.hessian(case.problem, case.theta) / n_training)
-    inputs, targets = proxies(case.problem, recipe.source, n_training if n is None else n)
-    jac, logits = jacobian(case.problem, case.theta, inputs)
+        return np.square(g).sum(1)
+    require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
+    inputs, targets = proxies(problem, recipe.source, len(problem.inputs) if n is None else n)
+    J, logits = point.jacobian(problem, case.theta, inputs)
     if recipe.matrix == "fisher":
-        return covariance.fisher(jac, logits)
-    labels = _labels(recipe.labels, targets, logits, np.random.default_rng([case.problem.seed, 2]))
-    return covariance.empirical_fisher(jac, logits, labels, diagonal=recipe.matrix.endswith("diagonal"))
+        rows = covariance.fisher_rows(J, logits)
+    else:
+        rows = covariance.scores(J, logits, _labels(recipe.labels, targets, logits, seed=problem.seed))
+    unit = float(np.mean(problem.model.scales() ** -2.0) / len(problem.inputs))
+    return covariance.from_rows(rows, n_examples=len(inputs)).quadratic_form(g, damping=damping * unit)
 
 
-def _labels(whose: str, true: NDArray | None, logits: Array, rng: np.random.Generator) -> NDArray:
+def _labels(whose: str, true: NDArray | None, logits: Array, *, seed: int) -> NDArray:
     if whose == "model":
         z = np.concatenate([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
-        return (z + rng.gumbel(size=z.shape)).argmax(1)  # Gumbel's trick: a draw from the softmax
+        # Gumbel's trick: a draw from the softmax
+        return (z + np.random.default_rng([seed, 2]).gumbel(size=z.shape)).argmax(1)
     if true is None:
         raise ValueError(f"labels: {whose!r} asked for inputs that have no true label; 'model' wanted")
-    return rng.permutation(true) if whose == "shuffled" else true
+    return true
 
 
 def compare(
     case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
-) -> dict[str, object] | None:
-    """Compare `form` with MCMC's variance: a row of the study's table, or None where Σ does not exist.
+) -> dict[str, object]:
+    """Compare `form` with MCMC's variance: a row of the study's table.
 
     spearman: rank correlation over the grid. spread: of the distortion field, in nats. explained, by_chance,
     beyond_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
     """
     n = len(case.problem.inputs) if n is None else n
-    try:
-        estimate = form(case, recipe, n=n, damping=damping)
-    except SingularCovarianceError:
-        return None
+    estimate = form(case, recipe, n=n, damping=damping)
     field = distortion(estimate, case.variance)
     near = nearness(case.problem.grid, proxies(case.problem, recipe.source, n)[0])
     shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
@@ -199,10 +159,9 @@ def compare(
     }
 
 
-def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options: object) -> pd.DataFrame:
+def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options: Any) -> pd.DataFrame:
     """One row per case and recipe; `options` are those of `compare`."""
-    rows = [compare(case, recipe, **options) for case in cases for recipe in recipes]  # type: ignore[arg-type]
-    return pd.DataFrame([row for row in rows if row is not None])
+    return pd.DataFrame([compare(case, recipe, **options) for case in cases for recipe in recipes])
 
 
 def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = RECIPE) -> pd.DataFrame:

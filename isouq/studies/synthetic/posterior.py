@@ -135,7 +135,7 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
     """Return (z, divergent, energy, n_steps), each (chain, draw, ...), of one chain per key."""
     init, step = hmc(
         # Sampled in units of the prior's scale: one step size then suits all layers.
-        lambda z: 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets),
+        lambda z: model.energy(z, scales, inputs, targets),
         algo=settings.sampler.upper(),
     )
 

@@ -140,10 +140,9 @@ class Model:
             return jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[:, None], axis=1).sum()
         return -0.5 * jnp.square((targets - outputs[:, 0]) / self.noise).sum()
 
-    def energy(self, theta, inputs, targets):
-        """Return the negative log posterior in nats, up to a constant: what MAP minimises."""
-        prior = 0.5 * jnp.square(theta / self.scales()).sum()
-        return prior - self.log_likelihood(theta, inputs, targets)
+    def energy(self, z, scales, inputs, targets):
+        """Return the negative log posterior in nats, up to a constant, of z = θ/scales, whose prior is N(0, 1)."""
+        return 0.5 * jnp.square(z).sum() - self.log_likelihood(scales * z, inputs, targets)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
