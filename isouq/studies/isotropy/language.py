@@ -80,9 +80,8 @@ def _answered(model: Any, tokenizer: Any, name: str, n: int, seed: int) -> list[
         for place, records in zip(places, stages.answer(subject, places, MAX_NEW_TOKENS), strict=True):
             ids, text, question = list(records["answer"]["token_ids"]), records["answer"]["text"], asked[place].question
             if text and len(prompts[place]) + len(ids) <= MAX_TOKENS:
-                row = {"kind": name, "text": f"{question} {text}", "question": question}
-                row |= {"wrong": not records["verdict"]["right"], "prompt_ids": prompts[place], "answer_ids": ids}
-                rows.append(row)
+                row = {"kind": name, "text": f"{question} {text}", "question": question, "prompt_ids": prompts[place]}
+                rows.append({**row, "answer_ids": ids, "wrong": not records["verdict"]["right"]})
         if len(rows) >= n:
             return rows[:n]
     raise ValueError(f"n: {n} answers of {name} wanted, only {len(rows)} of at most {MAX_TOKENS} tokens found")
