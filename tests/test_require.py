@@ -28,7 +28,6 @@ REGRESSION = networks.Case(
     problem=problems.make("regression_linear"), theta=THETA[:2], g=ROWS, variance=VARIANCE, passed=True
 )
 SHIFTS = distortion.shuffles(N, 5, seed=0)
-RELU = problems.Model(kind="binary", network=problems.Network(n_inputs=2, n_outputs=1, activation="relu"))
 
 
 def having(value: float, array: np.ndarray) -> np.ndarray:
@@ -132,7 +131,6 @@ ROWS_OF = {
     point.estimates: AT | {"classes": (CLASSES, "classes"), "laplace": (False, "")},
     point.quadratic_form: {"g": (ROWS, "alone"), "precision": (GRAM, "array")},
     point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
-    point.rescaled: {"model": (RELU, ""), "theta": (THETA, "array"), "factor": (2.0, "positive")},
     posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
     posterior.judge: {
         "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
@@ -157,7 +155,7 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(networks.solve, networks.form, networks.compare, networks.table, point.objective),
-    *(networks.sweep, networks.against_isotropic, networks.interval, spectra.widths),
+    *(networks.against_isotropic, networks.interval, spectra.widths),
     *(analysis.auroc_table, analysis.within, analysis.added_signal, analysis.agreement, analysis.accuracy),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
@@ -259,9 +257,8 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
         (lambda: jobs.mean_interval([3.0, 4.0]), "values: 3.0 given"),
-        (lambda: networks.Recipe(matrix="fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
-        (lambda: networks.Recipe(matrix="empirical_fisher"), "labels: 'none' given"),
-        (lambda: networks.form(REGRESSION, networks.Recipe(matrix="fisher")), "problem: 'regression'"),
+        (lambda: networks.form(REGRESSION, "fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
+        (lambda: networks.form(REGRESSION, "fisher"), "problem: 'regression'"),
         (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),
         (lambda: spectra.train(problems.make("regression_linear")), "problem: 'regression'"),
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from isouq.studies.isotropy import covariance, networks
-from isouq.studies.isotropy.networks import Case, Recipe
+from isouq.studies.isotropy.networks import Case
 from isouq.studies.synthetic import point, problems
 
 
@@ -22,7 +22,7 @@ def case():
     problem, theta = small("multiclass_clusters")
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
     blank = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
-    return replace(blank, variance=3 * networks.form(blank, Recipe(matrix="fisher")))
+    return replace(blank, variance=3 * networks.form(blank, "fisher"))
 
 
 @pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
@@ -34,23 +34,21 @@ def test_the_fisher_is_the_ggn(name):
 
 
 def test_the_covariance_that_made_the_variance_is_found_undistorted(case):
-    found = networks.compare(case, Recipe(matrix="fisher"))
+    found = networks.compare(case, "fisher", "training")
     assert found["spearman"] == pytest.approx(1)
     assert found["spread"] < 1e-9
     assert (found["explained"], found["p_value"]) == (0, 1)
 
 
 def test_other_data_distort_more_the_farther_they_are(case):
-    spread = {
-        source: networks.compare(case, Recipe(matrix="fisher", source=source))["spread"] for source in networks.SOURCES
-    }
+    spread = {source: networks.compare(case, "fisher", source)["spread"] for source in networks.SOURCES}
     assert pytest.approx(spread["training"], abs=1e-9) == 0
     assert 0 < spread["unseen"] < spread["shifted"]
 
 
 def test_large_damping_leaves_isotropy(case):
-    flat = networks.compare(case, Recipe(matrix="isotropic", source="noise"))
-    damped = networks.compare(case, Recipe(matrix="fisher", source="noise"), damping=1e9)
+    flat = networks.compare(case, "isotropic", "noise")
+    damped = networks.compare(case, "fisher", "noise", damping=1e9)
     assert damped["spearman"] == pytest.approx(flat["spearman"], abs=1e-6)
     assert damped["spread"] == pytest.approx(flat["spread"], rel=1e-5)
 
@@ -69,15 +67,14 @@ def test_sources_are_what_their_names_say():
 
 def test_model_labels_follow_the_model():
     logits = np.tile([[4.0, 0.0, -4.0]], (3000, 1))
-    drawn = networks._labels("model", None, logits, seed=0)
+    drawn = networks._drawn_labels(logits, seed=0)
     p = np.exp(logits[0]) / np.exp(logits[0]).sum()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, p, atol=0.02)
 
 
-def test_sweep_has_every_n_and_every_damping(case):
-    found = networks.sweep([case], [Recipe(matrix="fisher", source="unseen")], counts=[10, 40], dampings=[0.1, 10.0])
-    assert found[found["axis"] == "n"]["n"].tolist() == [10, 40]
-    assert found[found["axis"] == "damping"]["damping"].tolist() == [0.1, 10.0]
+def test_a_table_has_every_n_and_every_damping(case):
+    found = networks.table([case], [("fisher", "unseen")], counts=[10, 40], dampings=[0.1, 10.0], n_permutations=1)
+    assert found[["n", "damping"]].to_numpy().tolist() == [[10, 0.1], [10, 10], [40, 0.1], [40, 10]]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,6 @@ def test_sweep_has_every_n_and_every_damping(case):
         (lambda p: networks.proxies(p, "trainig", 5), "did you mean 'training'"),
         (lambda p: networks.proxies(p, "training", 31), "n: 31 given, .* at most 30"),
         (lambda p: networks.proxies(p, "unseen", 0), "n: 0 given"),
-        (lambda p: networks._labels("true", None, np.zeros((3, 2)), seed=0), "no true label"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):
@@ -94,10 +90,15 @@ def test_what_is_wrong_is_named(call, message):
         call(small("binary_rings")[0])
 
 
+def test_an_empirical_fisher_needs_true_labels(case):
+    with pytest.raises(ValueError, match="source: inputs of 'noise' have no true label"):
+        networks.form(case, "empirical_fisher", "noise")
+
+
 def test_differences_from_isotropy_are_paired_by_case_and_proxies():
     """Closed form: two cases whose levels differ by far, the second matrix 0.1 and 0.3 above isotropy in each."""
     rows = [
-        {"problem": "p", "seed": seed, "source": source, "labels": "none", "n": 9, "damping": 1.0, "matrix": matrix,
+        {"problem": "p", "seed": seed, "source": source, "n": 9, "damping": 1.0, "matrix": matrix,
          "spread": 10 * seed + (100 if source == "noise" else 0) + gain}
         for seed in (0, 1)
         for source in ("unseen", "noise")

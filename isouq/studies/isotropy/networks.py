@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,10 @@ Array = NDArray[np.float64]
 
 # Where proxy data come from: the training data, and then sources that are farther and farther from them.
 SOURCES = ("training", "unseen", "shifted", "other problem", "noise")
-MATRICES = ("isotropic", "empirical_fisher", "fisher")
+# An empirical Fisher has the true labels of its inputs, or labels that are drawn from the network.
+MATRICES = ("isotropic", "fisher", "empirical_fisher", "empirical_fisher_model")
+# Matrix and source; only the first three sources have true labels.
+RECIPES = tuple((m, source) for m in MATRICES for source in (SOURCES[:3] if m == "empirical_fisher" else SOURCES))
 PARTNER = {
     "binary_rings": "multiclass_spirals",
     "binary_xor": "multiclass_clusters",
@@ -32,32 +35,6 @@ PARTNER = {
     "multiclass_clusters": "binary_rings",
 }
 SHIFT = np.array([1.5, 0.0])
-RECIPE = ("matrix", "source", "labels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One way to make a covariance: the matrix, the source of its inputs, and its labels.
-
-    matrix: one of MATRICES. labels: of an empirical Fisher, "true" or "model" (sampled from the network), else "none".
-    """
-
-    matrix: str
-    source: str = "training"
-    labels: str = "none"
-
-    def __post_init__(self) -> None:
-        require.one_of("matrix", self.matrix, MATRICES)
-        require.one_of("source", self.source, SOURCES)
-        require.one_of("labels", self.labels, ("true", "model") if self.matrix == "empirical_fisher" else ("none",))
-
-
-RECIPES = (
-    *(Recipe(matrix="isotropic", source=source) for source in SOURCES),
-    *(Recipe(matrix="fisher", source=source) for source in SOURCES),
-    *(Recipe(matrix="empirical_fisher", source=source, labels="true") for source in SOURCES[:3]),
-    *(Recipe(matrix="empirical_fisher", source=source, labels="model") for source in SOURCES),
-)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,64 +85,75 @@ def proxies(problem: Problem, source: str, n: int) -> tuple[Array, NDArray[np.in
     return (inputs + SHIFT if source == "shifted" else inputs), targets
 
 
-def form(case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0) -> Array:
-    """Return gᵀΣg (point,) with the covariance of `recipe` from n proxies (default: as many as training examples).
+def form(case: Case, matrix: str, source: str = "training", *, n: int | None = None, damping: float = 1.0) -> Array:
+    """Return gᵀΣg (point,) with a `matrix` made from n proxies (default: as many as training examples).
 
     damping: λ in units of α/n, the prior's mean precision over the number of training examples, for which Σ(λ) has the
     shape of Laplace's covariance.
     """
+    require.one_of("matrix", matrix, MATRICES)
     problem, g = case.problem, case.g
-    if recipe.matrix == "isotropic":
+    if matrix == "isotropic":
         return np.square(g).sum(1)
     require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
-    inputs, targets = proxies(problem, recipe.source, len(problem.inputs) if n is None else n)
+    inputs, labels = proxies(problem, source, len(problem.inputs) if n is None else n)
     J, logits = point.jacobian(problem, case.theta, inputs)
-    if recipe.matrix == "fisher":
+    if matrix == "fisher":
         rows = covariance.fisher_rows(J, logits)
     else:
-        rows = covariance.scores(J, logits, _labels(recipe.labels, targets, logits, seed=problem.seed))
+        labels = _drawn_labels(logits, seed=problem.seed) if matrix == "empirical_fisher_model" else labels
+        if labels is None:
+            raise ValueError(f"source: inputs of {source!r} have no true label; 'empirical_fisher_model' needs none")
+        rows = covariance.scores(J, logits, labels)
     unit = float(np.mean(problem.model.scales() ** -2.0) / len(problem.inputs))
     return covariance.from_rows(rows, n_examples=len(inputs)).quadratic_form(g, damping=damping * unit)
 
 
-def _labels(whose: str, true: NDArray | None, logits: Array, *, seed: int) -> NDArray:
-    if whose == "model":
-        z = np.concatenate([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
-        # Gumbel's trick: a draw from the softmax
-        return (z + np.random.default_rng([seed, 2]).gumbel(size=z.shape)).argmax(1)
-    if true is None:
-        raise ValueError(f"labels: {whose!r} asked for inputs that have no true label; 'model' wanted")
-    return true
+def _drawn_labels(logits: Array, *, seed: int) -> NDArray[np.int64]:
+    z = np.concatenate([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
+    # Gumbel's trick: a draw from the softmax
+    return (z + np.random.default_rng([seed, 2]).gumbel(size=z.shape)).argmax(1)
 
 
 def compare(
-    case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
+    case: Case, matrix: str, source: str, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
 ) -> dict[str, object]:
     """Compare `form` with MCMC's variance: a row of the study's table.
 
     spearman: rank correlation over the grid. spread: of the distortion field, in nats. explained, by_chance,
     beyond_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
     """
-    n = len(case.problem.inputs) if n is None else n
-    estimate = form(case, recipe, n=n, damping=damping)
+    problem, n = case.problem, len(case.problem.inputs) if n is None else n
+    estimate = form(case, matrix, source, n=n, damping=damping)
     field = distortion(estimate, case.variance)
-    near = nearness(case.problem.grid, proxies(case.problem, recipe.source, n)[0])
-    shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
-    by_nearness = structure(field, near, shifts)
+    shifts = grid_shifts(problem.shape, n_permutations, seed=problem.seed)
+    by_nearness = structure(field, nearness(problem.grid, proxies(problem, source, n)[0]), shifts)
     return {
-        **{"problem": case.problem.name, "seed": case.problem.seed, **vars(recipe), "n": n, "damping": damping},
-        **{"spearman": spearman(estimate, case.variance), "spread": float(field.std())},
+        **{"problem": problem.name, "seed": problem.seed, "matrix": matrix, "source": source, "n": n},
+        **{"damping": damping, "spearman": spearman(estimate, case.variance), "spread": float(field.std())},
         **{"beyond_chance": by_nearness.beyond_chance, **vars(by_nearness)},
     }
 
 
-def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options: Any) -> pd.DataFrame:
-    """One row per case and recipe; `options` are those of `compare`."""
-    return pd.DataFrame([compare(case, recipe, **options) for case in cases for recipe in recipes])
+def table(
+    cases: Sequence[Case],
+    recipes: Sequence[tuple[str, str]] = RECIPES,
+    *,
+    counts: Sequence[int | None] = (None,),
+    dampings: Sequence[float] = (1.0,),
+    n_permutations: int = 199,
+) -> pd.DataFrame:
+    """One row of `compare` for every case, (matrix, source), number of proxies and damping."""
+    every = itertools.product(counts, dampings, cases, recipes)
+    return pd.DataFrame(
+        [compare(case, *recipe, n=n, damping=d, n_permutations=n_permutations) for n, d, case, recipe in every]
+    )
 
 
-def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = RECIPE) -> pd.DataFrame:
-    """Return each recipe minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
+def against_isotropic(
+    table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("matrix", "source")
+) -> pd.DataFrame:
+    """Return each matrix minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
 
     One row per combination of `by`, with n_cases and for every column c its c, c_low, c_high (NaN for one case).
     """
@@ -184,12 +172,3 @@ def interval(values: pd.DataFrame) -> dict[str, float]:
     reach = stats.t.ppf(0.975, max(1, len(values) - 1)) * values.sem()
     parts = {"": values.mean(), "_low": values.mean() - reach, "_high": values.mean() + reach}
     return {f"{column}{end}": float(part[column]) for column in values for end, part in parts.items()}
-
-
-def sweep(
-    cases: Sequence[Case], recipes: Sequence[Recipe], *, counts: Sequence[int], dampings: Sequence[float]
-) -> pd.DataFrame:
-    """Return rows over n (at damping 1) and over λ (at the training data's n); the column axis says which."""
-    over_n = [table(cases, recipes, n=n, n_permutations=1).assign(axis="n") for n in counts]
-    over_damping = [table(cases, recipes, damping=d, n_permutations=1).assign(axis="damping") for d in dampings]
-    return pd.concat([*over_n, *over_damping], ignore_index=True)

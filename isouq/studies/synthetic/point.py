@@ -200,19 +200,3 @@ def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:
         linear.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
         modules += [linear, activation()]
     return torch.nn.Sequential(*modules[:-1]).eval()
-
-
-def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
-    """Return other parameters of the same function: the first hidden layer times `factor`, the next divided by it.
-
-    Raises ValueError unless the network has a hidden layer of ReLU units and `factor` is above 0.
-    """
-    network, theta, factor = model.network, model.parameters(theta), require.number("factor", factor, 0.0)
-    if network.activation != "relu" or network.depth < 1:
-        given = f"a {network.activation} network of depth {network.depth} given"
-        raise ValueError(f"model: {given}, a hidden layer of relu units wanted")
-    (fan_in, width), (_, fan_out) = network.shapes[:2]
-    first, second = (fan_in + 1) * width, width * fan_out
-    scale = np.ones(len(theta))
-    scale[:first], scale[first : first + second] = factor, 1 / factor
-    return scale * theta

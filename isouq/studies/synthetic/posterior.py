@@ -217,36 +217,25 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     Folded: the same R-hat on |value − median|, which catches chains that differ in spread and not in place.
     E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
     """
-    rhat, rhat_folded, ess = _convergence(values)
+    values = require.numbers("values", values, 4, finite=None)
     if divergent.shape != values.shape[:2] or energy.shape != values.shape[:2]:
         raise ValueError(f"divergent, energy: {divergent.shape}, {energy.shape} given, {values.shape[:2]} wanted")
-    return Diagnostics(
-        rhat=rhat,
-        rhat_folded=rhat_folded,
-        ess=ess,
+    flat, half = values.reshape(*values.shape[:2], -1), values.shape[1] // 2
+    found = []
+    # in blocks, since the Fourier transforms of all points at once would fill the memory
+    for block in np.array_split(flat, max(1, flat.shape[2] // 100), axis=2):
+        ranked, folded = _rank_normalised(block), _rank_normalised(np.abs(block - np.median(block, axis=(0, 1))))
+        split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
+        found.append((split_gelman_rubin(ranked), split_gelman_rubin(folded), effective_sample_size(split)))
+    rhat, rhat_folded, ess = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Diagnostics(  # a NaN anywhere makes these NaN, which no gate passes
+        rhat=float(rhat.max()),
+        rhat_folded=float(rhat_folded.max()),
+        ess=float(ess.min()),
         n_divergent=int(divergent.sum()),
         efmi=float(np.min(np.square(np.diff(energy, axis=1)).mean(axis=1) / energy.var(axis=1))),
         seconds=seconds,
     )
-
-
-def _convergence(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the largest split and folded R-hat and the smallest ESS of (chain, draw, point, class).
-
-    A NaN anywhere makes them NaN, which no gate passes.
-    """
-    values = require.numbers("values", values, 4, finite=None).reshape(*values.shape[:2], -1)
-    worst = []
-    # in blocks, since the Fourier transforms of all points at once would fill the memory
-    for block in np.array_split(values, max(1, values.shape[2] // 100), axis=2):
-        folded = np.abs(block - np.median(block, axis=(0, 1)))
-        ranked = _rank_normalised(block)
-        half = ranked.shape[1] // 2
-        split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
-        rhats = (split_gelman_rubin(ranked).max(), split_gelman_rubin(_rank_normalised(folded)).max())
-        worst.append((*rhats, effective_sample_size(split).min()))
-    rhat, rhat_folded, ess = zip(*worst, strict=True)
-    return float(np.max(rhat)), float(np.max(rhat_folded)), float(np.min(ess))
 
 
 def _rank_normalised(values: np.ndarray) -> np.ndarray:
