@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -168,11 +168,6 @@ class Mcmc(Parameters):
     size_widths: Several[Count]
     size_depths: NotEmpty[Count]
     size_seeds: Count
-
-    @staticmethod
-    def problems() -> list[str]:
-        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
-        return list(get_args(SyntheticProblem))
 
 
 class LlmQa(Parameters):

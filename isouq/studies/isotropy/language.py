@@ -1,7 +1,7 @@
 """A real language model with all its parameters: how an exact empirical Fisher of proxies changes its answers' U_E.
 
 Proxies give the rows of F; queries are the answers that are scored. Only inner products of gradients are formed
-(`covariance.LowRank`), so F is exact for a model of any size.
+(`covariance.from_products`), so F is exact for a model of any size.
 """
 
 from __future__ import annotations

@@ -176,19 +176,19 @@ def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
     """
     name = job.file()
     for file in (Path(folder) / name for folder in folders):
-        if file.exists() and (stored := _read(file, job)).get("version") == posterior.VERSION:
+        if file.exists() and (stored := _read(file)).get("version") == posterior.VERSION:
             return stored
     return None
 
 
-def _read(file: Path, job: Job) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored.get("content") != digest({name: value for name, value in stored.items() if name != "content"}):
             raise ValueError("its content is not what was written")
-        own = Job(**{**stored["job"], "settings": Settings(**stored["job"]["settings"])})
-        if own != job and own.file() != job.file():
-            raise ValueError(f"it belongs to {own.file()}")
+        own = Job(**{**stored["job"], "settings": Settings(**stored["job"]["settings"])}).file()
+        if own != file.name:
+            raise ValueError(f"it belongs to {own}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
         raise ValueError(f"{file} is not a record of a job, or not of this one ({error}); {advice}") from error
