@@ -136,7 +136,7 @@ ROWS_OF = {
         "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
         "seconds": (0.0, ""),
     },
-    posterior.isotropy: {"draws": (DRAWS, "alone"), "n_pairs": (50, "count")},
+    posterior.isotropy: {"draws": (DRAWS, "alone")},
     problems.make: {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "n_examples": (9, "count or None"), "model": (None, ""),
         "resolution": (5, "count or None"),

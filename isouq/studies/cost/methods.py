@@ -63,15 +63,10 @@ def _backward(case: Texts) -> Tensor:
     return torch.stack(norms)
 
 
-@contextmanager
-def _activations(case: Texts) -> Iterator[Run]:
+def _activations(case: Texts) -> None:
     """Run a forward pass that keeps its activations, from which every backward pass starts."""
     with differentiable(case.model, select_parameters(case.model)):
-
-        def run() -> None:
-            case.objective(case.model, case.ids)
-
-        yield run
+        case.objective(case.model, case.ids)
 
 
 @contextmanager
@@ -192,7 +187,7 @@ def _p_true(case: Texts) -> None:
 METHODS: dict[str, Method] = {
     "forward": _plain(_forward),
     "forward_answer": _plain(_forward_answer),
-    "activations": _activations,
+    "activations": _plain(_activations),
     "activation_gradient": _activation_gradient,
     "ghost": _plain(_isouq, engine="ghost"),
     "token_mean": _plain(_token_mean),

@@ -192,7 +192,6 @@ def measure(
     *,
     checkpoint: Path | None = None,
     memory: float = 2e9,
-    progress: bool = False,
 ) -> Study:
     """Compute all inner products of the proxies' gradients with each other and with the queries'.
 
@@ -205,7 +204,7 @@ def measure(
     rows, asked = examples(proxies), examples(queries)
     opened = contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, (proxies, queries), memory)
     with opened as store:
-        gram = scoring.gram(model, rows, asked, memory=memory, progress=progress, checkpoint=store)
+        gram = scoring.gram(model, rows, asked, memory=memory, checkpoint=store)
     log_prob, _ = scoring.log_probs(model, asked)
     arrays = {"gram": gram.rows, "products": gram.between.T, "squares": gram.squares, "log_prob": log_prob}
     return Study(proxies=proxies, queries=queries, **{name: value.numpy() for name, value in arrays.items()})

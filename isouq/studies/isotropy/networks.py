@@ -48,9 +48,9 @@ class Case:
     passed: bool
 
 
-def solve(problem: Problem, settings: Settings, folder: str | Path | None = None, *, n_starts: int = 8) -> Case:
+def solve(problem: Problem, settings: Settings, folder: str | Path | None = None) -> Case:
     """Find the MAP and sample the posterior (or read its draws from `folder`)."""
-    best = point.find_map(problem, n_starts=n_starts, seed=problem.seed)
+    best = point.find_map(problem, seed=problem.seed)
     classes = point.predicted_classes(problem, best.theta)
     drawn = cache.draw(problem, settings, folder)
     return Case(

@@ -67,14 +67,11 @@ def differences(
     return figure
 
 
-def sweeps(
-    panels_: Mapping[str, tuple[pd.DataFrame, str, str]], *, ylabel: str, reference: float | None = 0.0
-) -> Figure:
+def sweeps(panels_: Mapping[str, tuple[pd.DataFrame, str, str]], *, ylabel: str, reference: float = 0.0) -> Figure:
     """Draw lines against n or λ. Each entry is (table, x, xlabel), the table with the columns of `_lines`."""
     figure, axes = panels(len(panels_), aspect=0.85, sharey=True)
     for ax, (title, (table, x, xlabel)) in zip(axes[0], panels_.items(), strict=True):
-        if reference is not None:
-            ax.axhline(reference, **GUIDE)
+        ax.axhline(reference, **GUIDE)
         _lines(table, x, ax)
         ax.set(xscale="log", xlabel=xlabel, title=title)
     axes[0, 0].set_ylabel(ylabel)

@@ -165,13 +165,12 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
 
 
 @float64
-def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
+def sample(problem: Problem, settings: Settings) -> Posterior:
     """Draw from the posterior of θ with chains that each start at a draw of the prior, and judge the draws.
 
     A posterior that fails the gate is returned too; see `diagnostics.failures`.
     Raises ValueError before sampling when the draws would not fit in memory.
     """
-    settings = settings or Settings()
     settings.require_memory(problem)
     begun = time.perf_counter()
     start_key, run_key = jax.random.split(jax.random.key(settings.seed))
@@ -272,7 +271,7 @@ def _halves(values: np.ndarray, statistic: Callable) -> np.ndarray:
     return np.stack([statistic(half, axis=(0, 1)) for half in (values[:middle], values[middle:])])
 
 
-def isotropy(draws: np.ndarray, *, n_pairs: int = 2000) -> float:
+def isotropy(draws: np.ndarray) -> float:
     """Return tr(Σ)² / (P tr(Σ²)) of the posterior's covariance Σ: 1 when Σ ∝ I, 1/P when it has one direction.
 
     From differences of draws of two chains at the same place, (θ − θ′)/√2, which have covariance Σ and no mean
@@ -283,8 +282,8 @@ def isotropy(draws: np.ndarray, *, n_pairs: int = 2000) -> float:
     draws = require.numbers("draws", draws, 3, least=4)
     if (draws == draws[0, 0]).all():
         raise ValueError("draws: all the same, ones with a covariance wanted")
-    pairs, _ = len(draws) // 2, require.count("n_pairs", n_pairs)
-    step = max(1, pairs * draws.shape[1] // n_pairs)
+    pairs = len(draws) // 2
+    step = max(1, pairs * draws.shape[1] // 2000)  # so many differences tell as much as all of them
     differences = (draws[:pairs] - draws[pairs : 2 * pairs])[:, ::step] / np.sqrt(2)
     traces = np.square(differences).sum(axis=2).mean(axis=1)
     cross = [(i, j) for i in range(pairs) for j in range(i)]
