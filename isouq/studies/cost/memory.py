@@ -6,7 +6,6 @@ what the method needs above the model. `measure` starts the process that loads a
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -78,7 +77,7 @@ def _measure(
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not look for a team of threads that it does not have
     with suppress(ImportError):
-        importlib.import_module("opacus.grad_sample")  # before the forks, none of which then pays for it
+        import opacus.grad_sample  # noqa: F401  # before the forks, none of which then pays for it
     case = cases.texts(*assets.load_causal_lm(model), **sizes, seed=seed)
     weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
     for p in case.model.parameters():
