@@ -20,8 +20,8 @@ def points(rng):
 
 def test_equal_covariances_are_not_distorted(rng):
     g, rows = rng.normal(size=(N, 30)), rng.normal(size=(10, 30))
-    first = covariance.from_rows(rows, "empirical_fisher").quadratic_form(g, damping=0.1)
-    second = covariance.from_products(rows @ rows.T, "empirical_fisher").quadratic_form(
+    first = covariance.from_rows(rows).quadratic_form(g, damping=0.1)
+    second = covariance.from_products(rows @ rows.T).quadratic_form(
         covariance.Products(np.square(g).sum(1), g @ rows.T), damping=0.1
     )
     field = distortion.distortion(first, second)

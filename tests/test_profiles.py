@@ -217,13 +217,13 @@ def test_no_field_of_any_schema_takes_an_infinite_repeated_empty_or_blank_value(
         (["owner/a_b", "owner/a-b"], "would name its results 'owner-a-b', as 'owner/a_b' does"),
         (["{0}/m", "{0}/other/../m"], "would name its results 'm'"),
         (["{0}/m", "{0}/n/m"], "/m' does; keep or rename one"),
-        (["{0}/mlp"], "would name its results 'mlp', as a chapter does"),
+        (["{0}/machine"], "would name its results 'machine', as a chapter does"),
         (["https://huggingface.co/owner/some"], "is no model of the manifest, Hub id or folder"),
         (["{0}/gone"], "is no model of the manifest, Hub id or folder"),
     ],
 )
 def test_models_whose_results_could_not_be_told_apart_are_refused(tmp_path, models, message):
-    for folder in ("m", "n/m", "other", "mlp"):
+    for folder in ("m", "n/m", "other", "machine"):
         (tmp_path / folder).mkdir(parents=True)
     models = [model.format(tmp_path) for model in models]
     (line,) = complaints(written(tmp_path, notebooks={"04_llm_qa": {"models": models}}))

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from isouq.pipeline import profiles, schemas
 from isouq.pipeline.profiles import ProfileError
@@ -46,7 +46,7 @@ class Graph:
     @property
     def problems(self) -> list[str]:
         """The problems whose posteriors are sampled before 03_mcmc starts."""
-        return schemas.Mcmc.problems() if "03_mcmc" in self.sections else []
+        return list(get_args(schemas.SyntheticProblem)) if "03_mcmc" in self.sections else []
 
     def before(self, chapter: str) -> list[str]:
         """Return the files of the jobs that have to be done before a notebook starts."""

@@ -1,6 +1,5 @@
 """Run one notebook and record what ran, on what, from what; join the results of all."""
 
-import csv
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,6 +11,8 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from isouq.studies.assets import manifest
 from isouq.studies.identity import PACKAGE, module_files
@@ -147,10 +148,8 @@ def _failure(error: Exception, source: Path, kept: Path) -> str:
 
 def _timing(path: Path) -> tuple[float, float | None]:
     """Return seconds and peak resident megabytes (None: too short to be seen) of a benchmark table."""
-    with path.open(encoding="utf-8") as stream:
-        fields = next(csv.DictReader(stream, delimiter="\t"))
-    peak = fields["max_rss"]
-    return float(fields["s"]), None if peak in {"-", "NA"} else float(peak)
+    job = pd.read_csv(path, sep="\t", na_values="-").iloc[0]
+    return float(job["s"]), None if pd.isna(job["max_rss"]) else float(job["max_rss"])
 
 
 def _hashes(files: Iterable[Path]) -> dict[str, str]:
@@ -190,9 +189,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor()

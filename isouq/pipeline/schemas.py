@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,7 +16,7 @@ from isouq.studies.results import key_of
 
 CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 SET_BY_PIPELINE = {"profile", "results_path"}
-_TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
+_TAKEN = {"machine", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
@@ -169,11 +169,6 @@ class Mcmc(Parameters):
     size_depths: NotEmpty[Count]
     size_seeds: Count
 
-    @staticmethod
-    def problems() -> list[str]:
-        """Return the problems whose posteriors can be sampled before the notebook starts, a job each."""
-        return list(get_args(SyntheticProblem))
-
 
 class LlmQa(Parameters):
     """Real language models on real questions.
@@ -246,7 +241,6 @@ class Cost(Parameters):
     n_examples: Count
     n_tokens: Annotated[int, Field(ge=2)]
     n_answer: Count
-    n_points: Count
     n_rounds: Count
     n_rival_rounds: Count
     n_sweep_rounds: Count
@@ -254,7 +248,6 @@ class Cost(Parameters):
     sweep_tokens: Several[Annotated[int, Field(ge=2)]]
     sweep_answers: Several[Count]
     sweep_examples: Several[Count]
-    sweep_widths: Several[Annotated[int, Field(ge=64, multiple_of=64)]]
 
     @pydantic.model_validator(mode="after")
     def _answer_in_text(self) -> "Cost":

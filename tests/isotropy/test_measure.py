@@ -16,11 +16,9 @@ ROWS = examples((9, 5, 7, 8), (3, 1, 2, 5), seed=1)
 OTHERS = examples((6, 9, 4), (2, 4, 1), seed=2)
 
 
-def texts(sequences) -> language.Texts:
-    ids = [(tokens.tolist(), n_answer) for tokens, n_answer in sequences]
-    prompts, answers = [tokens[:-n] for tokens, n in ids], [tokens[-n:] for tokens, n in ids]
-    table = pd.DataFrame({"kind": ["a"] * len(ids)})
-    return language.Texts(prompts=prompts, answers=answers, table=table, vocabulary="v")
+def texts(sequences) -> pd.DataFrame:
+    rows = [("a", tokens[:-n].tolist(), tokens[-n:].tolist()) for tokens, n in sequences]
+    return pd.DataFrame(rows, columns=["kind", "prompt_ids", "answer_ids"])
 
 
 @pytest.mark.parametrize("change", ["nothing", "examples", "model", "code"])

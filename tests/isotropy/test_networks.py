@@ -1,4 +1,4 @@
-"""The study on small networks: its matrices are those of another framework, and it finds what was put in."""
+"""The study on small networks: its matrices are what they are called, and it finds what was put in."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from isouq.studies.isotropy import covariance, networks
-from isouq.studies.isotropy.networks import Case, Recipe
+from isouq.studies.isotropy.networks import Case
 from isouq.studies.synthetic import point, problems
 
 
@@ -22,40 +22,33 @@ def case():
     problem, theta = small("multiclass_clusters")
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
     blank = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
-    return replace(blank, variance=3 * networks.form(blank, Recipe(matrix="fisher")))
+    return replace(blank, variance=3 * networks.form(blank, "fisher"))
 
 
 @pytest.mark.parametrize("name", ["binary_rings", "multiclass_spirals"])
-def test_fisher_and_hessian_are_those_that_jax_computes(name):
+def test_the_fisher_is_the_ggn(name):
     problem, theta = small(name)
     prior = np.diag(problem.model.scales() ** -2.0)
-    jac, logits = networks.jacobian(problem, theta, problem.inputs)
-    rows = covariance.fisher_rows(jac, logits)
+    rows = covariance.fisher_rows(*point.jacobian(problem, theta, problem.inputs))
     np.testing.assert_allclose(rows.T @ rows + prior, point.ggn(problem, theta), rtol=1e-9, atol=1e-12)
-    case = Case(problem=problem, theta=theta, g=np.ones((2, len(theta))), variance=np.ones(2), passed=True)
-    laplace = networks.build(case, Recipe(matrix="hessian"))
-    expected = np.linalg.eigvalsh(point.hessian(problem, theta)) / 30
-    np.testing.assert_allclose(laplace.eigenvalues, expected, atol=1e-9 * np.abs(expected).max())
 
 
 def test_the_covariance_that_made_the_variance_is_found_undistorted(case):
-    found = networks.compare(case, Recipe(matrix="fisher"))
+    found = networks.compare(case, "fisher", "training")
     assert found["spearman"] == pytest.approx(1)
     assert found["spread"] < 1e-9
     assert (found["explained"], found["p_value"]) == (0, 1)
 
 
 def test_other_data_distort_more_the_farther_they_are(case):
-    spread = {
-        source: networks.compare(case, Recipe(matrix="fisher", source=source))["spread"] for source in networks.SOURCES
-    }
+    spread = {source: networks.compare(case, "fisher", source)["spread"] for source in networks.SOURCES}
     assert pytest.approx(spread["training"], abs=1e-9) == 0
     assert 0 < spread["unseen"] < spread["shifted"]
 
 
 def test_large_damping_leaves_isotropy(case):
-    flat = networks.compare(case, Recipe(matrix="isotropic", source="noise"))
-    damped = networks.compare(case, Recipe(matrix="fisher", source="noise"), damping=1e9)
+    flat = networks.compare(case, "isotropic", "noise")
+    damped = networks.compare(case, "fisher", "noise", damping=1e9)
     assert damped["spearman"] == pytest.approx(flat["spearman"], abs=1e-6)
     assert damped["spread"] == pytest.approx(flat["spread"], rel=1e-5)
 
@@ -72,30 +65,16 @@ def test_sources_are_what_their_names_say():
     assert (again == drawn["noise"][0]).all()
 
 
-def test_model_labels_follow_the_model_and_shuffled_ones_do_not(case):
+def test_model_labels_follow_the_model():
     logits = np.tile([[4.0, 0.0, -4.0]], (3000, 1))
-    rng = np.random.default_rng(0)
-    drawn = networks._labels("model", None, logits, rng)
+    drawn = networks._drawn_labels(logits, seed=0)
     p = np.exp(logits[0]) / np.exp(logits[0]).sum()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, p, atol=0.02)
-    true = np.arange(30) % 3
-    shuffled = networks._labels("shuffled", true, logits[:30], rng)
-    assert (np.sort(shuffled) == np.sort(true)).all()
-    assert (shuffled != true).any()
 
 
-def test_sweep_has_every_n_and_every_damping(case):
-    found = networks.sweep([case], [Recipe(matrix="fisher", source="unseen")], counts=[10, 40], dampings=[0.1, 10.0])
-    assert found[found["axis"] == "n"]["n"].tolist() == [10, 40]
-    assert found[found["axis"] == "damping"]["damping"].tolist() == [0.1, 10.0]
-
-
-def test_a_saddle_gives_no_row():
-    problem, theta = small("binary_rings")
-    assert np.linalg.eigvalsh(point.hessian(problem, theta)).min() < 0
-    g = point.gradients(problem, theta, point.predicted_classes(problem, theta))
-    case = Case(problem=problem, theta=theta, g=g, variance=np.ones(len(g)), passed=True)
-    assert networks.compare(case, Recipe(matrix="hessian")) is None
+def test_a_table_has_every_n_and_every_damping(case):
+    found = networks.table([case], [("fisher", "unseen")], counts=[10, 40], dampings=[0.1, 10.0], n_permutations=1)
+    assert found[["n", "damping"]].to_numpy().tolist() == [[10, 0.1], [10, 10], [40, 0.1], [40, 10]]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +83,6 @@ def test_a_saddle_gives_no_row():
         (lambda p: networks.proxies(p, "trainig", 5), "did you mean 'training'"),
         (lambda p: networks.proxies(p, "training", 31), "n: 31 given, .* at most 30"),
         (lambda p: networks.proxies(p, "unseen", 0), "n: 0 given"),
-        (lambda p: networks._labels("true", None, np.zeros((3, 2)), np.random.default_rng(0)), "no true label"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):
@@ -112,10 +90,15 @@ def test_what_is_wrong_is_named(call, message):
         call(small("binary_rings")[0])
 
 
+def test_an_empirical_fisher_needs_true_labels(case):
+    with pytest.raises(ValueError, match="source: inputs of 'noise' have no true label"):
+        networks.form(case, "empirical_fisher", "noise")
+
+
 def test_differences_from_isotropy_are_paired_by_case_and_proxies():
     """Closed form: two cases whose levels differ by far, the second matrix 0.1 and 0.3 above isotropy in each."""
     rows = [
-        {"problem": "p", "seed": seed, "source": source, "labels": "none", "n": 9, "damping": 1.0, "matrix": matrix,
+        {"problem": "p", "seed": seed, "source": source, "n": 9, "damping": 1.0, "matrix": matrix,
          "spread": 10 * seed + (100 if source == "noise" else 0) + gain}
         for seed in (0, 1)
         for source in ("unseen", "noise")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from isouq.studies import plotting
-from isouq.studies.isotropy import plots, spectra
+from isouq.studies.isotropy import plots
 from isouq.studies.synthetic import problems
 
 
@@ -37,26 +37,14 @@ def test_differences_put_each_interval_in_its_row():
     assert len(ax.collections[0].get_segments()) == 2
 
 
-def test_rank_lines_are_ranks_and_movers_are_bold():
-    scores = pd.DataFrame({"isotropic": np.arange(30.0), "F": np.r_[29.0, np.arange(1.0, 29), 0.5]})
-    lines = plots.rank_lines(scores, reference="isotropic").get_lines()
-    assert [list(line.get_ydata()) for line in (lines[0], lines[1])] == [[1, 30], [2, 2]]
-    assert lines[0].get_linewidth() > lines[1].get_linewidth()
-
-
 def test_sweeps_have_a_line_for_every_series():
     table = pd.DataFrame({"series": ["a", "a", "b", "b"], "n": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
     ax = plots.sweeps({"t": (table, "n", "n")}, ylabel="y").axes[0]
     assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
 
 
-def test_spectra_are_sorted_and_the_fitted_edges_drawn():
+def test_spectra_are_sorted():
     one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]), ggn=np.ones(2))
     shares = pd.DataFrame({"n_parameters": [3, 9], "series": "s", "value": 0.5, "low": 0.4, "high": 0.6})
-    figure = plots.width_spectra([one], (np.arange(4.0), np.full(4, 0.1)), shares)
+    figure = plots.width_spectra([one], shares)
     assert list(figure.axes[0].get_lines()[0].get_ydata()) == [3, 2, 1]
-    fit = spectra.MarchenkoPastur(scale=1.0, ratio=0.25, n_outliers=0, distance=0.0)
-    plt.figure()
-    lines = plots.gram_spectrum({"k": np.array([0.5, 1.5])}, fit).get_lines()
-    assert list(lines[0].get_ydata()) == [1.5, 0.5]
-    assert [line.get_ydata()[0] for line in lines[1:3]] == [0.25, 2.25]

@@ -6,7 +6,6 @@ what the method needs above the model. `measure` starts the process that loads a
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -16,10 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -27,22 +26,20 @@ from torch.overrides import TorchFunctionMode
 
 from isouq.studies import assets
 from isouq.studies.cost import cases
-from isouq.studies.cost.cases import Case
+from isouq.studies.cost.cases import Texts
 from isouq.studies.cost.methods import A_FEW, GRADIENT_EACH, METHODS
 
-CLASSIFIER = "mlp"  # in place of a model's name: the small classifier of `cases.points`
 FEW = 2  # examples of A_FEW, and those whose gradient is also taken in float64
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 LONGEST = 900  # seconds that a method may take
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """What `measure` returns: `weights`, the bytes of the model, and `table`, a row per method with the columns
 
-    n_examples (how many ran at once), ran_out_at (the fewest examples that did not fit, 0 where all fitted), peak_bytes
-    (above the model; NaN where the method was refused), relative_error (the largest of ‖∇S‖² against float64; NaN where
-    the method does not compute ‖∇S‖²) and refusal (the method's own error text, or "").
+    n_examples (how many ran at once), peak_bytes (above the model; NaN where the method was refused), relative_error
+    (the largest of ‖∇S‖² against float64; NaN where the method does not compute ‖∇S‖²) and refusal (the method's own
+    error text, or "").
     """
 
     weights: int
@@ -52,10 +49,10 @@ class Memory:
 def measure(
     model: str, methods: Sequence[str], *, sizes: dict[str, int], memory_gb: float = 5.0, seed: int = 0
 ) -> Memory:
-    """Measure `methods` on `model` (an asset, a folder, a Hub id, or "mlp"), each in its own process.
+    """Measure `methods` on `model` (an asset, a folder or a Hub id), each in its own process.
 
     Args:
-        sizes: n_examples and, for texts, n_tokens and n_answer.
+        sizes: n_examples, n_tokens and n_answer.
         memory_gb: what a process may take (on Linux). A method of GRADIENT_EACH runs on as many examples as fit; their
             number is halved until they do.
 
@@ -79,10 +76,9 @@ def _measure(
     """Load the model, fork once per method, and return the columns of `Memory` as JSON."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not look for a team of threads that it does not have
-    for peer in ("opacus.grad_sample", "backpack"):
-        with suppress(ImportError):
-            importlib.import_module(peer)
-    case = _case(model, sizes, seed)
+    with suppress(ImportError):
+        import opacus.grad_sample  # noqa: F401  # before the forks, none of which then pays for it
+    case = cases.texts(*assets.load_causal_lm(model), **sizes, seed=seed)
     weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
     for p in case.model.parameters():
         p.data = p.data.clone()  # a fork does not count what is only mapped from the file as its own memory
@@ -92,50 +88,41 @@ def _measure(
     torch.set_num_threads(n_threads)
     truth = _reference(case)
     for row in rows:
-        peak, norms = row.pop("peak", None), row.pop("norms", None) or []
-        row["peak_bytes"] = None if row["refusal"] else max(peak - baseline, 0)
-        row["relative_error"] = max(
-            (abs(norm / true - 1) for norm, true in zip(norms, truth, strict=False)), default=None
-        )
+        errors = [abs(norm / true - 1) for norm, true in zip(row.pop("norms") or [], truth, strict=False)]
+        row["relative_error"] = max(errors, default=None)
+        row["peak_bytes"] = None if row["refusal"] else max(row["peak"] - baseline, 0)
     return {"weights": weights, "rows": rows}
 
 
-def _case(model: str, sizes: dict[str, int], seed: int) -> Case:
-    if model == CLASSIFIER:
-        return cases.points(n_examples=sizes["n_examples"], seed=seed)
-    return cases.texts(*assets.load_causal_lm(model), **sizes, seed=seed)
-
-
-def _row(name: str, case: Case, fork: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def _row(name: str, case: Texts, fork: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Run one method; where a gradient per example does not fit, on half as many examples, and so on."""
     n = min(FEW, len(case)) if name in A_FEW else len(case)
-    ran_out_at = 0
-    while True:
+    reply = fork(partial(_norms, name, case.first(n)))
+    while name in GRADIENT_EACH and reply["out_of_memory"] and n > 1:
+        n //= 2
         reply = fork(partial(_norms, name, case.first(n)))
-        ran_out = reply.pop("out_of_memory", False)
-        if name not in GRADIENT_EACH or not ran_out or n == 1:
-            return {"method": name, "n_examples": n, "ran_out_at": ran_out_at, "refusal": "", **reply}
-        ran_out_at, n = n, n // 2
+    return {"method": name, "n_examples": n, **reply}
 
 
-def _norms(name: str, case: Case) -> list[float] | None:
+def _norms(name: str, case: Texts) -> list[float] | None:
     with METHODS[name](case) as run:
         norms = run()
     return None if norms is None else norms.double().tolist()
 
 
 def _in_fork(function: Callable[[], Any], *, limit: int, n_threads: int) -> dict[str, Any]:
-    """Call `function` in a fork and return what it returns (norms) or the words with which it fails, and the peak."""
+    """Call `function` in a fork: what it returns (norms) or the words with which it fails (refusal), and the peak."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_report, args=(function, send, limit, n_threads))
     child.start()
     send.close()
+    reply: dict[str, Any] = {"norms": None, "refusal": "", "out_of_memory": False}
     try:
-        return receive.recv()
+        return reply | receive.recv()
     except EOFError:
         child.join()
-        return {"refusal": f"the process ended with status {child.exitcode}", "out_of_memory": True}
+        return reply | {"refusal": f"the process ended with status {child.exitcode}", "out_of_memory": True}
 
 
 def _report(function: Callable[[], Any], send: Connection, limit: int, n_threads: int) -> None:
@@ -162,11 +149,10 @@ class _Double(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _reference(case: Case) -> list[float]:
+def _reference(case: Texts) -> list[float]:
     """Return ‖∇S‖² of the first examples in float64, by the engine that takes one example at a time."""
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.first(FEW).inputs)
     with _Double():
-        scores = replace(case, model=case.model.double(), inputs=inputs).scores(engine="autograd")
+        scores = replace(case.first(FEW), model=case.model.double()).scores(engine="autograd")
     return (scores.log_epistemic - 2 * scores.log_prob).exp().tolist()
 
 

@@ -6,7 +6,6 @@ examples. A method that computes ‖∇S‖² returns it from that function, (ex
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from isouq.gradients.model import differentiable, select_parameters
-from isouq.studies.cost.cases import Case, Texts
+from isouq.studies.cost.cases import Texts
 from isouq.studies.qa.sentences import SentenceEncoder
 
 Run = Callable[[], Tensor | None]
@@ -35,7 +34,7 @@ def _plain(function: Callable[..., Tensor | None], **options: Any) -> Method:
 # ── Ours, and what a forward and a backward pass cost ──────────────────────────────────────────────────────────
 
 
-def _isouq(case: Case, engine: str) -> Tensor:
+def _isouq(case: Texts, engine: str) -> Tensor:
     scores = case.scores(engine=engine)
     return (scores.log_epistemic - 2 * scores.log_prob).exp()
 
@@ -45,37 +44,29 @@ def _token_mean(case: Texts) -> None:
 
 
 @torch.no_grad()
-def _forward_answer(case: Case) -> None:
-    case.objective(case.model, *case.inputs)
+def _forward(case: Texts) -> None:
+    case.model(input_ids=case.ids[:, :-1], use_cache=False)
 
 
 @torch.no_grad()
-def _forward(case: Case) -> None:
-    if isinstance(case, Texts):
-        case.model(input_ids=case.ids[:, :-1], use_cache=False)
-    else:
-        _forward_answer(case)
+def _forward_answer(case: Texts) -> None:
+    case.objective(case.model, case.ids)
 
 
-def _backward(case: Case) -> Tensor:
+def _backward(case: Texts) -> Tensor:
     """Call .backward() for each example and sum the squares of every .grad: what one writes first."""
     norms = []
     for i in range(len(case)):
-        case.objective(case.model, *(x[i : i + 1] for x in case.inputs)).sum().backward()
+        case.objective(case.model, case.ids[i : i + 1]).sum().backward()
         norms.append(sum(p.grad.square().sum() for p in case.model.parameters()))
         case.model.zero_grad()
     return torch.stack(norms)
 
 
-@contextmanager
-def _activations(case: Case) -> Iterator[Run]:
+def _activations(case: Texts) -> None:
     """Run a forward pass that keeps its activations, from which every backward pass starts."""
     with differentiable(case.model, select_parameters(case.model)):
-
-        def run() -> None:
-            case.objective(case.model, *case.inputs)
-
-        yield run
+        case.objective(case.model, case.ids)
 
 
 @contextmanager
@@ -94,40 +85,37 @@ def _activation_gradient(case: Texts) -> Iterator[Run]:
 # ── Peers: gradients or norms per example by other libraries ───────────────────────────────────────────────────
 
 
-def _vmap(case: Case) -> Tensor:
+def _vmap(case: Texts) -> Tensor:
     parameters = {name: p.detach() for name, p in case.model.named_parameters()}
 
-    def one(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        def module(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(case.model, parameters, args, kwargs)
+    def one(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+        def module(**arguments: Any) -> Any:
+            return torch.func.functional_call(case.model, parameters, kwargs=arguments)
 
-        return case.objective(module, *(x[None] for x in inputs)).sum()
+        return case.objective(module, ids[None]).sum()
 
-    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, *(0 for _ in case.inputs)))
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # the chapter says it once
-        gradients = each(parameters, *case.inputs)
+        gradients = each(parameters, case.ids)
     return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
 
 
-def _peer(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f"{name.split('.')[0]} is not installed: pip install 'isouq[peers]'") from None
-
-
 @contextmanager
-def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
+def _opacus(case: Texts, *, ghost: bool = False) -> Iterator[Run]:
     """Run Opacus, which captures in training mode only; without dropout the mode changes nothing else."""
-    kind = "GradSampleModuleFastGradientClipping" if ghost else "GradSampleModule"
+    try:
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    except ImportError:
+        raise ImportError("opacus is not installed: pip install 'isouq[peers]'") from None
     was_training = case.model.training
-    wrapped = getattr(_peer("opacus.grad_sample"), kind)(case.model.train(), loss_reduction="sum")
+    wrapper = GradSampleModuleFastGradientClipping if ghost else GradSampleModule
+    wrapped = wrapper(case.model.train(), loss_reduction="sum")
 
     def run() -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # ids have no gradient, as they should
-            case.objective(wrapped, *case.inputs).sum().backward()
+            case.objective(wrapped, case.ids).sum().backward()
         if ghost:
             return wrapped.get_norm_sample().square()
         norms = [p.grad_sample.flatten(1).square().sum(1) for p in case.model.parameters()]
@@ -139,25 +127,6 @@ def _opacus(case: Case, *, ghost: bool = False) -> Iterator[Run]:
     finally:
         wrapped.zero_grad(set_to_none=True)
         wrapped.to_standard_module().train(was_training)
-
-
-@contextmanager
-def _backpack(case: Case, *, extension: str, attribute: str) -> Iterator[Run]:
-    """Run BackPACK, which stays on a model that it has extended: measure nothing else on that model afterwards."""
-    backpack, extensions = _peer("backpack"), _peer("backpack.extensions")
-    backpack.extend(case.model)
-
-    def run() -> Tensor:
-        with warnings.catch_warnings(record=True) as caught, backpack.backpack(getattr(extensions, extension)()):
-            warnings.simplefilter("always")
-            case.objective(case.model, *case.inputs).sum().backward()
-        case.model.zero_grad()
-        fields = [vars(p).pop(attribute, None) for p in case.model.parameters()]
-        if any(field is None for field in fields):
-            raise RuntimeError(next((str(w.message) for w in caught if attribute in str(w.message)), "no norm"))
-        return torch.stack([f if f.dim() == 1 else f.flatten(1).square().sum(1) for f in fields]).sum(0)
-
-    yield run
 
 
 # ── Rivals: other uncertainties of the same answer ─────────────────────────────────────────────────────────────
@@ -218,7 +187,7 @@ def _p_true(case: Texts) -> None:
 METHODS: dict[str, Method] = {
     "forward": _plain(_forward),
     "forward_answer": _plain(_forward_answer),
-    "activations": _activations,
+    "activations": _plain(_activations),
     "activation_gradient": _activation_gradient,
     "ghost": _plain(_isouq, engine="ghost"),
     "token_mean": _plain(_token_mean),
@@ -227,8 +196,6 @@ METHODS: dict[str, Method] = {
     "vmap": _plain(_vmap),
     "opacus": _opacus,
     "opacus_ghost": partial(_opacus, ghost=True),
-    "backpack": partial(_backpack, extension="BatchL2Grad", attribute="batch_l2"),
-    "backpack_grad": partial(_backpack, extension="BatchGrad", attribute="grad_batch"),
     "naive_entropy": _plain(_naive_entropy),
     "semantic_entropy": _semantic_entropy,
     "p_true": _plain(_p_true),
@@ -236,4 +203,4 @@ METHODS: dict[str, Method] = {
 
 ONE_BY_ONE = ("autograd", "backward")
 A_FEW = (*ONE_BY_ONE, "token_mean")  # these gain nothing from a batch or are slow, so a few examples tell their cost
-GRADIENT_EACH = ("vmap", "opacus", "backpack_grad")  # these hold a gradient per example
+GRADIENT_EACH = ("vmap", "opacus")  # these hold a gradient per example

@@ -1,7 +1,7 @@
 """A real language model with all its parameters: how an exact empirical Fisher of proxies changes its answers' U_E.
 
 Proxies give the rows of F; queries are the answers that are scored. Only inner products of gradients are formed
-(`covariance.LowRank`), so F is exact for a model of any size.
+(`covariance.from_products`), so F is exact for a model of any size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 from isouq import models
 from isouq.language import scoring
 from isouq.language.examples import Example, from_pairs
-from isouq.language.scoring import Gram
 from isouq.studies import identity
 from isouq.studies.evaluation import pearson
 from isouq.studies.isotropy import covariance
 from isouq.studies.isotropy.covariance import Products
 from isouq.studies.isotropy.distortion import distortion, shuffles, structure
-from isouq.studies.qa import data, generation, stages
+from isouq.studies.qa import answers, data, generation
 from isouq.studies.qa import study as qa_study
+from isouq.studies.qa.subject import Subject
 from isouq.studies.store import Store, store_path
 
 Array = NDArray[np.float64]
 
-# Where the rows of F come from. None of these is the model's training data as such.
+# Where the rows of F come from. None of these is the model's training data as such. Gold labels make an empirical
+# Fisher, labels drawn from the model ("own_answers") a Monte Carlo Fisher: two matrices, two names.
 PROXIES = {
     "triviaqa": "TriviaQA, gold answers",
     "own_answers": "TriviaQA, the model's own samples",
@@ -40,111 +41,83 @@ PROXIES = {
     "prose": "ordinary prose",
     "random": "random tokens",
 }
-# Gold labels make an empirical Fisher, labels drawn from the model a Monte Carlo Fisher: two matrices, two names.
-MATRIX = {name: "fisher" if name == "own_answers" else "empirical_fisher" for name in PROXIES}
 QUERY_SETS = ("wikidata", "truthfulqa_choose")
 N_SHOTS = 3  # of the Wikidata prompts
 PROSE_PROMPT, PROSE_ANSWER = 16, 8  # tokens
 MAX_NEW_TOKENS = 8
+MAX_TOKENS = 64  # of a query or a question among the proxies
 BATCH = 16  # prompts a batch of generation
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Texts:
-    """Prompts and answers as token ids, with a table of one row each (column kind, text, …) and their tokenizer."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    table: pd.DataFrame
-    vocabulary: str
-
-    def __len__(self) -> int:
-        """The number of texts."""
-        return len(self.prompts)
-
-    def examples(self) -> list[Example]:
-        """The texts as what is scored."""
-        return from_pairs(zip(self.prompts, self.answers, strict=True))
+def examples(texts: pd.DataFrame) -> list[Example]:
+    """The texts of a table, by its columns prompt_ids and answer_ids, as what is scored."""
+    return from_pairs(zip(texts["prompt_ids"], texts["answer_ids"], strict=True))
 
 
-def vocabulary(tokenizer: Any) -> str:
-    """12 hex digits of a tokenizer's vocabulary: ids mean nothing under another one."""
-    return identity.digest(tokenizer.get_vocab())
-
-
-def load_questions(name: str) -> data.DataSet:
-    """TriviaQA, Wikidata or TruthfulQA from its asset; TruthfulQA without its official prefix, which is too long."""
+def _load_questions(name: str) -> data.DataSet:
+    """TruthfulQA comes without its official prefix, which is too long."""
     return replace(qa_study.load_questions(name), prefix="")
 
 
-def queries(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: int = 0) -> Texts:
-    """n answers of the model, half from each of QUERY_SETS, with columns kind, text, question, answer and wrong.
+def queries(model: Any, tokenizer: Any, n: int, *, seed: int = 0) -> pd.DataFrame:
+    """n answers of the model, half from each of QUERY_SETS: kind, text, question, wrong, prompt_ids, answer_ids.
 
     Wikidata: the greedy completion after N_SHOTS examples, right by exact match. TruthfulQA: the reference answer that
-    the model finds likeliest, right if it is a true one. Empty answers and texts over `max_tokens` are left out.
+    the model finds likeliest, right if it is a true one. Empty answers and texts over MAX_TOKENS are left out.
     """
-    options = {"max_tokens": max_tokens, "seed": seed}
-    rows = [row for name in QUERY_SETS for row in _answered(model, tokenizer, name, n // 2, **options)]
-    return _texts(pd.DataFrame(rows), tokenizer)
+    return pd.DataFrame([row for name in QUERY_SETS for row in _answered(model, tokenizer, name, n // 2, seed)])
 
 
-def _texts(table: pd.DataFrame, tokenizer: Any) -> Texts:
-    """Take the columns of ids out of a table of texts."""
-    prompts, answers = (table.pop(name).tolist() for name in ("prompt_ids", "answer_ids"))
-    return Texts(prompts=prompts, answers=answers, table=table, vocabulary=vocabulary(tokenizer))
-
-
-def _answered(model: Any, tokenizer: Any, name: str, n: int, *, max_tokens: int, seed: int) -> list[dict[str, Any]]:
+def _answered(model: Any, tokenizer: Any, name: str, n: int, seed: int) -> list[dict[str, Any]]:
     choose = name.endswith("_choose")
-    questions = load_questions(name.removesuffix("_choose"))
+    questions = _load_questions(name.removesuffix("_choose"))
     n_drawn = min(3 * n, len(questions.questions) // 2)  # the second half of TruthfulQA is left for proxies
     asked, shots = data.sample(questions, n_drawn, n_shots=0 if choose else N_SHOTS, seed=seed)
     prompts = generation.encode_prompts(tokenizer, [questions.prompt(question, shots) for question in asked])
-    subject = stages.Subject(model, tokenizer, asked, prompts, choose)
+    subject = Subject(model, tokenizer, questions, asked, prompts, choose=choose)
     rows: list[dict[str, Any]] = []
     for start in range(0, n_drawn, BATCH):
         places = range(start, min(start + BATCH, n_drawn))
-        for place, records in zip(places, stages.answer(subject, places, MAX_NEW_TOKENS), strict=True):
-            ids, text, question = list(records["answer"]["token_ids"]), records["answer"]["text"], asked[place].question
-            if text and len(prompts[place]) + len(ids) <= max_tokens:
-                row = {"kind": name, "text": f"{question} {text}", "question": question, "answer": text}
-                row |= {"wrong": not records["verdict"]["right"], "prompt_ids": prompts[place], "answer_ids": ids}
-                rows.append(row)
+        for place, answer in zip(places, answers.answer(subject, places, MAX_NEW_TOKENS), strict=True):
+            ids, text, question = list(answer["token_ids"]), answer["text"], asked[place].question
+            if text and len(prompts[place]) + len(ids) <= MAX_TOKENS:
+                row = {"kind": name, "text": f"{question} {text}", "question": question, "prompt_ids": prompts[place]}
+                rows.append({**row, "answer_ids": ids, "wrong": not answers.verdict(subject, place, answer)["right"]})
         if len(rows) >= n:
             return rows[:n]
-    raise ValueError(f"n: {n} answers of {name} wanted, only {len(rows)} of at most {max_tokens} tokens found")
+    raise ValueError(f"n: {n} answers of {name} wanted, only {len(rows)} of at most {MAX_TOKENS} tokens found")
 
 
-def proxies(model: Any, tokenizer: Any, n: int, *, max_tokens: int = 64, seed: int = 0) -> Texts:
-    """n texts from each of PROXIES, with columns kind and text; none of their questions is ever a query.
+def proxies(model: Any, tokenizer: Any, n: int, *, seed: int = 0) -> pd.DataFrame:
+    """n texts from each of PROXIES: kind, text, prompt_ids, answer_ids; none of their questions is ever a query.
 
     Raises ValueError when a source has fewer than n.
     """
-    trivia = _questions("triviaqa", tokenizer, n, max_tokens=max_tokens, seed=seed)
+    trivia = _questions("triviaqa", tokenizer, n, seed)
     pairs = {
         "triviaqa": trivia,
         "own_answers": [(ids, _sampled(model, tokenizer, ids, seed + i)) for i, (ids, _) in enumerate(trivia)],
-        "truthfulqa": _questions("truthfulqa", tokenizer, n, max_tokens=max_tokens, seed=seed),
+        "truthfulqa": _questions("truthfulqa", tokenizer, n, seed),
         "prose": _prose(tokenizer, n),
         "random": _random(tokenizer, n, seed),
     }
     rows = [(kind, tokenizer.decode([*p, *a]), p, a) for kind, of_kind in pairs.items() for p, a in of_kind]
-    return _texts(pd.DataFrame(rows, columns=["kind", "text", "prompt_ids", "answer_ids"]), tokenizer)
+    return pd.DataFrame(rows, columns=["kind", "text", "prompt_ids", "answer_ids"])
 
 
-def _questions(name: str, tokenizer: Any, n: int, *, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+def _questions(name: str, tokenizer: Any, n: int, seed: int) -> list[tuple[list[int], list[int]]]:
     """Return questions with their first accepted answers, from the end of the draw; queries come from its beginning."""
-    content = load_questions(name)
+    content = _load_questions(name)
     asked, _ = data.sample(content, len(content.questions), n_shots=0, seed=seed)
     pairs: list[tuple[list[int], list[int]]] = []
     for question in reversed(asked[len(asked) // 2 :]):
         [prompt] = generation.encode_prompts(tokenizer, [content.prompt(question)])
         answer = generation.encode_answer(tokenizer, question.answers[0])
-        if answer and len(prompt) + len(answer) <= max_tokens:
+        if answer and len(prompt) + len(answer) <= MAX_TOKENS:
             pairs.append((prompt, answer))
         if len(pairs) == n:
             return pairs
-    raise ValueError(f"n: {n} proxies of {name} wanted, only {len(pairs)} of at most {max_tokens} tokens found")
+    raise ValueError(f"n: {n} proxies of {name} wanted, only {len(pairs)} of at most {MAX_TOKENS} tokens found")
 
 
 @torch.inference_mode()
@@ -187,8 +160,8 @@ class Study:
     gram (proxy, proxy), products (query, proxy) and squares (query,): of ∇S with ∇S, over all parameters.
     """
 
-    proxies: Texts
-    queries: Texts
+    proxies: pd.DataFrame
+    queries: pd.DataFrame
     log_prob: Array
     gram: Array
     products: Array
@@ -196,7 +169,7 @@ class Study:
 
     def rows(self, kind: str) -> NDArray[np.int64]:
         """The places of one kind's proxies ("all" for every one). Raises ValueError for an unknown kind."""
-        places = np.flatnonzero((self.proxies.table["kind"] == kind).to_numpy() | (kind == "all"))
+        places = np.flatnonzero((self.proxies["kind"] == kind).to_numpy() | (kind == "all"))
         if not len(places):
             raise ValueError(f"kind: {kind!r} given, of which there are no proxies; one of {', '.join(PROXIES)} wanted")
         return places
@@ -208,13 +181,18 @@ class Study:
         """
         rows = self.rows(kind)
         gram = self.gram[np.ix_(rows, rows)]
-        fisher = covariance.from_products(gram, MATRIX.get(kind, "empirical_fisher"))
         unit = float(np.trace(gram) / len(rows) ** 2)
-        return fisher.quadratic_form(Products(self.squares, self.products[:, rows]), damping=damping * unit)
+        products = Products(self.squares, self.products[:, rows])
+        return covariance.from_products(gram).quadratic_form(products, damping=damping * unit)
 
 
 def measure(
-    model: Any, proxies: Texts, queries: Texts, *, checkpoint: Path | None = None, memory: float = 2e9, progress=False
+    model: Any,
+    proxies: pd.DataFrame,
+    queries: pd.DataFrame,
+    *,
+    checkpoint: Path | None = None,
+    memory: float = 2e9,
 ) -> Study:
     """Compute all inner products of the proxies' gradients with each other and with the queries'.
 
@@ -222,30 +200,22 @@ def measure(
     (model, texts, memory, code, versions) is added to the file's name, so no run takes another's sums. The digest does
     not cover the code of a model class of your own: remove the file after a change of it.
 
-    Raises ValueError when the two were encoded by different tokenizers, StoreError for a file that is in use, damaged
-    or cannot be written.
+    Raises StoreError for a file that is in use, damaged or cannot be written.
     """
-    if proxies.vocabulary != queries.vocabulary:
-        raise ValueError(
-            f"proxies: encoded with tokenizer {proxies.vocabulary}, the queries with {queries.vocabulary}; encode both "
-            "with the model's own"
-        )
-    with (
-        contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, proxies, queries, memory) as store
-    ):
-        found: Gram = scoring.gram(
-            model, proxies.examples(), queries.examples(), memory=memory, progress=progress, checkpoint=store
-        )
-    log_prob, _ = scoring.log_probs(model, queries.examples())
-    arrays = {"gram": found.rows, "products": found.between.T, "squares": found.squares, "log_prob": log_prob}
+    rows, asked = examples(proxies), examples(queries)
+    opened = contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, (proxies, queries), memory)
+    with opened as store:
+        gram = scoring.gram(model, rows, asked, memory=memory, checkpoint=store)
+    log_prob, _ = scoring.log_probs(model, asked)
+    arrays = {"gram": gram.rows, "products": gram.between.T, "squares": gram.squares, "log_prob": log_prob}
     return Study(proxies=proxies, queries=queries, **{name: value.numpy() for name, value in arrays.items()})
 
 
-def _store(file: Path, model: Any, proxies: Texts, queries: Texts, memory: float) -> Store:
+def _store(file: Path, model: Any, texts: tuple[pd.DataFrame, pd.DataFrame], memory: float) -> Store:
     """Return the store of one run's sums, named by the model, the texts in their order, and the code."""
     depends = {
         "weights": models.weights(model),
-        "examples": identity.digest([[texts.prompts, texts.answers] for texts in (proxies, queries)]),
+        "examples": identity.digest([[part["prompt_ids"].tolist(), part["answer_ids"].tolist()] for part in texts]),
         "memory": memory,
         "code": identity.code(scoring.__name__),
         "versions": identity.versions("torch", "transformers"),
@@ -261,21 +231,12 @@ def exactness(model: Any, study: Study, n: int, *, seed: int = 0) -> Array:
     """
     rng = np.random.default_rng(seed)
     rows, asked = (rng.choice(len(texts), n, replace=False) for texts in (study.proxies, study.queries))
-    picked = [*((study.proxies, i) for i in rows), *((study.queries, i) for i in asked)]
-    whole = [_gradient(model, texts.prompts[i], texts.answers[i]) for texts, i in picked]
-    exact = np.array(
-        [[sum(float(a.double() @ b.double()) for a, b in zip(x, g, strict=True)) for g in whole] for x in whole]
-    )
+    picked = examples(study.proxies.iloc[rows]), examples(study.queries.iloc[asked])
+    exact = scoring.gram(model, *picked, engine="autograd")
     fast = np.hstack([study.gram[np.ix_(rows, rows)], study.products[np.ix_(asked, rows)].T])
-    lengths = np.sqrt(np.diag(exact))
-    return (fast - exact[:n]) / np.outer(lengths[:n], lengths)
-
-
-def _gradient(model: Any, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
-    """Return ∇S by autograd, a flat tensor for each parameter."""
-    log_p = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    score = log_p[torch.arange(len(answer)), torch.tensor(answer)].sum()
-    return [g.flatten() for g in torch.autograd.grad(score, list(model.parameters()))]
+    of_rows, of_queries = exact.rows.diag().sqrt().numpy(), exact.squares.sqrt().numpy()
+    lengths = np.outer(of_rows, np.concatenate([of_rows, of_queries]))
+    return (fast - np.hstack([exact.rows.numpy(), exact.between.numpy()])) / lengths
 
 
 def bend(
@@ -287,7 +248,7 @@ def bend(
     questions (where the permutations stay too), and its structure `overall`.
     """
     field = distortion(study.form(kind, damping=damping), study.squares)
-    groups, n = study.queries.table["kind"].to_numpy(), len(field)
+    groups, n = study.queries["kind"].to_numpy(), len(field)
     within = structure(_centred(field, groups), near, shuffles(n, n_permutations, seed=seed, groups=groups))
     overall = structure(field, near, shuffles(n, n_permutations, seed=seed))
     return {"kind": kind, "field": field, "within": within, "overall": overall}

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from isouq.studies import require
 from isouq.studies.evaluation import spearman
 from isouq.studies.isotropy import covariance
-from isouq.studies.isotropy.covariance import Covariance, SingularCovarianceError
 from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structure
 from isouq.studies.synthetic import cache, point, posterior, problems
 from isouq.studies.synthetic.posterior import Settings
-from isouq.studies.synthetic.problems import Network, Problem
+from isouq.studies.synthetic.problems import Problem
 
 Array = NDArray[np.float64]
 
 # Where proxy data come from: the training data, and then sources that are farther and farther from them.
 SOURCES = ("training", "unseen", "shifted", "other problem", "noise")
-MATRICES = ("isotropic", "empirical_fisher", "empirical_fisher_diagonal", "fisher", "hessian")
-LABELS = ("true", "shuffled", "model")
+# An empirical Fisher has the true labels of its inputs, or labels that are drawn from the network.
+MATRICES = ("isotropic", "fisher", "empirical_fisher", "empirical_fisher_model")
+# Matrix and source; only the first three sources have true labels.
+RECIPES = tuple((m, source) for m in MATRICES for source in (SOURCES[:3] if m == "empirical_fisher" else SOURCES))
 PARTNER = {
     "binary_rings": "multiclass_spirals",
     "binary_xor": "multiclass_clusters",
@@ -34,37 +35,6 @@ PARTNER = {
     "multiclass_clusters": "binary_rings",
 }
 SHIFT = np.array([1.5, 0.0])
-RECIPE = ("matrix", "source", "labels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One way to make a covariance: the matrix, the source of its inputs, and its labels.
-
-    matrix: one of MATRICES; "hessian" is that of the training data, with the prior's curvature (Laplace).
-    labels: "true", "shuffled" (the true ones, permuted), "model" (sampled from the network) or "none".
-    """
-
-    matrix: str
-    source: str = "training"
-    labels: str = "none"
-
-    def __post_init__(self) -> None:
-        require.one_of("matrix", self.matrix, MATRICES)
-        require.one_of("source", self.source, SOURCES)
-        require.one_of("labels", self.labels, LABELS if self.matrix.startswith("empirical") else ("none",))
-
-
-RECIPES = (
-    *(Recipe(matrix="isotropic", source=source) for source in SOURCES),
-    Recipe(matrix="hessian"),
-    *(Recipe(matrix="fisher", source=source) for source in SOURCES),
-    *(Recipe(matrix="empirical_fisher", source=source, labels="true") for source in SOURCES[:3]),
-    *(Recipe(matrix="empirical_fisher", source=source, labels="model") for source in SOURCES),
-    Recipe(matrix="empirical_fisher", source="unseen", labels="shuffled"),
-    Recipe(matrix="empirical_fisher_diagonal", source="training", labels="true"),
-    Recipe(matrix="empirical_fisher_diagonal", source="unseen", labels="true"),
-)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,15 +47,10 @@ class Case:
     variance: Array
     passed: bool
 
-    @property
-    def damping(self) -> float:
-        """α/n, the prior's mean precision over the number of training examples: λ for which Σ(λ) is Laplace's shape."""
-        return float(np.mean(self.problem.model.scales() ** -2.0) / len(self.problem.inputs))
 
-
-def solve(problem: Problem, settings: Settings, folder: str | Path | None = None, *, n_starts: int = 8) -> Case:
+def solve(problem: Problem, settings: Settings, folder: str | Path | None = None) -> Case:
     """Find the MAP and sample the posterior (or read its draws from `folder`)."""
-    best = point.find_map(problem, n_starts=n_starts, seed=problem.seed)
+    best = point.find_map(problem, seed=problem.seed)
     classes = point.predicted_classes(problem, best.theta)
     drawn = cache.draw(problem, settings, folder)
     return Case(
@@ -120,93 +85,75 @@ def proxies(problem: Problem, source: str, n: int) -> tuple[Array, NDArray[np.in
     return (inputs + SHIFT if source == "shifted" else inputs), targets
 
 
-def outputs(network: Network, theta: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The network's logits (…, class) in torch, from the same flat θ that jax uses."""
-    activation = {"tanh": torch.tanh, "relu": torch.relu}[network.activation]
-    *hidden, (weight, bias) = network.layers(theta)
-    for hidden_weight, hidden_bias in hidden:
-        inputs = activation(inputs @ hidden_weight + hidden_bias)
-    return inputs @ weight + bias
+def form(case: Case, matrix: str, source: str = "training", *, n: int | None = None, damping: float = 1.0) -> Array:
+    """Return gᵀΣg (point,) with a `matrix` made from n proxies (default: as many as training examples).
 
-
-def jacobian(problem: Problem, theta: Array, inputs: Array) -> tuple[Array, Array]:
-    """∂logits/∂θ (example, class, param) and the logits (example, class) of the problem's network; no regression's."""
-    require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
-    x = torch.tensor(require.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs))
-    at = torch.tensor(problem.model.parameters(theta))
-
-    def one(theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return outputs(problem.model.network, theta, x)
-
-    return torch.func.vmap(torch.func.jacrev(one), (None, 0))(at, x).numpy(), one(at, x).numpy()
-
-
-def form(case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0) -> Array:
-    """Return gᵀΣg (point,) with the covariance of `recipe` from n proxies (default: as many as training examples).
-
-    damping: λ in units of the case's own, α/n. A Hessian carries the prior already, so it takes none.
-    Raises SingularCovarianceError where Σ does not exist, as for the Hessian at a saddle.
+    damping: λ in units of α/n, the prior's mean precision over the number of training examples, for which Σ(λ) has the
+    shape of Laplace's covariance.
     """
-    if recipe.matrix == "isotropic":
-        return np.square(case.g).sum(1)
-    strength = 0.0 if recipe.matrix == "hessian" else damping * case.damping
-    return build(case, recipe, n).quadratic_form(case.g, damping=strength)
+    require.one_of("matrix", matrix, MATRICES)
+    problem, g = case.problem, case.g
+    if matrix == "isotropic":
+        return np.square(g).sum(1)
+    require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
+    inputs, labels = proxies(problem, source, len(problem.inputs) if n is None else n)
+    J, logits = point.jacobian(problem, case.theta, inputs)
+    if matrix == "fisher":
+        rows = covariance.fisher_rows(J, logits)
+    else:
+        labels = _drawn_labels(logits, seed=problem.seed) if matrix == "empirical_fisher_model" else labels
+        if labels is None:
+            raise ValueError(f"source: inputs of {source!r} have no true label; 'empirical_fisher_model' needs none")
+        rows = covariance.scores(J, logits, labels)
+    unit = float(np.mean(problem.model.scales() ** -2.0) / len(problem.inputs))
+    return covariance.from_rows(rows, n_examples=len(inputs)).quadratic_form(g, damping=damping * unit)
 
 
-def build(case: Case, recipe: Recipe, n: int | None = None) -> Covariance:
-    """Return the covariance of `recipe`, which is not isotropic, from n proxies at the case's θ*."""
-    n_training = len(case.problem.inputs)
-    if recipe.matrix == "hessian":
-        return covariance.hessian(point.hessian(case.problem, case.theta) / n_training)
-    inputs, targets = proxies(case.problem, recipe.source, n_training if n is None else n)
-    jac, logits = jacobian(case.problem, case.theta, inputs)
-    if recipe.matrix == "fisher":
-        return covariance.fisher(jac, logits)
-    labels = _labels(recipe.labels, targets, logits, np.random.default_rng([case.problem.seed, 2]))
-    return covariance.empirical_fisher(jac, logits, labels, diagonal=recipe.matrix.endswith("diagonal"))
-
-
-def _labels(whose: str, true: NDArray | None, logits: Array, rng: np.random.Generator) -> NDArray:
-    if whose == "model":
-        z = np.concatenate([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
-        return (z + rng.gumbel(size=z.shape)).argmax(1)  # Gumbel's trick: a draw from the softmax
-    if true is None:
-        raise ValueError(f"labels: {whose!r} asked for inputs that have no true label; 'model' wanted")
-    return rng.permutation(true) if whose == "shuffled" else true
+def _drawn_labels(logits: Array, *, seed: int) -> NDArray[np.int64]:
+    z = np.concatenate([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
+    # Gumbel's trick: a draw from the softmax
+    return (z + np.random.default_rng([seed, 2]).gumbel(size=z.shape)).argmax(1)
 
 
 def compare(
-    case: Case, recipe: Recipe, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
-) -> dict[str, object] | None:
-    """Compare `form` with MCMC's variance: a row of the study's table, or None where Σ does not exist.
+    case: Case, matrix: str, source: str, *, n: int | None = None, damping: float = 1.0, n_permutations: int = 199
+) -> dict[str, object]:
+    """Compare `form` with MCMC's variance: a row of the study's table.
 
     spearman: rank correlation over the grid. spread: of the distortion field, in nats. explained, by_chance,
     beyond_chance, p_value: the field's structure, by nearness to the proxies, against shifts of the map.
     """
-    n = len(case.problem.inputs) if n is None else n
-    try:
-        estimate = form(case, recipe, n=n, damping=damping)
-    except SingularCovarianceError:
-        return None
+    problem, n = case.problem, len(case.problem.inputs) if n is None else n
+    estimate = form(case, matrix, source, n=n, damping=damping)
     field = distortion(estimate, case.variance)
-    near = nearness(case.problem.grid, proxies(case.problem, recipe.source, n)[0])
-    shifts = grid_shifts(case.problem.shape, n_permutations, seed=case.problem.seed)
-    by_nearness = structure(field, near, shifts)
+    shifts = grid_shifts(problem.shape, n_permutations, seed=problem.seed)
+    by_nearness = structure(field, nearness(problem.grid, proxies(problem, source, n)[0]), shifts)
     return {
-        **{"problem": case.problem.name, "seed": case.problem.seed, **vars(recipe), "n": n, "damping": damping},
-        **{"spearman": spearman(estimate, case.variance), "spread": float(field.std())},
+        **{"problem": problem.name, "seed": problem.seed, "matrix": matrix, "source": source, "n": n},
+        **{"damping": damping, "spearman": spearman(estimate, case.variance), "spread": float(field.std())},
         **{"beyond_chance": by_nearness.beyond_chance, **vars(by_nearness)},
     }
 
 
-def table(cases: Sequence[Case], recipes: Sequence[Recipe] = RECIPES, **options: object) -> pd.DataFrame:
-    """One row per case and recipe; `options` are those of `compare`."""
-    rows = [compare(case, recipe, **options) for case in cases for recipe in recipes]  # type: ignore[arg-type]
-    return pd.DataFrame([row for row in rows if row is not None])
+def table(
+    cases: Sequence[Case],
+    recipes: Sequence[tuple[str, str]] = RECIPES,
+    *,
+    counts: Sequence[int | None] = (None,),
+    dampings: Sequence[float] = (1.0,),
+    n_permutations: int = 199,
+) -> pd.DataFrame:
+    """One row of `compare` for every case, (matrix, source), number of proxies and damping."""
+    every = itertools.product(counts, dampings, cases, recipes)
+    return pd.DataFrame(
+        [compare(case, *recipe, n=n, damping=d, n_permutations=n_permutations) for n, d, case, recipe in every]
+    )
 
 
-def against_isotropic(table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = RECIPE) -> pd.DataFrame:
-    """Return each recipe minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
+def against_isotropic(
+    table: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("matrix", "source")
+) -> pd.DataFrame:
+    """Return each matrix minus isotropy on the same case and proxies: the mean over cases with its 95 % t-interval.
 
     One row per combination of `by`, with n_cases and for every column c its c, c_low, c_high (NaN for one case).
     """
@@ -225,12 +172,3 @@ def interval(values: pd.DataFrame) -> dict[str, float]:
     reach = stats.t.ppf(0.975, max(1, len(values) - 1)) * values.sem()
     parts = {"": values.mean(), "_low": values.mean() - reach, "_high": values.mean() + reach}
     return {f"{column}{end}": float(part[column]) for column in values for end, part in parts.items()}
-
-
-def sweep(
-    cases: Sequence[Case], recipes: Sequence[Recipe], *, counts: Sequence[int], dampings: Sequence[float]
-) -> pd.DataFrame:
-    """Return rows over n (at damping 1) and over λ (at the training data's n); the column axis says which."""
-    over_n = [table(cases, recipes, n=n, n_permutations=1).assign(axis="n") for n in counts]
-    over_damping = [table(cases, recipes, damping=d, n_permutations=1).assign(axis="damping") for d in dampings]
-    return pd.concat([*over_n, *over_damping], ignore_index=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +11,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from isouq.studies.plotting import GUIDE, WIDTH, panels, plane_map
+from isouq.studies.plotting import GUIDE, panels, plane_map
 
 Array = NDArray[np.float64]
 
@@ -69,14 +67,11 @@ def differences(
     return figure
 
 
-def sweeps(
-    panels_: Mapping[str, tuple[pd.DataFrame, str, str]], *, ylabel: str, reference: float | None = 0.0
-) -> Figure:
+def sweeps(panels_: Mapping[str, tuple[pd.DataFrame, str, str]], *, ylabel: str, reference: float = 0.0) -> Figure:
     """Draw lines against n or λ. Each entry is (table, x, xlabel), the table with the columns of `_lines`."""
     figure, axes = panels(len(panels_), aspect=0.85, sharey=True)
     for ax, (title, (table, x, xlabel)) in zip(axes[0], panels_.items(), strict=True):
-        if reference is not None:
-            ax.axhline(reference, **GUIDE)
+        ax.axhline(reference, **GUIDE)
         _lines(table, x, ax)
         ax.set(xscale="log", xlabel=xlabel, title=title)
     axes[0, 0].set_ylabel(ylabel)
@@ -92,30 +87,13 @@ def _lines(table: pd.DataFrame, x: str, ax: Axes) -> None:
             ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
 
 
-def rank_lines(scores: pd.DataFrame, *, reference: str) -> Axes:
-    """Draw each question's ranks under the columns of `scores` (question × covariance) as a line, lowest rank below.
+def width_spectra(spectra: Sequence, shares: pd.DataFrame) -> Figure:
+    """Draw eigenvalues of Hessian (thick) and GGN in units of the prior, and shares over the network's size.
 
-    The line's shade follows the rank under `reference`; questions that move by more than a tenth of all are bold.
+    shares: columns n_parameters, series, value, low, high.
     """
-    ranks = scores.rank(axis=0)
-    _, ax = plt.subplots(figsize=(WIDTH, 0.75 * WIDTH), layout="constrained")
-    shade = plt.get_cmap("viridis")
-    for _, row in ranks.iterrows():
-        moved = np.abs(row - row[reference]).max() > len(ranks) / 10
-        colour = shade(0.9 * row[reference] / len(ranks))
-        ax.plot(range(len(row)), row, marker="o", markersize=3, color=colour, linewidth=2 if moved else 0.8)
-    ax.set_xticks(range(ranks.shape[1]), [textwrap.fill(name, 12) for name in ranks.columns], fontsize="small")
-    ax.set(ylabel="rank among the questions (1 = least uncertain)", xlim=(-0.2, ranks.shape[1] - 0.8))
-    return ax
-
-
-def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.DataFrame) -> Figure:
-    """Draw eigenvalues of Hessian (thick) and GGN in units of the prior, a Hessian's density, and shares over size.
-
-    density: (grid, density), by Lanczos. shares: columns n_parameters, series, value, low, high.
-    """
-    figure, axes = panels(3, aspect=1.3)
-    left, middle, right = axes[0]
+    figure, axes = panels(2, aspect=0.8)
+    left, right = axes[0]
     for spectrum, (colour, _, style) in zip(spectra, LOOKS, strict=False):
         for values, look in (
             (np.abs(spectrum.hessian), {"linestyle": style, "linewidth": 1.5, "label": f"width {spectrum.width}"}),
@@ -124,26 +102,8 @@ def width_spectra(spectra: Sequence, density: tuple[Array, Array], shares: pd.Da
             left.loglog(np.arange(1, len(values) + 1), np.sort(values)[::-1], color=colour, **look)
     left.axhline(1, **GUIDE)
     left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue|, prior = 1", ylim=(1e-6, None))
-    middle.semilogy(*density, color="black", linewidth=1)
-    middle.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-7, 10 * density[1].max()))
     _lines(shares, "n_parameters", right)
     right.set(xscale="log", xlabel="parameters", ylabel="share", ylim=(0, 1.03))
     left.legend(fontsize="x-small")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
-
-
-def gram_spectrum(eigenvalues: Mapping[str, Array], fit=None) -> Axes:
-    """Draw the sorted eigenvalues of cosine Grams, a line per kind of proxies, and the edges of `fit` dotted."""
-    ax = plt.gca()
-    tables = [
-        pd.DataFrame({"series": name, "value": np.sort(v)[::-1], "rank": np.linspace(1 / len(v), 1, len(v))})
-        for name, v in eigenvalues.items()
-    ]
-    _lines(pd.concat(tables), "rank", ax)
-    for edge in fit.edges if fit is not None else ():
-        ax.axhline(edge, color="#777777", linestyle=":", linewidth=1)
-    ax.axhline(1, **GUIDE)
-    ax.set(yscale="log", xlabel="rank / number of proxies", ylabel="eigenvalue of the cosine Gram")
-    ax.legend(fontsize="small")
-    return ax

@@ -6,20 +6,17 @@ precision is then 1 in every direction, and at a curvature of 1 the data say as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from scipy import integrate
-from scipy.sparse.linalg import eigsh
-from torch import nn
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from isouq.studies import require
 from isouq.studies.isotropy import covariance
-from isouq.studies.isotropy.networks import jacobian, outputs
 from isouq.studies.synthetic import point, problems
 from isouq.studies.synthetic.problems import Problem
 
@@ -34,49 +31,19 @@ def train(problem: Problem, *, target_loss: float = TARGET_LOSS, step_size: floa
     This is not the MAP: under a Gaussian prior a wide network's mode puts every hidden unit at zero, which no training
     does. Raises ValueError when the target is not reached.
     """
+    require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
     require.number("target_loss", target_loss), require.number("step_size", step_size, 0.0)
-    scales = torch.tensor(problem.model.scales())
-    start = np.random.default_rng([problem.seed, 7]).normal(size=len(scales))
-    z = torch.tensor(start, requires_grad=True)
-    total_loss, optimiser = _total_loss(problem), torch.optim.Adam([z], lr=step_size)
+    energy, scales = point.objective(problem), problem.model.scales()
+    z = torch.tensor(np.random.default_rng([problem.seed, 7]).normal(size=len(scales)))
+    optimiser = torch.optim.Adam([z], lr=step_size)
     for _ in range(MAX_STEPS):
-        loss = total_loss(z) / len(problem.inputs)
-        if float(loss.detach()) <= target_loss:
-            return (z * scales).detach().numpy()
-        optimiser.zero_grad()
-        loss.backward()
+        value, gradient = energy(z.numpy())  # the loss is the energy without the prior's ½‖z‖²
+        loss = (value - 0.5 * float(z @ z)) / len(problem.inputs)
+        if loss <= target_loss:
+            return z.numpy() * scales
+        z.grad = (torch.tensor(gradient) - z) / len(problem.inputs)
         optimiser.step()
-    raise ValueError(f"{problem.name}: loss {float(loss.detach()):.3f} after {MAX_STEPS} steps, {target_loss} wanted")
-
-
-class _InPriorUnits(nn.Module):
-    """The problem's network as a function of z = θ/s, one flat parameter."""
-
-    def __init__(self, problem: Problem, z: ArrayLike) -> None:
-        super().__init__()
-        require.one_of("problem", problem.model.kind, ("binary", "multiclass"))
-        self.network = problem.model.network
-        self.scales = torch.tensor(problem.model.scales())
-        self.z = nn.Parameter(torch.as_tensor(z))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The logits (example, class)."""
-        return outputs(self.network, self.z * self.scales, inputs)
-
-
-def _in_torch(problem: Problem, z: ArrayLike) -> tuple[_InPriorUnits, nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the network at z, its summed negative log-likelihood in nats, and the data (inputs, targets)."""
-    inputs, targets = torch.tensor(problem.inputs), torch.tensor(problem.targets)
-    if problem.model.kind == "binary":
-        loss: nn.Module = nn.BCEWithLogitsLoss(reduction="sum")
-        return _InPriorUnits(problem, z), loss, (inputs, targets.double()[:, None])
-    return _InPriorUnits(problem, z), nn.CrossEntropyLoss(reduction="sum"), (inputs, targets)
-
-
-def _total_loss(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the loss of `_in_torch` as a function of z."""
-    model, loss, (inputs, targets) = _in_torch(problem, np.zeros(len(problem.model.scales())))
-    return lambda z: loss(torch.func.functional_call(model, {"z": z}, (inputs,)), targets)
+    raise ValueError(f"{problem.name}: loss {loss:.3f} after {MAX_STEPS} steps, {target_loss} wanted")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,16 +72,16 @@ def spectrum(problem: Problem, *, largest_dense: int = 5000) -> Spectrum:
     require.count("largest_dense", largest_dense, 0)
     theta, scales, n = train(problem), problem.model.scales(), len(problem.inputs)
     g = point.gradients(problem, theta, point.predicted_classes(problem, theta)) * scales
-    jac, logits = jacobian(problem, theta, problem.inputs)
-    ggn = covariance.from_rows(covariance.fisher_rows(jac * scales, logits), "ggn", n_examples=n)  # Fisher = GGN here
+    J, logits = point.jacobian(problem, theta, problem.inputs)
+    ggn = covariance.from_rows(covariance.fisher_rows(J * scales, logits), n_examples=n)  # for a softmax Fisher = GGN
     values = ggn.eigenvalues * n
     damping = 1 / n  # the prior's precision over n
-    dense = problem.model.network.n_parameters <= largest_dense
+    dense = len(theta) <= largest_dense
     hessian = np.linalg.eigvalsh(hessian_in_prior_units(problem, theta)) if dense else None
     return Spectrum(
         width=problem.model.network.width,
         seed=problem.seed,
-        n_parameters=problem.model.network.n_parameters,
+        n_parameters=len(theta),
         ggn=values[values > 1e-9 * values.max()],
         hessian=hessian,
         n_outliers=int((np.abs(hessian) > 1).sum()) if hessian is not None else count_outliers(problem, theta),
@@ -136,98 +103,22 @@ def widths(problem_name: str, seeds: Sequence[int], sizes: Sequence[int], **opti
 
 def hessian_in_prior_units(problem: Problem, theta: Array) -> Array:
     """Return the Hessian of the summed negative log-likelihood in z (param, param)."""
-    gradient, theta = torch.func.grad(_total_loss(problem)), problem.model.parameters(theta)
-    rows = torch.func.jacrev(gradient, chunk_size=64)  # all rows at once would take gigabytes
-    return rows(torch.tensor(theta / problem.model.scales())).numpy()
-
-
-def _operator(problem: Problem, theta: Array) -> Any:
-    from curvlinops import HessianLinearOperator  # of the extra `peers`; only large networks need it
-
-    z = problem.model.parameters(theta) / problem.model.scales()
-    model, loss, batch = _in_torch(problem, z)
-    return HessianLinearOperator(model, loss, [model.z], [batch])
+    scales = problem.model.scales()
+    return point.curvature(problem, theta, np.diag(scales)) * scales
 
 
 def count_outliers(problem: Problem, theta: Array, *, start: int = 16) -> int:
     """Count the Hessian's eigenvalues above 1 in size by Lanczos, for networks whose Hessian does not fit."""
-    operator, k = _operator(problem, theta).to_scipy(), require.count("start", start)
-    while k < operator.shape[0] - 1:
-        values = eigsh(operator, k=k, which="LM", return_eigenvectors=False, tol=1e-3, v0=np.ones(operator.shape[0]))
+    theta, scales, k = problem.model.parameters(theta), problem.model.scales(), require.count("start", start)
+    n = len(theta)
+
+    def product(z: Array) -> Array:
+        return point.curvature(problem, theta, (scales * z.ravel())[None])[0] * scales
+
+    while k < n - 1:
+        operator = LinearOperator((n, n), matvec=product, dtype=float)
+        values = eigsh(operator, k=k, which="LM", return_eigenvectors=False, tol=1e-3, v0=np.ones(n))
         if np.abs(values).min() <= 1:
             return int((np.abs(values) > 1).sum())
         k *= 2
-    raise ValueError(f"{problem.name}: more than half of {operator.shape[0]} eigenvalues exceed 1 in size")
-
-
-def lanczos_density(problem: Problem, theta: Array, *, n_steps: int = 64, n_repeats: int = 4) -> tuple[Array, Array]:
-    """Return (grid, density): the Hessian's spectral density by stochastic Lanczos quadrature (Papyan 2020)."""
-    from curvlinops import lanczos_approximate_spectrum
-
-    require.count("n_steps", n_steps), require.count("n_repeats", n_repeats)
-    operator = _operator(problem, theta)
-    options = {"k": 1, "return_eigenvectors": False, "tol": 1e-3, "v0": np.ones(operator.shape[0])}
-    ends = tuple(float(eigsh(operator.to_scipy(), which=which, **options)[0]) for which in ("SA", "LA"))
-    with torch.random.fork_rng():
-        torch.manual_seed(problem.seed)
-        grid, density = lanczos_approximate_spectrum(operator, n_steps, num_repeats=n_repeats, boundaries=ends)
-    return np.asarray(grid), np.asarray(density)
-
-
-def effective_rank(eigenvalues: ArrayLike) -> float:
-    """Return (Σe)²/Σe², the participation ratio: k where k eigenvalues are equal and the rest zero."""
-    values = require.numbers("eigenvalues", eigenvalues)
-    if not ((values >= 0).all() and values.any()):
-        raise ValueError(f"eigenvalues: {values.min():g} to {values.max():g} given, at least 0 and not all 0 wanted")
-    return require.number("eigenvalues: their rank", values.sum() ** 2 / np.square(values).sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarchenkoPastur:
-    """The law that eigenvalues of an n×n Gram of random rows in d dimensions follow, fitted to the bulk.
-
-    scale: their mean; ratio = n/d; n_outliers: eigenvalues above the law's edge, scale(1 + √ratio)²; distance: the
-    largest difference of the bulk's distribution function from the law's (Kolmogorov), 0 for a perfect fit.
-    """
-
-    scale: float
-    ratio: float
-    n_outliers: int
-    distance: float
-
-    @property
-    def edges(self) -> tuple[float, float]:
-        """Where the law begins and ends."""
-        return self.scale * (1 - self.ratio**0.5) ** 2, self.scale * (1 + self.ratio**0.5) ** 2
-
-    def density(self, x: Array) -> Array:
-        """The law's density at x > 0."""
-        low, high = self.edges
-        inside = np.sqrt(np.clip((high - x) * (x - low), 0, None))
-        return inside / (2 * np.pi * self.scale * self.ratio * x)
-
-
-def marchenko_pastur(eigenvalues: ArrayLike) -> MarchenkoPastur:
-    """Fit by moments (mean = scale, variance = ratio·scale²), setting aside what lies above the edge.
-
-    For n ≤ d. Raises ValueError for fewer than 10 eigenvalues, or for a spread that no n ≤ d explains.
-    """
-    effective_rank(eigenvalues)
-    bulk = values = np.sort(require.numbers("eigenvalues", eigenvalues))
-    for _ in range(len(values)):
-        if len(bulk) < 10:
-            raise ValueError(f"eigenvalues: {len(bulk)} of {len(values)} left below the edge, at least 10 wanted")
-        scale, ratio = bulk.mean(), bulk.var() / bulk.mean() ** 2
-        keep = bulk[bulk <= scale * (1 + ratio**0.5) ** 2 * 1.05]  # the edge itself fluctuates
-        if len(keep) == len(bulk):
-            break
-        bulk = keep
-    if ratio > 1:
-        raise ValueError(f"eigenvalues: a variance of {ratio:.2f} times the squared mean, at most 1 wanted")
-    fit = MarchenkoPastur(scale=float(scale), ratio=float(ratio), n_outliers=len(values) - len(bulk), distance=0.0)
-    grid = np.linspace(*fit.edges, 2000)[1:-1]
-    law = integrate.cumulative_trapezoid(fit.density(grid), grid, initial=0)
-    expected = np.interp(bulk, grid, law / law[-1])
-    steps = np.arange(len(bulk) + 1) / len(bulk)
-    distance = max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
-    return replace(fit, distance=float(distance))
+    raise ValueError(f"{problem.name}: more than half of {n} eigenvalues exceed 1 in size")

@@ -86,13 +86,6 @@ class Case:
     reference: Reference
     estimates: dict[str, np.ndarray]
 
-    def target(self, method: str) -> np.ndarray:
-        """Return the reference of a method: E[p(1−p)] for the aleatoric estimate, else Var[p]."""
-        if method != "aleatoric":
-            return self.reference.variance
-        assert self.reference.aleatoric is not None  # a regression has no such estimate either
-        return self.reference.aleatoric
-
 
 def analyse(job: Job, folder: str | Path | None = None) -> Case:
     """Sample (or load from `folder`) the posterior of a job and compute every estimate at its grid."""
@@ -135,15 +128,18 @@ def correlations(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) 
 def record(case: Case) -> dict[str, Any]:
     """Return the result of a job without arrays: correlations, noise ceiling, scale and diagnostics.
 
+    `at_best`: the share of searches that ended within 0.1 nats of the best.
     `scale`: the geometric mean of Var[p]/‖g‖², the σ² that suits the grid best, and the ratio of the 95 % quantile of
     Var[p]/‖g‖² to its 5 % quantile: 1 would mean that one σ² serves all inputs.
     """
     reference, near = case.reference, case.problem.near_data()
     diagnostics = case.posterior.diagnostics
-    pairs = {name: (value, case.target(name)) for name, value in case.estimates.items()}
-    ceiling = {"epistemic": correlations(*reference.halves)}
-    if reference.aleatoric_halves is not None:
+    targets, ceiling = dict.fromkeys(case.estimates, reference.variance), {"epistemic": correlations(*reference.halves)}
+    if reference.aleatoric is not None and reference.aleatoric_halves is not None:
+        targets["aleatoric"] = reference.aleatoric
         ceiling["aleatoric"] = correlations(*reference.aleatoric_halves)
+    pairs = {name: (value, targets[name]) for name, value in case.estimates.items()}
+    best, lowest = case.best, case.best.energies < case.best.energy + 0.1
     return {
         "job": asdict(case.job),
         "n_parameters": case.problem.model.network.n_parameters,
@@ -151,7 +147,7 @@ def record(case: Case) -> dict[str, Any]:
         "passed": diagnostics.passed,
         "failures": list(diagnostics.failures),
         "diagnostics": asdict(diagnostics),
-        "map": _search(case.best),
+        "map": {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": float(lowest.mean())},
         "correlation": {name: correlations(*pair) for name, pair in pairs.items()},
         "correlation_near_data": {name: correlations(*pair, where=near) for name, pair in pairs.items()},
         "ceiling": ceiling,
@@ -162,11 +158,6 @@ def record(case: Case) -> dict[str, Any]:
         "version": posterior.VERSION,
         "versions": versions(*cache.PACKAGES),
     }
-
-
-def _search(best: point.Point) -> dict[str, float]:
-    at_best = float(np.mean(best.energies < best.energy + 0.1))  # the share of starts that ended within 0.1 nats of it
-    return {"energy": best.energy, "gradient_norm": best.gradient_norm, "at_best": at_best}
 
 
 def _scale(variance: np.ndarray, squared_norm: np.ndarray) -> dict[str, float] | None:
@@ -185,19 +176,19 @@ def find(job: Job, folders: Iterable[str | Path]) -> dict[str, Any] | None:
     """
     name = job.file()
     for file in (Path(folder) / name for folder in folders):
-        if file.exists() and (stored := _read(file, job)).get("version") == posterior.VERSION:
+        if file.exists() and (stored := _read(file)).get("version") == posterior.VERSION:
             return stored
     return None
 
 
-def _read(file: Path, job: Job) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored.get("content") != digest({name: value for name, value in stored.items() if name != "content"}):
             raise ValueError("its content is not what was written")
-        own = Job(**{**stored["job"], "settings": Settings(**stored["job"]["settings"])})
-        if own != job and own.file() != job.file():
-            raise ValueError(f"it belongs to {own.file()}")
+        own = Job(**{**stored["job"], "settings": Settings(**stored["job"]["settings"])}).file()
+        if own != file.name:
+            raise ValueError(f"it belongs to {own}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
         raise ValueError(f"{file} is not a record of a job, or not of this one ({error}); {advice}") from error
@@ -249,17 +240,12 @@ def run_all(
     """
     records = [find(job, [folder, *also]) for job in jobs]
     missing = [i for i, record in enumerate(records) if record is None]
-    n_workers = min(require.count("n_workers", n_workers), len(missing))
+    n_workers = min(require.count("n_workers", n_workers), max(1, len(missing)))
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    share = n_workers * PER_PROCESS
     with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as bar:
-        if n_workers < 2:
-            for i in missing:
-                records[i] = run(jobs[i], folder, draws)
-                bar.update()
-            return [record for record in records if record is not None]
-        context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
-        share = n_workers * PER_PROCESS
         for start in range(0, len(missing), share):
-            with concurrent.futures.ProcessPoolExecutor(n_workers, context, keep_compiled, (compiled,)) as pool:
+            with concurrent.futures.ProcessPoolExecutor(n_workers, context, _keep_compiled, (compiled,)) as pool:
                 waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing[start : start + share]}
                 for future in concurrent.futures.as_completed(waiting):
                     records[waiting[future]] = future.result()
@@ -267,7 +253,7 @@ def run_all(
     return [record for record in records if record is not None]
 
 
-def keep_compiled(folder: str | Path | None) -> None:
+def _keep_compiled(folder: str | Path | None) -> None:
     """Share what jax compiles with other processes through `folder`."""
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -285,8 +271,7 @@ def mean_interval(values: ArrayLike) -> Interval | None:
         require.number("values", value, -1 - 1e-9, 1 + 1e-9)
     if n < 2:
         return None
-    mean = float(np.mean(values))
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    mean, reach = float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
     return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
 
 

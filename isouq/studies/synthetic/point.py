@@ -1,6 +1,7 @@
 """The MAP and the estimates that follow from it: ‖g‖², the Laplace family and p(1−p)."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.optimize
+import scipy.special
 import torch
 
 from isouq.studies import require
@@ -30,13 +32,21 @@ class Point:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _energy_and_gradient(model: Model, z, scales, inputs, targets):
-    def energy(z):
-        return 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets)
-
-    return jax.value_and_grad(energy)(z)
+    return jax.value_and_grad(model.energy)(z, scales, inputs, targets)
 
 
-@float64
+def objective(problem: Problem) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """Return z = θ/scale ↦ (energy in nats, its gradient in z), for an optimiser."""
+    data = (problem.model.scales(), problem.inputs, problem.targets)
+
+    @float64
+    def energy(z: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _energy_and_gradient(problem.model.unscaled(), z, *data)
+        return float(value), np.asarray(gradient)
+
+    return energy
+
+
 def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: int = 5000) -> Point:
     """Minimise the energy by L-BFGS from `n_starts` draws of the prior and keep the lowest.
 
@@ -45,16 +55,10 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     """
     require.count("n_starts", n_starts), require.count("max_steps", max_steps)
     model, rng = problem.model, np.random.default_rng(require.seed("seed", seed))
-    given = tuple(map(jnp.asarray, (model.scales(), problem.inputs, problem.targets)))
-
-    def objective(z):
-        value, gradient = _energy_and_gradient(model.unscaled(), z, *given)
-        return float(value), np.asarray(gradient)
-
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": 1e-7, "ftol": 0.0, "maxcor": 30}
     starts = rng.normal(size=(n_starts, model.network.n_parameters))
     search = {"jac": True, "method": "L-BFGS-B", "options": options}
-    ends = [scipy.optimize.minimize(objective, z, **search) for z in starts]
+    ends = [scipy.optimize.minimize(objective(problem), z, **search) for z in starts]
     ends.sort(key=lambda end: end.fun)
     thetas = np.stack([end.x for end in ends]) * model.scales()
     return Point(
@@ -96,32 +100,55 @@ def probabilities(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> n
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _hessian(model: Model, theta, inputs, targets):
-    return -jax.hessian(model.log_likelihood)(theta, inputs, targets)
+def _jacobian(model: Model, theta, inputs):
+    return jax.vmap(jax.jacrev(model.network), (None, 0))(theta, inputs), model.network(theta, inputs)
 
 
 @float64
+def jacobian(problem: Problem, theta: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """∂outputs/∂θ (example, output, param) at any inputs (example, input), and the outputs (example, output)."""
+    theta = problem.model.parameters(theta)
+    inputs = require.numbers("inputs", inputs, 2, width=problem.model.network.n_inputs)
+    J, outputs = _jacobian(problem.model.unscaled(), theta, inputs)
+    return np.asarray(J), np.asarray(outputs)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _curvature(model: Model, theta, vectors, inputs, targets):
+    def product(vector):
+        gradient = jax.grad(model.log_likelihood)
+        return -jax.jvp(lambda t: gradient(t, inputs, targets), (theta,), (vector,))[1]
+
+    return jax.lax.map(product, vectors, batch_size=64)  # all products at once may take gigabytes
+
+
+@float64
+def curvature(problem: Problem, theta: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Hessian of the negative log likelihood in θ, times each of `vectors` (vector, param)."""
+    theta = problem.model.parameters(theta)
+    vectors = require.numbers("vectors", vectors, 2, width=len(theta))
+    return np.asarray(_curvature(problem.model.unscaled(), theta, vectors, problem.inputs, problem.targets))
+
+
 def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Hessian of the energy (param, param): of the negative log likelihood plus the prior's precision."""
-    model, theta = problem.model, problem.model.parameters(theta)
-    likelihood = np.asarray(_hessian(model.unscaled(), theta, problem.inputs, problem.targets))
-    return likelihood + np.diag(model.scales() ** -2.0)
+    scales = problem.model.scales()
+    return curvature(problem, theta, np.eye(len(scales))) + np.diag(scales**-2.0)
 
 
-@float64
 def ggn(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Generalised Gauss–Newton matrix JᵀΛJ plus the prior's precision (param, param).
 
     Λ is the Hessian of the negative log likelihood in the outputs: p(1−p), diag(p) − ppᵀ, or 1/noise².
     """
-    model, theta = problem.model, problem.model.parameters(theta)
-    J = np.asarray(jax.jacrev(model.network)(theta, jnp.asarray(problem.inputs)))
+    model = problem.model
+    J, outputs = jacobian(problem, theta, problem.inputs)
     if model.kind == "regression":
-        curvature = np.broadcast_to(1 / model.noise**2, (len(J), 1, 1))
+        Lambda = np.broadcast_to(1 / model.noise**2, (len(J), 1, 1))
     else:
-        p = np.asarray(model.predict(theta, jnp.asarray(problem.inputs)))
-        curvature = p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :])
-    return np.einsum("ecp,ecd,edq->pq", J, curvature, J, optimize=True) + np.diag(model.scales() ** -2.0)
+        p = scipy.special.expit(outputs) if model.kind == "binary" else scipy.special.softmax(outputs, axis=1)
+        Lambda = p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :])
+    return np.einsum("ecp,ecd,edq->pq", J, Lambda, J, optimize=True) + np.diag(model.scales() ** -2.0)
 
 
 def quadratic_form(g: np.ndarray, precision: np.ndarray) -> np.ndarray | None:
@@ -173,19 +200,3 @@ def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:
         linear.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
         modules += [linear, activation()]
     return torch.nn.Sequential(*modules[:-1]).eval()
-
-
-def rescaled(model: Model, theta: np.ndarray, *, factor: float) -> np.ndarray:
-    """Return other parameters of the same function: the first hidden layer times `factor`, the next divided by it.
-
-    Raises ValueError unless the network has a hidden layer of ReLU units and `factor` is above 0.
-    """
-    network, theta, factor = model.network, model.parameters(theta), require.number("factor", factor, 0.0)
-    if network.activation != "relu" or network.depth < 1:
-        given = f"a {network.activation} network of depth {network.depth} given"
-        raise ValueError(f"model: {given}, a hidden layer of relu units wanted")
-    (fan_in, width), (_, fan_out) = network.shapes[:2]
-    first, second = (fan_in + 1) * width, width * fan_out
-    scale = np.ones(len(theta))
-    scale[:first], scale[first : first + second] = factor, 1 / factor
-    return scale * theta

@@ -135,7 +135,7 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
     """Return (z, divergent, energy, n_steps), each (chain, draw, ...), of one chain per key."""
     init, step = hmc(
         # Sampled in units of the prior's scale: one step size then suits all layers.
-        lambda z: 0.5 * jnp.square(z).sum() - model.log_likelihood(scales * z, inputs, targets),
+        lambda z: model.energy(z, scales, inputs, targets),
         algo=settings.sampler.upper(),
     )
 
@@ -165,13 +165,12 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
 
 
 @float64
-def sample(problem: Problem, settings: Settings | None = None) -> Posterior:
+def sample(problem: Problem, settings: Settings) -> Posterior:
     """Draw from the posterior of θ with chains that each start at a draw of the prior, and judge the draws.
 
     A posterior that fails the gate is returned too; see `diagnostics.failures`.
     Raises ValueError before sampling when the draws would not fit in memory.
     """
-    settings = settings or Settings()
     settings.require_memory(problem)
     begun = time.perf_counter()
     start_key, run_key = jax.random.split(jax.random.key(settings.seed))
@@ -217,36 +216,25 @@ def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seco
     Folded: the same R-hat on |value − median|, which catches chains that differ in spread and not in place.
     E-FMI (chain): E[(Eₙ − Eₙ₋₁)²] / Var[E] of the energy.
     """
-    rhat, rhat_folded, ess = _convergence(values)
+    values = require.numbers("values", values, 4, finite=None)
     if divergent.shape != values.shape[:2] or energy.shape != values.shape[:2]:
         raise ValueError(f"divergent, energy: {divergent.shape}, {energy.shape} given, {values.shape[:2]} wanted")
-    return Diagnostics(
-        rhat=rhat,
-        rhat_folded=rhat_folded,
-        ess=ess,
+    flat, half = values.reshape(*values.shape[:2], -1), values.shape[1] // 2
+    found = []
+    # in blocks, since the Fourier transforms of all points at once would fill the memory
+    for block in np.array_split(flat, max(1, flat.shape[2] // 100), axis=2):
+        ranked, folded = _rank_normalised(block), _rank_normalised(np.abs(block - np.median(block, axis=(0, 1))))
+        split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
+        found.append((split_gelman_rubin(ranked), split_gelman_rubin(folded), effective_sample_size(split)))
+    rhat, rhat_folded, ess = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Diagnostics(  # a NaN anywhere makes these NaN, which no gate passes
+        rhat=float(rhat.max()),
+        rhat_folded=float(rhat_folded.max()),
+        ess=float(ess.min()),
         n_divergent=int(divergent.sum()),
         efmi=float(np.min(np.square(np.diff(energy, axis=1)).mean(axis=1) / energy.var(axis=1))),
         seconds=seconds,
     )
-
-
-def _convergence(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the largest split and folded R-hat and the smallest ESS of (chain, draw, point, class).
-
-    A NaN anywhere makes them NaN, which no gate passes.
-    """
-    values = require.numbers("values", values, 4, finite=None).reshape(*values.shape[:2], -1)
-    worst = []
-    # in blocks, since the Fourier transforms of all points at once would fill the memory
-    for block in np.array_split(values, max(1, values.shape[2] // 100), axis=2):
-        folded = np.abs(block - np.median(block, axis=(0, 1)))
-        ranked = _rank_normalised(block)
-        half = ranked.shape[1] // 2
-        split = np.concatenate([ranked[:, :half], ranked[:, -half:]])
-        rhats = (split_gelman_rubin(ranked).max(), split_gelman_rubin(_rank_normalised(folded)).max())
-        worst.append((*rhats, effective_sample_size(split).min()))
-    rhat, rhat_folded, ess = zip(*worst, strict=True)
-    return float(np.max(rhat)), float(np.max(rhat_folded)), float(np.min(ess))
 
 
 def _rank_normalised(values: np.ndarray) -> np.ndarray:
@@ -283,7 +271,7 @@ def _halves(values: np.ndarray, statistic: Callable) -> np.ndarray:
     return np.stack([statistic(half, axis=(0, 1)) for half in (values[:middle], values[middle:])])
 
 
-def isotropy(draws: np.ndarray, *, n_pairs: int = 2000) -> float:
+def isotropy(draws: np.ndarray) -> float:
     """Return tr(Σ)² / (P tr(Σ²)) of the posterior's covariance Σ: 1 when Σ ∝ I, 1/P when it has one direction.
 
     From differences of draws of two chains at the same place, (θ − θ′)/√2, which have covariance Σ and no mean
@@ -294,8 +282,8 @@ def isotropy(draws: np.ndarray, *, n_pairs: int = 2000) -> float:
     draws = require.numbers("draws", draws, 3, least=4)
     if (draws == draws[0, 0]).all():
         raise ValueError("draws: all the same, ones with a covariance wanted")
-    pairs, _ = len(draws) // 2, require.count("n_pairs", n_pairs)
-    step = max(1, pairs * draws.shape[1] // n_pairs)
+    pairs = len(draws) // 2
+    step = max(1, pairs * draws.shape[1] // 2000)  # so many differences tell as much as all of them
     differences = (draws[:pairs] - draws[pairs : 2 * pairs])[:, ::step] / np.sqrt(2)
     traces = np.square(differences).sum(axis=2).mean(axis=1)
     cross = [(i, j) for i in range(pairs) for j in range(i)]

@@ -140,10 +140,9 @@ class Model:
             return jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[:, None], axis=1).sum()
         return -0.5 * jnp.square((targets - outputs[:, 0]) / self.noise).sum()
 
-    def energy(self, theta, inputs, targets):
-        """Return the negative log posterior in nats, up to a constant: what MAP minimises."""
-        prior = 0.5 * jnp.square(theta / self.scales()).sum()
-        return prior - self.log_likelihood(theta, inputs, targets)
+    def energy(self, z, scales, inputs, targets):
+        """Return the negative log posterior in nats, up to a constant, of z = θ/scales, whose prior is N(0, 1)."""
+        return 0.5 * jnp.square(z).sum() - self.log_likelihood(scales * z, inputs, targets)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -218,13 +217,10 @@ def _xor(rng, n):
     return 2.0 * corners - 1 + rng.normal(0, 0.45, (n, 2)), corners.sum(axis=1) % 2
 
 
-def _rings(radii, noise):
-    def generate(rng, n):
-        classes, angle = np.arange(n) % len(radii), rng.uniform(0, 2 * np.pi, n)
-        radius = np.asarray(radii)[classes] + rng.normal(0, noise, n)
-        return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), classes
-
-    return generate
+def _rings(rng, n, *, radii, noise):
+    classes, angle = np.arange(n) % len(radii), rng.uniform(0, 2 * np.pi, n)
+    radius = np.asarray(radii)[classes] + rng.normal(0, noise, n)
+    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), classes
 
 
 def _clusters(rng, n):
@@ -241,21 +237,15 @@ def _spirals(rng, n):
     return inputs + rng.normal(0, 0.15, (n, 2)), classes
 
 
-def _line(noise):
-    def generate(rng, n):
-        inputs = rng.uniform(-1, 1, (n, 1))
-        return inputs, 0.8 * inputs[:, 0] - 0.2 + rng.normal(0, noise, n)
-
-    return generate
+def _line(rng, n, *, noise):
+    inputs = rng.uniform(-1, 1, (n, 1))
+    return inputs, 0.8 * inputs[:, 0] - 0.2 + rng.normal(0, noise, n)
 
 
-def _wave(noise):
-    def generate(rng, n):
-        # two stretches of data with a gap between: uncertainty has somewhere to grow inside the data's range
-        inputs = np.where(rng.uniform(size=n) < 0.5, rng.uniform(-2, -0.5, n), rng.uniform(0.7, 2, n))
-        return inputs[:, None], np.sin(2 * inputs) + 0.3 * inputs + rng.normal(0, noise, n)
-
-    return generate
+def _wave(rng, n, *, noise):
+    # two stretches of data with a gap between: uncertainty has somewhere to grow inside the data's range
+    inputs = np.where(rng.uniform(size=n) < 0.5, rng.uniform(-2, -0.5, n), rng.uniform(0.7, 2, n))
+    return inputs[:, None], np.sin(2 * inputs) + 0.3 * inputs + rng.normal(0, noise, n)
 
 
 @dataclass(frozen=True)
@@ -277,15 +267,17 @@ def _model(kind: str, n_inputs: int, n_outputs: int, depth: int = 1, **prior: fl
 _BINARY, _MULTICLASS = _model("binary", 2, 1, prior_scale=1.5), _model("multiclass", 2, 3, prior_scale=1.5)
 _STRAIGHT = _model("regression", 1, 1, depth=0, noise=0.3)
 _CURVED = _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
+_TWO_RINGS = functools.partial(_rings, radii=(0.6, 1.7), noise=0.25)
+_THREE_RINGS = functools.partial(_rings, radii=(0.4, 1.2, 2.0), noise=0.2)
 SPECS: dict[str, Spec] = {
     "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
     "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
-    "binary_rings": Spec("binary: rings", _rings((0.6, 1.7), 0.25), 80, _BINARY),
+    "binary_rings": Spec("binary: rings", _TWO_RINGS, 80, _BINARY),
     "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
     "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
-    "multiclass_rings": Spec("multiclass: rings", _rings((0.4, 1.2, 2.0), 0.2), 120, _MULTICLASS),
-    "regression_linear": Spec("regression: linear", _line(0.3), 30, _STRAIGHT, (-2.0, 2.0)),
-    "regression_nonlinear": Spec("regression: nonlinear", _wave(0.25), 40, _CURVED),
+    "multiclass_rings": Spec("multiclass: rings", _THREE_RINGS, 120, _MULTICLASS),
+    "regression_linear": Spec("regression: linear", functools.partial(_line, noise=0.3), 30, _STRAIGHT, (-2.0, 2.0)),
+    "regression_nonlinear": Spec("regression: nonlinear", functools.partial(_wave, noise=0.25), 40, _CURVED),
 }
 
 
