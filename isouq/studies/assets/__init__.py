@@ -221,13 +221,25 @@ def _say(progress: bool, line: str) -> None:
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of an asset, or of whatever else `isouq.models.load_causal_lm` takes.
+    """Load a causal language model in float32, in evaluation mode, on the CPU, together with its tokenizer.
 
-    An asset's weights are a 4-bit checkpoint dequantised to float32: that is the model under study.
+    Args:
+        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
+            `owner/name@revision`.
+
+    Returns:
+        (model, tokenizer). A Hub id's model and tokenizer are of one commit. An asset's weights are a 4-bit checkpoint
+        dequantised to float32: that is the model under study.
 
     Raises:
-        AssetError: there is no such asset.
-        ModelError: there is no such model, or no network to fetch it.
+        ValueError: There is no such model, or no network to fetch it with. The message names the cause and the way out.
+
+    Example:
+        With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
+
+        >>> model, tokenizer = isouq.load_causal_lm(folder)
+        >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
+        (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
     if name in manifest.assets():
         if (kind := manifest.asset(name).kind) != "causal-lm":
