@@ -20,7 +20,6 @@ from typing import Any
 from isouq.studies.identity import digest
 
 APPLICATION_ID = 0x15001  # marks the file as ours, and the form of its tables, in SQLite's own header
-_STAGE_NAME = re.compile(r"[a-z_]+")
 _CAUSES = {  # by SQLite's primary result code
     sqlite3.SQLITE_BUSY: "is in use by another process; wait for it to end",
     sqlite3.SQLITE_FULL: "cannot grow, the disk is full; make room and run again: what was stored before is kept",
@@ -87,8 +86,6 @@ class Store:
         columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
         with self._transaction("IMMEDIATE"):
             for stage, row in rows.items():
-                if not _STAGE_NAME.fullmatch(stage):
-                    raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
                 self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
                 values = (item_id, row, _checksum(item_id, row))
                 try:
@@ -126,16 +123,11 @@ class Store:
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
-        # The lock is held until the connection closes; the operating system drops it when the process dies.
-        with self._explained():
+        with self._explained(), self._connection:  # which commits, or rolls back
+            # The lock is held until the connection closes; the operating system drops it when the process dies.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute(f"BEGIN {kind}")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:  # SQLite has rolled back itself where the disk is full
-                    self._connection.execute("ROLLBACK")
+            yield
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

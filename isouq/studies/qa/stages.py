@@ -148,7 +148,7 @@ class _Batches:
 
 
 def _generated(question: Question, answer: Generation) -> Records:
-    right = not answer.empty and judge.exact_match(answer.text, question.answers)
+    right = answer.text != "" and judge.exact_match(answer.text, question.answers)
     return {"answer": asdict(answer), "verdict": {"right": right}}
 
 
