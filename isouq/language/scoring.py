@@ -265,20 +265,18 @@ def _gram_work(
 
     A pass gets an eighth of the memory: most is for the factors that passes leave.
     """
-    sized = [
-        (cost([examples[row] for row in batch.rows]), batch)
-        for batch in batches(examples, "auto", cost=cost, room=memory / 8)
-    ]
-    sized.sort(key=lambda x: x[0] / len(x[1].rows), reverse=True)  # the first batch tells what fits
-    order = torch.tensor([row for _, batch in sized for row in batch.rows], dtype=torch.int64).argsort()
-    objectives: list[tuple[Objective, int]] = [
-        (functools.partial(_whole_log_prob, model, batch), len(batch.rows)) for _, batch in sized
-    ]
-    return objectives, max((size for size, _ in sized), default=0.0), order
 
+    def size(batch: Batch) -> float:
+        return cost([examples[row] for row in batch.rows])
 
-def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
-    return finite_log_probs(model, batch.part(rows)).sum(1, keepdim=True)
+    def log_prob(batch: Batch, rows: slice) -> Tensor:
+        return finite_log_probs(model, batch.part(rows)).sum(1, keepdim=True)
+
+    work = list(batches(examples, "auto", cost=cost, room=memory / 8))
+    work.sort(key=lambda batch: size(batch) / len(batch.rows), reverse=True)  # the first batch tells what fits
+    objectives: list[tuple[Objective, int]] = [(functools.partial(log_prob, batch), len(batch.rows)) for batch in work]
+    order = torch.tensor([row for batch in work for row in batch.rows], dtype=torch.int64).argsort()
+    return objectives, max(map(size, work), default=0.0), order
 
 
 def _batches(model: nn.Module, examples: Sequence[Example], how: Scoring) -> Iterator[Batch]:
