@@ -184,3 +184,24 @@ def test_the_name_is_readable_and_tells_runs_apart(tmp_path: Path) -> None:
     assert one.name.startswith("org_model@rev--triviaqa-")
     assert one != store_path(tmp_path, "org/model@rev--triviaqa", {**RUN, "model": "n"})
     assert one == store_path(tmp_path, "org/model@rev--triviaqa", dict(reversed(RUN.items())))
+
+
+def test_exported_records_are_taken_over_by_the_same_run_only(tmp_path: Path) -> None:
+    file = tmp_path / "records" / "s.parquet"
+    with Store(tmp_path / "one.sqlite", RUN) as store:
+        store.put("a", {"answer": {"log_prob": -0.1 - 0.2, "text": "naïve"}, "verdict": {"right": True}})
+        store.put("b", {"answer": {"log_prob": 1e-300, "text": ""}})
+        store.export(file)
+        here = {stage: store.get(stage) for stage in ("answer", "verdict")}
+    with Store(tmp_path / "two.sqlite", RUN) as store:
+        store.put("b", {"answer": {"text": "its own"}})
+        assert store.restore(file) == 2
+        assert store.get("verdict") == here["verdict"]
+        assert store.get("answer")["a"] == here["answer"]["a"]
+        assert store.get("answer")["b"] == {"text": "its own"}
+        assert store.restore(file) == 0
+    with Store(tmp_path / "three.sqlite", {"model": "other"}) as store:
+        with pytest.raises(StoreError, match="holds the records of another run"):
+            store.restore(file)
+        assert store.get("answer") == {}
+    assert [path.name for path in file.parent.iterdir()] == ["s.parquet"]

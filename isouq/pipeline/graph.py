@@ -40,7 +40,7 @@ class Graph:
     def shards(self) -> dict[str, tuple[str, str]]:
         """Job name → (model, data set): what 04_llm_qa has scored before it starts."""
         section: Any = self.sections.get("04_llm_qa")
-        pairs = [(model, data_set) for model in section.models for data_set in section.data_sets] if section else []
+        pairs = section.pairs() if section else []
         return {f"qa-{key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
 
     @property
@@ -67,10 +67,10 @@ class Graph:
 
         return {name: functools.partial(line, name) for name in names}
 
-    def scoring(self) -> list[str]:
-        """Return a line per parameter that the scores of 04_llm_qa depend on."""
-        section: Any = self.sections.get("04_llm_qa")
-        return lines(section.scoring()) if section else []
+    def scoring(self, shard: str) -> list[str]:
+        """Return a line per parameter that the scores of a shard of 04_llm_qa depend on."""
+        section: Any = self.sections["04_llm_qa"]
+        return lines(section.scoring(*self.shards[shard]))
 
     def sampling(self) -> list[str]:
         """Return a line per parameter of 03_mcmc."""

@@ -19,7 +19,7 @@ def score(profile: str, model: str, data_set: str) -> str:
 
     _say(f"Scoring {data_set} with {model}")
     section: Any = profiles.load(profile).parameters("04_llm_qa")
-    table = study.run(model, data_set, study.Settings(**section.scoring()), progress=True)
+    table = study.run(model, data_set, study.Settings(**section.scoring(model, data_set)), progress=True)
     counts = {"questions": len(table), "right": int(table["right"].sum()), "empty": int(table["empty"].sum())}
     return json.dumps({"model": model, "data_set": data_set, **counts})
 

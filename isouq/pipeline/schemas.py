@@ -21,7 +21,7 @@ _TAKEN = {"machine", "mlp", "networks", "spectra", "targets"}  # parts of other 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
 Engine = Literal["auto", "ghost", "autograd"]
-DataSet = Literal["triviaqa", "wikidata", "truthfulqa_choose"]
+DataSet = Literal["triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
 SyntheticProblem = Literal[
@@ -85,7 +85,7 @@ class Strict(BaseModel):
     def _means_something(cls, value: Any, field: Any) -> Any:
         """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
         for item in value if isinstance(value, list) else [value]:
-            allowed = {"description": item, "results_path": ""}.get(field.field_name)
+            allowed = {"description": item, "results_path": "", "records_dir": "", "nli": ""}.get(field.field_name)
             if isinstance(item, str) and item != allowed and not (item.isprintable() and item == item.strip() != ""):
                 raise ValueError(f"{item!r} given; wanted text in one line, not empty, without spaces around it")
             if isinstance(item, int) and item >= 2**63:
@@ -176,14 +176,22 @@ class Mcmc(Parameters):
 
 
 class LlmQa(Parameters):
-    """Real language models on real questions."""
+    """Real language models on real questions.
+
+    Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
+    of both ("MODEL DATA_SET"); 0 leaves a pair out.
+    """
 
     chapter = "04_llm_qa"
     store_dir: str
+    records_dir: str
     models: Models
     data_sets: NotEmpty[DataSet]
     n_questions: Annotated[int, Field(ge=4)]  # fewer have no correlation to report
+    at_most: dict[str, Annotated[int, Field(ge=0)]]
     n_shots: Annotated[int, Field(ge=0, le=32)]
+    n_samples: Annotated[int, Field(ge=0, le=100)]
+    nli: str
     n_token_mean: Annotated[int, Field(ge=0)]
     engine: Engine
     batch_size: Count
@@ -191,13 +199,42 @@ class LlmQa(Parameters):
     n_resamples: Resamples
     n_folds: Annotated[int, Field(ge=2, le=10)]  # each needs right and wrong answers, of which 10 are enough
 
-    def assets(self) -> list[str]:
-        """Return the manifest's names among the models, and the data sets'."""
-        return sorted({*super().assets(), *(name.removesuffix("_choose") for name in self.data_sets)})
+    @pydantic.model_validator(mode="after")
+    def _makes_sense(self) -> "LlmQa":
+        if self.n_samples == 1:
+            raise ValueError("n_samples: 1 given, which has no entropy; wanted 0 or at least 2")
+        pairs = [f"{model} {data_set}" for model in self.models for data_set in self.data_sets]
+        for name, most in self.at_most.items():
+            if name not in (known := [*self.models, *self.data_sets, *pairs]):
+                raise ValueError(f"at_most: {name!r} is no model, data set or pair of these{nearest(name, known)}")
+            if 0 < most < 4:
+                raise ValueError(f"at_most: {name!r} has {most}; wanted at least 4, or 0 to leave it out")
+        if not self.pairs():
+            raise ValueError("at_most: leaves no model and data set; wanted one")
+        return self
 
-    def scoring(self) -> dict[str, Any]:
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return each model with each data set that it is asked."""
+        pairs = [(model, data_set) for model in self.models for data_set in self.data_sets]
+        return [pair for pair in pairs if self._size(*pair)]
+
+    def _size(self, model: str, data_set: str) -> int:
+        names = (model, data_set, f"{model} {data_set}")
+        return min([self.n_questions, *(self.at_most[name] for name in names if name in self.at_most)])
+
+    def assets(self) -> list[str]:
+        """Return the manifest's names among the models, the data sets', and what judges and rivals need."""
+        used = {name.removesuffix("_choose") for name in self.data_sets}
+        if self.n_samples or "truthfulqa" in self.data_sets:
+            used.add("all-minilm-l6-v2")
+        if self.n_samples and "truthfulqa" in used:  # its questions are all asked: examples come from elsewhere
+            used.add("triviaqa")
+        return sorted({*super().assets(), *used})
+
+    def scoring(self, model: str, data_set: str) -> dict[str, Any]:
         """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
-        return self.model_dump(exclude=SET_BY_PIPELINE | {"models", "data_sets", "n_resamples", "n_folds"})
+        left_out = SET_BY_PIPELINE | {"models", "data_sets", "at_most", "n_resamples", "n_folds"}
+        return self.model_dump(exclude=left_out) | {"n_questions": self._size(model, data_set)}
 
 
 class Cost(Parameters):

@@ -17,9 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from isouq.studies.identity import digest
 
 APPLICATION_ID = 0x15001  # marks the file as ours, and the form of its tables, in SQLite's own header
+_STAGE_NAME = re.compile(r"[a-z_]+")
 _CAUSES = {  # by SQLite's primary result code
     sqlite3.SQLITE_BUSY: "is in use by another process; wait for it to end",
     sqlite3.SQLITE_FULL: "cannot grow, the disk is full; make room and run again: what was stored before is kept",
@@ -43,7 +47,7 @@ class Store:
 
         Raises StoreError when the file belongs to another run, is no store, is damaged, is in use or cannot be written.
         """
-        self.path = path
+        self.path, self.identity = path, json.loads(json.dumps(identity, allow_nan=False))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -52,7 +56,7 @@ class Store:
             self._connection = sqlite3.connect(path, timeout=1.0, isolation_level=None)
         try:
             with self._transaction("EXCLUSIVE"):
-                self._open(json.loads(json.dumps(identity, allow_nan=False)))
+                self._open(self.identity)
         except BaseException:
             self.close()
             raise
@@ -83,10 +87,9 @@ class Store:
         """
         rows = {stage: r if isinstance(r, bytes) else json.dumps(r, allow_nan=False) for stage, r in records.items()}
         verb = "INSERT OR REPLACE" if replace else "INSERT"
-        columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
         with self._transaction("IMMEDIATE"):
             for stage, row in rows.items():
-                self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
+                self._create(stage)
                 values = (item_id, row, _checksum(item_id, row))
                 try:
                     self._connection.execute(f"{verb} INTO {stage} VALUES (?, ?, ?)", values)
@@ -110,6 +113,47 @@ class Store:
         """Return those of `item_ids` that have no record of this stage, in their order."""
         present = self.get(stage).keys()
         return [item_id for item_id in item_ids if item_id not in present]
+
+    def export(self, path: Path) -> None:
+        """Write all records as Parquet: stage, item_id, record (JSON), and the identity in the file's metadata."""
+        with self._explained():
+            names = self._connection.execute("SELECT name FROM sqlite_master WHERE name != 'meta' AND type = 'table'")
+            stages = sorted(name for (name,) in names)
+        rows = [(s, item_id, json.dumps(record)) for s in stages for item_id, record in self.get(s).items()]
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(("stage", "item_id", "record"))}
+        table = pa.table(columns, metadata={"identity": json.dumps(self.identity)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        pq.write_table(table, partial, compression="zstd", compression_level=12)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> int:
+        """Take over the records of a file that `export` wrote, where this store has none; return how many were new.
+
+        Raises StoreError for the records of another run.
+        """
+        table = pq.read_table(path)
+        there = json.loads((table.schema.metadata or {}).get(b"identity", b"null"))
+        if there != self.identity:
+            raise StoreError(f"{path} holds the records of another run; move it away")
+        rows = table.to_pylist()
+        with self._transaction("IMMEDIATE"):
+            before = self._connection.total_changes
+            for stage in {row["stage"] for row in rows}:
+                self._create(stage)
+                values = [
+                    (r["item_id"], r["record"], _checksum(r["item_id"], r["record"]))
+                    for r in rows
+                    if r["stage"] == stage
+                ]
+                self._connection.executemany(f"INSERT OR IGNORE INTO {stage} VALUES (?, ?, ?)", values)
+            return self._connection.total_changes - before
+
+    def _create(self, stage: str) -> None:
+        if not _STAGE_NAME.fullmatch(stage):
+            raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
+        columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
+        self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
 
     def close(self) -> None:
         """Close the file and give up its lock."""

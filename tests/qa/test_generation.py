@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tokenizers import processors
 from transformers import GenerationConfig
 
@@ -113,3 +115,53 @@ def test_a_prompt_is_open_for_its_answer(tokenizer) -> None:
     [ids] = generation.encode_prompts(closing, ["who"])
     assert ids == [start, *tokenizer("who")["input_ids"]]
     assert generation.encode_answer(closing, "me") == tokenizer(" me")["input_ids"]
+
+
+def plain_draw(model, prompt: list[int], numbers, stops: set[int]) -> tuple[list[int], float]:
+    """One token at a time, the whole text read anew: the token whose share of [0, 1) holds the number."""
+    tokens: list[int] = []
+    total = 0.0
+    for number in numbers:
+        p = plain_logits(model, prompt + tokens)[-1].double().softmax(-1)
+        token = int((p.cumsum(0) <= number).sum())
+        total += p[token].log().item()
+        tokens.append(token)
+        if token in stops:
+            break
+    return tokens, total
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, UNLIKE, PROMPTS[:1]], ids=["shared", "unlike", "single"])
+def test_samples_of_a_batch_are_those_of_each_alone(model, tokenizer, prompts) -> None:
+    numbers = np.random.default_rng(0).random((len(prompts), 6, 9))
+    stops = (frozenset({1, 2}), frozenset(range(0, 140, 5)))
+    found = generation.draw(model, tokenizer, prompts, numbers, stops=stops)
+    ended = 0
+    for i, prompt in enumerate(prompts):
+        for j, one in enumerate(found[i]):
+            tokens, total = plain_draw(model, prompt, numbers[i, j], stops[0] | stops[1])
+            has_end = tokens[-1] in stops[0] | stops[1]
+            ended += has_end
+            assert list(one.token_ids) == (tokens[:-1] if has_end else tokens)
+            assert one.n_steps == len(tokens)
+            assert one.log_prob == pytest.approx(total, abs=1e-4)
+    assert ended > 0  # some finished before the others, so that rows were dropped on the way
+
+
+def test_samples_have_the_models_frequencies(llama, tokenizer) -> None:
+    numbers = np.random.default_rng(1).random((1, 4000, 1))
+    [samples] = generation.draw(llama, tokenizer, PROMPTS[:1], numbers, stops=(frozenset(), frozenset()))
+    counts = np.bincount([one.token_ids[0] for one in samples], minlength=len(tokenizer))
+    p = plain_logits(llama, PROMPTS[0])[-1].double().softmax(-1).numpy()
+    common = p > 0.005
+    assert (
+        stats.chisquare(counts[common], 4000 * p[common] * counts[common].sum() / (4000 * p[common].sum())).pvalue
+        > 0.001
+    )
+
+
+def test_the_next_words_log_p_is_that_of_a_plain_pass(model) -> None:
+    found = generation.next_log_probs(model, PROMPTS, [7, 12])
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        plain = plain_logits(model, prompt)[-1].double().log_softmax(-1)[[7, 12]]
+        assert torch.allclose(row, plain, atol=1e-4)

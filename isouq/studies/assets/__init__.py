@@ -265,7 +265,7 @@ def _convert(asset: Asset, scratch: Path) -> None:
     """Make the float32 folder of a GGUF asset, with the record of hashes that `verify` holds it to."""
     source, target = _folders(asset)
     folder = scratch / "converted" / asset.name
-    _dequantise(source, asset.members[0].file, folder)
+    _dequantise(source, asset.members[0].file, folder, tied=asset.tied)
     files = sorted(folder.iterdir())
     record = {
         "source": {member.file: member.sha256 for member in asset.members},
@@ -276,8 +276,14 @@ def _convert(asset: Asset, scratch: Path) -> None:
     _move_into_place(folder, target, scratch)
 
 
-def _dequantise(source: Path, gguf_file: str, folder: Path) -> None:
-    """Write a GGUF checkpoint as float32 safetensors with its tokenizer, and read the tokenizer back."""
+def _dequantise(source: Path, gguf_file: str, folder: Path, *, tied: str = "") -> None:
+    """Write a GGUF checkpoint as float32 safetensors with its tokenizer, and read the tokenizer back.
+
+    `tied` names the parameter that becomes the model's one matrix for embedding and head, where the file holds both.
+
+    Raises AssetError for a file that holds both and no word which of them is meant: a gradient over two copies is not
+    that of the model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -286,8 +292,16 @@ def _dequantise(source: Path, gguf_file: str, folder: Path) -> None:
     config = loaded.config
     # It describes the quantisation, which the float32 weights no longer have; save_pretrained would refuse it.
     del config.quantization_config
+    state, apart = loaded.state_dict(), not config.tie_word_embeddings
+    if apart and not tied:
+        raise AssetError(
+            f"{gguf_file}: embedding and head are stored apart; `tied` in assets.toml has to say which is meant"
+        )
+    config.tie_word_embeddings = True
     model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(state)
+    if apart:
+        model.get_input_embeddings().weight.data.copy_(state[tied])
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)

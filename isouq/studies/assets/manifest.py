@@ -38,7 +38,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """A model (`kind` "causal-lm" or "encoder") or a data set ("data") of the manifest."""
+    """A model (`kind` "causal-lm" or "encoder") or a data set ("data") of the manifest.
+
+    `tied`: the parameter that is kept where a file holds one tied matrix twice, quantised twice: the copy of more bits.
+    """
 
     name: str
     kind: str
@@ -47,6 +50,7 @@ class Asset:
     notice: str = ""
     used_for: str
     hub: str = ""
+    tied: str = ""
     packages: list[Package]
     members: list[Member]
 

@@ -32,6 +32,7 @@ class DataSet:
     questions: tuple[Question, ...]
     template: str
     prefix: str = ""  # a set with an official prefix is asked with it, not with few-shot examples
+    sentences: bool = False  # whether answers are sentences, which may have twice as many tokens
 
     def prompt(self, question: Question, shots: Sequence[Question] = ()) -> str:
         """Return prefix, answered `shots` and the open `question`; an answer follows with a leading space."""
@@ -104,7 +105,7 @@ def _truthfulqa(path: Path) -> DataSet:
         true = dict.fromkeys([example["Best answer"], *example["True answers"]])
         text = example["Question"].strip()
         questions.append(Question(_identify(text), text, tuple(true), tuple(dict.fromkeys(example["False answers"]))))
-    return DataSet("truthfulqa", tuple(questions), "Q: {question}\nA:{answer}\n\n", content["prefix"])
+    return DataSet("truthfulqa", tuple(questions), "Q: {question}\nA:{answer}\n\n", content["prefix"], True)
 
 
 def _identify(text: str) -> str:

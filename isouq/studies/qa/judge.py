@@ -1,14 +1,16 @@
-"""Whether an answer is right: TriviaQA's official normalisation, then an exact match."""
+"""Whether an answer is right: by exact match, by shared words, or by which reference answers it is closer to."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 # As in mandarjoshi90/triviaqa, evaluation/triviaqa_evaluation.py (v1.0): spaces take their place.
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+F1_RIGHT = 0.5  # token F1 from which an answer counts as right, beside exact match
 
 
 def normalise_answer(text: str) -> str:
@@ -28,3 +30,38 @@ def exact_match(answer: str, accepted: Iterable[str]) -> bool:
     """
     normalised = normalise_answer(answer)
     return normalised != "" and any(normalised == normalise_answer(other) for other in accepted)
+
+
+def token_f1(answer: str, accepted: Iterable[str]) -> float:
+    """Return the largest F1 of the normalised words shared with an accepted answer, TriviaQA's second score."""
+
+    def f1(other: Sequence[str]) -> float:
+        common = sum((Counter(words) & Counter(other)).values())
+        return 2 * common / (len(words) + len(other)) if common else 0.0
+
+    words = normalise_answer(answer).split()
+    return max((f1(normalise_answer(other).split()) for other in accepted), default=0.0)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return ROUGE-L (Lin 2004): F1 by the longest common subsequence of the two texts' normalised words."""
+    a, b = normalise_answer(answer).split(), normalise_answer(reference).split()
+    lengths = [0] * (len(b) + 1)  # of the longest common subsequence of the words of `a` so far and b[:j]
+    for word in a:
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(lengths[j] + 1 if word == other else max(row[j], lengths[j + 1]))
+        lengths = row
+    return 2 * lengths[-1] / (len(a) + len(b)) if lengths[-1] else 0.0
+
+
+def contrast(
+    answer: str, true: Sequence[str], false: Sequence[str], similarity: Callable[[str, Sequence[str]], Sequence[float]]
+) -> float:
+    """Return how much closer an answer is to the nearest true reference than to the nearest false one.
+
+    Right is above 0: the contrast by which TruthfulQA scores free answers (Lin et al. 2022), for any `similarity` of
+    a text to several others.
+    """
+    scores = similarity(answer, [*true, *false])
+    return float(max(scores[: len(true)]) - max(scores[len(true) :]))

@@ -1,122 +1,134 @@
-"""The stages of a study: question, answer and verdict, estimate, token_mean; each record is stored once it is done.
+"""What a study does to every question, stage by stage, into a store that keeps each question once it is done.
 
-What decides a stored record is in this module and those that it imports; `isouq.studies.identity.code` starts here. How
-a model and a data set are found (`isouq.studies.qa.study`, `isouq.studies.assets`) is not in them: their content is
-compared instead.
+answer → verdict, estimate, token_mean, cheap and, in a choice, choice; sample → meaning, p_true. A stage reads records
+of earlier ones and never edits them. What is stored costs hours, so code enters a store's identity as VERSION, raised
+by hand where a stored number changes; tests/qa/test_golden.py holds numbers that notice.
 """
 
 from __future__ import annotations
 
-import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
-from isouq.gradients import Engine
 from isouq.language import scoring
 from isouq.language.examples import from_pairs
-from isouq.language.generation import Generation, stop_token_ids
-from isouq.studies.qa import candidates, data, generation, judge
-from isouq.studies.qa.data import DataSet, Question
+from isouq.studies.qa import rivals, sampling
+from isouq.studies.qa.answers import answer, choice, verdict
+from isouq.studies.qa.subject import Settings, Subject
 from isouq.studies.store import Store
 
-Records = dict[str, dict[str, Any]]  # one question's records by stage
+VERSION = 1
+EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are written out again
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a study asks and scores. The last four decide how much is computed and not which numbers result."""
-
-    seed: int = 0
-    n_shots: int = 5
-    max_new_tokens: int = 24
-    engine: Engine = "auto"
-    n_questions: int = 120
-    n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
-    batch_size: int = 8
-    store_dir: str = "build/store"
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
-        return {name: getattr(self, name) for name in ("seed", "n_shots", "max_new_tokens", "engine")}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A loaded model with its questions and, in the same order, their prompts as token ids."""
-
-    model: Any
-    tokenizer: Any
-    questions: Sequence[Question]
-    prompts: Sequence[Sequence[int]]
-    choose: bool = False
-
-    @functools.cached_property
-    def stops(self) -> Any:
-        """The ids that end an answer."""
-        return stop_token_ids(self.tokenizer, self.model)
-
-
-def prepare(model: Any, tokenizer: Any, data_set: DataSet, settings: Settings, *, choose: bool = False) -> Subject:
-    """Draw the questions and write their prompts; a set with an official prefix is asked without examples."""
-    n_shots = 0 if data_set.prefix else settings.n_shots
-    questions, shots = data.sample(data_set, settings.n_questions, n_shots=n_shots, seed=settings.seed)
-    prompts = generation.encode_prompts(tokenizer, [data_set.prompt(question, shots) for question in questions])
-    return Subject(model, tokenizer, questions, prompts, choose)
+Record = dict[str, Any]
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_KINDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "norm": "norm", "ln_": "norm"}
 
 
 def complete(store: Store, subject: Subject, settings: Settings, *, progress: bool | None = None) -> None:
-    """Compute every record that the store lacks: question, answer and verdict, estimate, token_mean."""
+    """Compute every record that the store lacks."""
     for question in subject.questions:
         if store.missing("question", [question.item_id]):
             store.put(question.item_id, {"question": asdict(question)})
-    _answer_all(store, subject, settings, progress)
-    _score_all(store, subject, settings, progress)
+    fill = _Batches(store, subject, settings, progress).fill
+    most = settings.max_new_tokens * (2 if subject.data_set.sentences else 1)
+    read = [len(prompt) for prompt in subject.prompts]
+    fill("answer", lambda rows: answer(subject, rows, most), read)
+    answers = _by_row(store, subject, "answer")
+    fill("verdict", lambda rows: [verdict(subject, row, answers[row]) for row in rows], read)
 
-
-def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[Records]:
-    """Answer some questions and judge the answers: records `answer` and `verdict`, in the order of `rows`.
-
-    The answer is the model's greedy completion or, in a choice, the reference answer of the highest log p.
-    """
-    questions, prompts = [subject.questions[row] for row in rows], [subject.prompts[row] for row in rows]
-    if subject.choose:
-        texts = [[*question.answers, *question.false_answers] for question in questions]
-        ids = [[generation.encode_answer(subject.tokenizer, text) for text in group] for group in texts]
-        log_probs = candidates.candidate_log_probs(subject.model, prompts, ids)
-        return [_chosen(*row) for row in zip(questions, ids, (scores.tolist() for scores in log_probs), strict=True)]
-    answers = generation.generate(
-        subject.model, subject.tokenizer, prompts, stops=subject.stops, max_new_tokens=max_new_tokens
-    )
-    return [_generated(*row) for row in zip(questions, answers, strict=True)]
-
-
-def _answer_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
-    lengths = [len(prompt) for prompt in subject.prompts]
-    batches = _Batches(store, subject, settings.batch_size, progress)
-    batches.fill("answer", lambda rows: answer(subject, rows, settings.max_new_tokens), lengths)
-
-
-def _score_all(store: Store, subject: Subject, settings: Settings, progress: bool | None) -> None:
-    answers = {item_id: record["token_ids"] for item_id, record in store.get("answer").items() if record["text"]}
-    ids = [answers.get(question.item_id, []) for question in subject.questions]
-    lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in zip(subject.prompts, ids, strict=True)]
-
-    def score(rows: list[int], stage: str, aggregations: tuple[Aggregation, ...]) -> list[Records]:
-        how = scoring.Scoring(aggregations=aggregations, engine=settings.engine, batch_size=len(rows))
-        results = scoring.score(subject.model, from_pairs((subject.prompts[row], ids[row]) for row in rows), how)
-        return [{stage: {name: _record(found, i) for name, found in results.items()}} for i in range(len(rows))]
-
-    batches = _Batches(store, subject, settings.batch_size, progress)
-    batches.fill("estimate", lambda rows: score(rows, "estimate", ("sequence", "geometric")), lengths)
+    # Answers without text are wrong, and have no scores.
+    ids = [answer["token_ids"] if answer["text"] else [] for answer in answers]
+    lengths = [n + len(answer) if answer else 0 for n, answer in zip(read, ids, strict=True)]
+    fill("estimate", lambda rows: _estimate(subject, rows, ids, settings, "sequence", "geometric"), lengths)
     # Its cost is the longest answer of a batch, so here answers of like length go together.
-    lengths = [len(answer) if row < settings.n_token_mean else 0 for row, answer in enumerate(ids)]
-    batches.fill("token_mean", lambda rows: score(rows, "token_mean", ("token_mean",)), lengths)
+    n_tokens = [len(answer) if row < settings.n_token_mean else 0 for row, answer in enumerate(ids)]
+    fill("token_mean", lambda rows: _estimate(subject, rows, ids, settings, "token_mean"), n_tokens)
+    prompts = subject.prompts
+    fill("cheap", lambda rows: rivals.answer_scores(subject.model, *_take(rows, prompts, ids)), lengths)
+    if subject.choose:
+        fill("choice", lambda rows: [choice(subject, row, settings.engine) for row in rows], lengths)
+    if settings.n_samples:
+        _sample_all(store, subject, settings, fill, lengths, most)
+
+
+def _sample_all(
+    store: Store, subject: Subject, settings: Settings, fill: Callable[..., None], lengths: Sequence[int], most: int
+) -> None:
+    """The stages that need samples. Those of the solved examples of P(True) are kept under `shot`."""
+    asked = list(zip(subject.questions, subject.prompts, strict=True))
+    how = {"n_samples": settings.n_samples, "max_new_tokens": most, "seed": settings.seed}
+    for shot in subject.shots:
+        if store.missing("shot", [shot[0].item_id]):
+            [samples] = sampling.sample(subject, [shot], **how)
+            store.put(shot[0].item_id, {"shot": {**asdict(shot[0]), **samples}})
+    fill("sample", lambda rows: sampling.sample(subject, [asked[row] for row in rows], **how), lengths)
+
+    texts = [record.get("text", []) for record in _by_row(store, subject, "sample")]
+    fill("meaning", lambda rows: [sampling.meaning(subject, row, texts[row]) for row in rows], lengths)
+    shots = store.get("shot")
+    solved = sampling.solved_examples([(question, shots[question.item_id]["text"]) for question, _ in subject.shots])
+    answers = [record["text"] for record in _by_row(store, subject, "answer")]
+    possible = list(zip(subject.questions, texts, answers, strict=True))
+    fill("p_true", lambda rows: sampling.p_true(subject, solved, [possible[row] for row in rows]), lengths)
+
+
+def records_path(store: Store, settings: Settings) -> Path:
+    """Return where the records of a store are committed: a file of its name in `records_dir`."""
+    return Path(settings.records_dir) / store.path.with_suffix(".parquet").name
+
+
+def _take(rows: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+    return [[column[row] for row in rows] for column in columns]
+
+
+def _by_row(store: Store, subject: Subject, stage: str) -> list[Record]:
+    records = store.get(stage)
+    return [records.get(question.item_id, {}) for question in subject.questions]
+
+
+def _estimate(
+    subject: Subject, rows: Sequence[int], ids: Sequence[Sequence[int]], settings: Settings, *names: Aggregation
+) -> list[Record]:
+    """An estimate for each aggregation, and under "layers" what `by_layer` says of "sequence"."""
+    layers = "sequence" in names
+    how = scoring.Scoring(aggregations=names, engine=settings.engine, batch_size=len(rows), breakdown=layers)
+    pairs = zip(*_take(rows, subject.prompts, ids), strict=True)
+    found = scoring.score(subject.model, from_pairs(pairs), how)
+    records: list[Record] = [{name: _record(one, i) for name, one in found.items()} for i in range(len(rows))]
+    if layers:
+        for record, shares in zip(records, by_layer(found["sequence"]), strict=True):
+            record["layers"] = shares
+    return records
+
+
+def _record(estimate: Estimate, row: int) -> Record:
+    names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
+    values = {name: getattr(estimate, name)[row].item() for name in names}
+    return {**values, "engine": estimate.engine, "n_parameters": estimate.n_parameters}
+
+
+def by_layer(estimate: Estimate) -> list[dict[str, float]]:
+    """Return log U_E of each example by "block.kind", such as "29.mlp"; what is in no block has its kind alone.
+
+    A kind is attention, mlp, norm or other, and outside blocks norm or embedding (which a tied head shares), from the
+    parameters' names. Exponentials add up to U_E; a gradient that is exactly zero is −1e9.
+    """
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, values in (estimate.breakdown or {}).items():
+        block = _BLOCK.search(name)
+        kind = next((kind for part, kind in _KINDS.items() if part in name), "other" if block else "embedding")
+        groups.setdefault(f"{block[1]}.{kind}" if block else kind, []).append(values)
+    totals = {group: torch.stack(values).logsumexp(0).clamp(min=-1e9).tolist() for group, values in groups.items()}
+    return [{group: values[i] for group, values in totals.items()} for i in range(len(estimate))]
 
 
 @dataclass(frozen=True)
@@ -125,46 +137,26 @@ class _Batches:
 
     store: Store
     subject: Subject
-    batch_size: int
+    settings: Settings
     progress: bool | None
 
-    def fill(self, stage: str, work: Callable[[list[int]], list[Records]], lengths: Sequence[int]) -> None:
+    def fill(self, stage: str, work: Callable[[list[int]], list[Record]], lengths: Sequence[int]) -> None:
         """Call `work` on the rows that lack a record of `stage`; rows of length 0 are left out."""
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids))
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
         rows.sort(key=lambda row: -lengths[row])
-        n_all = sum(map(bool, lengths))
+        n_all, size = sum(map(bool, lengths)), self.settings.batch_size
         hide = None if self.progress is None else not self.progress
+        exported = time.monotonic()
         with tqdm(total=n_all, initial=n_all - len(rows), desc=stage, unit="question", disable=hide) as bar:
-            for batch in (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)):
+            for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
                 start = time.perf_counter()
                 records = work(batch)
                 seconds = (time.perf_counter() - start) / len(batch)
                 for row, record in zip(batch, records, strict=True):
-                    record[stage]["seconds"] = seconds
-                    self.store.put(item_ids[row], record)
+                    self.store.put(item_ids[row], {stage: {**record, "seconds": seconds}})
                 bar.update(len(batch))
-
-
-def _generated(question: Question, answer: Generation) -> Records:
-    right = answer.text != "" and judge.exact_match(answer.text, question.answers)
-    return {"answer": asdict(answer), "verdict": {"right": right}}
-
-
-def _chosen(question: Question, candidates: Sequence[Sequence[int]], log_probs: Sequence[float]) -> Records:
-    """Return the records of a choice among candidates, true ones first, by log p (a sum over tokens)."""
-    n_true = len(question.answers)
-    texts = [*question.answers, *question.false_answers]
-    best = int(np.argmax(log_probs))
-    best_mean = int(np.argmax([s / len(ids) for s, ids in zip(log_probs, candidates, strict=True)]))
-    answer = {"token_ids": list(candidates[best]), "text": texts[best], "ended_by": "given"}
-    answer["candidates"] = [[len(ids), s] for ids, s in zip(candidates, log_probs, strict=True)]
-    verdict = {"right": best < n_true, "right_by_mean": best_mean < n_true, "right_by_chance": n_true / len(texts)}
-    return {"answer": answer, "verdict": verdict}
-
-
-def _record(estimate: Estimate, row: int) -> dict[str, Any]:
-    names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic")
-    values = {name: getattr(estimate, name)[row].item() for name in names}
-    return {**values, "engine": estimate.engine, "n_parameters": estimate.n_parameters}
+                if self.settings.records_dir and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):
+                    self.store.export(records_path(self.store, self.settings))
+                    exported = time.monotonic()

@@ -17,13 +17,16 @@ import transformers
 
 from isouq import models
 from isouq.studies import assets, identity
-from isouq.studies.qa import data, stages
+from isouq.studies.qa import data, rivals, stages
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.stages import Settings, complete, prepare
+from isouq.studies.qa.stages import complete
+from isouq.studies.qa.subject import Settings, prepare
 from isouq.studies.store import Store, store_path
 
+ENCODER = "all-minilm-l6-v2"
 FILES = {"triviaqa": "data-00000-of-00001.arrow", "wikidata": "task.json", "truthfulqa": "questions.json"}
-DATA_SETS = ("triviaqa", "wikidata", "truthfulqa_choose")  # in the last, the model picks a reference answer
+# Of TruthfulQA the model writes its answer, or picks a reference answer.
+DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")
 
 
 def run(model: str, data_set: str, settings: Settings, *, progress: bool | None = None) -> pd.DataFrame:
@@ -32,27 +35,35 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     `model` is an asset's name, a Hub id or a folder; `data_set` one of DATA_SETS. Columns: see `tabulate`.
     `progress`: True or False, None shows bars at a terminal only.
 
-    The store serves only what agrees in the model's content (and commit, of a Hub id), the data's, settings, code and
-    libraries. Raises ValueError on an unknown data set, on too few questions in it, and StoreError as `Store` does.
+    The store serves only what agrees in the model's content (and commit, of a Hub id), the data's, settings, libraries
+    and the version of the study's code. Raises ValueError on an unknown data set, on too few questions in it, and
+    StoreError as `Store` does.
     """
     if data_set not in DATA_SETS:
         raise ValueError(f"data_set must be one of {', '.join(DATA_SETS)}, got {data_set!r}")
     lm, tokenizer, fingerprint = _load_model(model)
     asset, choose = data_set.removesuffix("_choose"), data_set.endswith("_choose")
-    subject = prepare(lm, tokenizer, load_questions(asset), settings, choose=choose)
+    nli = rivals.Entailment(settings.nli) if settings.nli else None
+    # All of TruthfulQA is asked, so the solved examples of P(True) are questions of TriviaQA there.
+    others = load_questions("triviaqa") if asset == "truthfulqa" and settings.n_samples else None
+    subject = prepare(lm, tokenizer, load_questions(asset), settings, choose=choose, others=others, nli=nli)
+    used = [asset, *(["triviaqa"] if others else [])]
     wanted = {
         "model": model,
         "commit": getattr(lm.config, "_commit_hash", None),
         "weights": fingerprint,
         "data_set": data_set,
-        "data": hashlib.sha256(assets.path(asset, FILES[asset]).read_bytes()).hexdigest()[:12],
+        "data": [hashlib.sha256(assets.path(name, FILES[name]).read_bytes()).hexdigest()[:12] for name in used],
+        "encoder": assets.content(ENCODER),
         "choose": choose,
         "settings": settings.identity(),
-        "code": identity.code(stages.__name__),
+        "code": stages.VERSION,
         "versions": identity.versions("tokenizers", "torch", "transformers"),
     }
     path = store_path(Path(settings.store_dir), f"{model}--{data_set}", wanted)
     with Store(path, wanted) as store:
+        if settings.records_dir and (kept := stages.records_path(store, settings)).exists():
+            store.restore(kept)
         complete(store, subject, settings, progress=progress)
         return tabulate(store, subject.questions)
 
@@ -65,19 +76,19 @@ def load_questions(asset: str) -> data.DataSet:
 def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
     """Return one row per question, in the order of the draw.
 
-    Columns: item_id, question, reference (an accepted answer), answer, right, wrong, empty, ended_by,
-    n_tokens; log_prob (nats), likelihood (its negative), log_gradient (log G); for A = sequence, geometric,
-    token_mean: probability_A, aleatoric_A, log_aleatoric_A, log_epistemic_A; seconds_STAGE.
-    An empty answer is wrong and has no scores (NaN); nor has token_mean where it was not asked for. In a
-    choice also right_by_mean (the verdict, had the mean of log p per token chosen) and right_by_chance (the
-    share of true candidates).
+    Columns: item_id, question, reference (an accepted answer), answer, right, wrong, right_by_… (other judges), empty,
+    ended_by, n_tokens; log_prob (nats), likelihood (its negative), log_gradient (log G); for A = sequence, geometric,
+    token_mean: probability_A, aleatoric_A, log_aleatoric_A, log_epistemic_A; layer:BLOCK.KIND, log U_E by
+    `stages.by_layer`; the rivals and cheap scores of `_rival_columns`; in a choice those of `_choice_columns`;
+    seconds_STAGE. An empty answer is wrong and has no scores (NaN); nor has token_mean where it was not asked for.
     """
-    records = {stage: store.get(stage) for stage in ("answer", "verdict", "estimate", "token_mean")}
+    names = ("answer", "verdict", "estimate", "token_mean", "cheap", "choice", "sample", "meaning", "p_true")
+    records = {stage: store.get(stage) for stage in names}
     rows = []
     for question in questions:
-        answer, verdict = records["answer"][question.item_id], records["verdict"][question.item_id]
-        scores = {s: records[s].get(question.item_id, {}) for s in ("estimate", "token_mean")}
-        seconds = {"answer": answer, **scores}
+        of = {stage: found.get(question.item_id, {}) for stage, found in records.items()}
+        answer, verdict = of["answer"], of["verdict"]
+        layers = of["estimate"].get("layers", {})
         rows.append(
             {
                 "item_id": question.item_id,
@@ -85,15 +96,54 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 "reference": question.answers[0],
                 "answer": answer["text"],
                 "wrong": not verdict["right"],
-                **verdict,
+                **{name: value for name, value in verdict.items() if name != "seconds"},
                 "empty": not answer["text"],
                 "ended_by": answer["ended_by"],
                 "n_tokens": len(answer["token_ids"]),
-                **_score_columns(scores["estimate"] | scores["token_mean"]),
-                **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in seconds.items()},
+                **_score_columns(of["estimate"] | of["token_mean"]),
+                **_rival_columns(of["cheap"], of["sample"], of["meaning"], of["p_true"]),
+                **_choice_columns(of["choice"]),
+                **{f"layer:{group}": value for group, value in layers.items()},
+                **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in of.items()},
             }
         )
     return pd.DataFrame(rows)
+
+
+def _rival_columns(
+    cheap: Mapping[str, Any], sample: Mapping[str, Any], meaning: Mapping[str, Any], p_true: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the rivals of one answer by column, high = wrong, and nothing where a stage was not run."""
+    columns: dict[str, float] = {}
+    if cheap:
+        columns |= {"lowest_token": -cheap["lowest_log_prob"], "token_entropy": cheap["token_entropy"]}
+        columns |= {"embedding_gradient": cheap["log_embedding_gradient"]}
+    if sample:
+        weights = sample["log_prob"], sample["n_steps"]
+        columns |= {"naive_entropy": rivals.naive_entropy(*weights), "distinct_samples": len(set(sample["text"]))}
+        for by, groups in meaning.items():
+            if by != "seconds":
+                suffix = "" if by == "embedding" else f"_{by}"
+                columns[f"semantic_entropy{suffix}"] = rivals.semantic_entropy(*weights, groups)
+                columns[f"semantic_entropy_discrete{suffix}"] = rivals.discrete_semantic_entropy(groups)
+    if p_true:
+        columns["p_true"] = rivals.p_true(p_true["log_probs"])
+    return columns
+
+
+def _choice_columns(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the estimates of the reference that is likeliest on the bare prompt, under p_c, and whether it is true."""
+    if not choice:
+        return {}
+    best = int(np.argmax(choice["log_p"]))
+    log_p = choice["log_p"][best]
+    return {
+        "right_as_choice": best < choice["n_true"],
+        "log_p_choice": log_p,
+        "log_epistemic_choice": choice["log_epistemic"][best],
+        "log_aleatoric_choice": log_p + float(np.log(max(-np.expm1(log_p), 2.0**-53))),
+        "n_references": len(choice["log_p"]),
+    }
 
 
 def _score_columns(scored: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,113 @@
+"""A study's settings, and a loaded model with the questions that it is asked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from isouq.gradients import Engine
+from isouq.language.generation import stop_token_ids
+from isouq.studies import require
+from isouq.studies.qa import data, generation
+from isouq.studies.qa.data import DataSet, Question
+from isouq.studies.qa.rivals import Entailment
+from isouq.studies.qa.sentences import SentenceEncoder
+
+N_TRUE_SHOTS = 4  # solved examples in the prompt of P(True), true and false in turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a study asks and scores.
+
+    Those of `identity` decide which numbers result, the others how much is computed and where it is kept. `nli` is the
+    Hub id of a model that judges by entailment whether samples mean the same; without one their embeddings do. No
+    samples, no rivals that need them.
+
+    Raises ValueError for a single sample, which has no entropy.
+    """
+
+    seed: int = 0
+    n_shots: int = 5
+    max_new_tokens: int = 24
+    engine: Engine = "auto"
+    n_samples: int = 10
+    nli: str = ""
+    n_questions: int = 120
+    n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
+    batch_size: int = 8
+    store_dir: str = "build/store"
+    records_dir: str = ""  # committed records: read before a run, written as it goes
+
+    def __post_init__(self) -> None:
+        if self.n_samples:
+            require.count("n_samples", self.n_samples, 2)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
+        names = ("seed", "n_shots", "max_new_tokens", "engine", "n_samples", "nli")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with its questions and, in the same order, their prompts as token ids.
+
+    `shots` are the solved examples of P(True) with their own prompts. `nli` says whether samples mean the same, and
+    `encoder` gives the embeddings of texts, (text, dimension), of unit length.
+    """
+
+    model: Any
+    tokenizer: Any
+    data_set: DataSet
+    questions: Sequence[Question]
+    prompts: Sequence[Sequence[int]]
+    shots: Sequence[tuple[Question, Sequence[int]]] = ()
+    choose: bool = False
+    nli: Entailment | None = None
+    encoder: Callable[[Sequence[str]], Tensor] | None = None
+
+    @functools.cached_property
+    def stops(self) -> Any:
+        """The ids that end an answer."""
+        return stop_token_ids(self.tokenizer, self.model)
+
+    @functools.cached_property
+    def encode(self) -> Callable[[Sequence[str]], Tensor]:
+        """The `encoder`, or all-MiniLM-L6-v2."""
+        return self.encoder or SentenceEncoder()
+
+    def bare_prompt(self, question: Question) -> list[int]:
+        """Return a question's prompt without prefix and examples."""
+        return generation.encode_prompts(self.tokenizer, [replace(self.data_set, prefix="").prompt(question)])[0]
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    data_set: DataSet,
+    settings: Settings,
+    *,
+    choose: bool = False,
+    others: DataSet | None = None,
+    nli: Entailment | None = None,
+    encoder: Callable[[Sequence[str]], Tensor] | None = None,
+) -> Subject:
+    """Draw the questions and write their prompts; a set with an official prefix is asked without examples.
+
+    The solved examples of P(True) come from the set too, or from `others` where all of it is to be asked.
+    """
+    n_shots, n_true = 0 if data_set.prefix else settings.n_shots, N_TRUE_SHOTS if settings.n_samples else 0
+    n_held_out = n_shots + (n_true if others is None else 0)
+    questions, held_out = data.sample(data_set, settings.n_questions, n_shots=n_held_out, seed=settings.seed)
+    shots, true_shots = held_out[:n_shots], held_out[n_shots:]
+    if others is not None and n_true:
+        true_shots = data.sample(others, 1, n_shots=n_true, seed=settings.seed)[1]
+    texts = [data_set.prompt(question, shots) for question in [*questions, *true_shots]]
+    prompts = generation.encode_prompts(tokenizer, texts)
+    solved = list(zip(true_shots, prompts[len(questions) :], strict=True))
+    return Subject(model, tokenizer, data_set, questions, prompts[: len(questions)], solved, choose, nli, encoder)
