@@ -169,8 +169,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 def limits(model: nn.Module) -> tuple[int | None, int | None]:
     """The size of the model's vocabulary and of its context in tokens, where its config states them (−1: no limit)."""
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = getattr(config, "get_text_config", lambda: config)()
     sizes = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, context = (size if isinstance(size, int) and size > 0 else None for size in sizes)
     return vocabulary, context
