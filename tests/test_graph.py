@@ -31,7 +31,7 @@ def test_without_a_word_the_profile_is_embedded():
 def test_each_job_before_a_notebook_is_named_after_what_it_does():
     run = graph.Graph({"profile": "smoke"})
     assert run.shards["qa-smollm2-135m-instruct-wikidata"] == ("smollm2-135m-instruct", "wikidata")
-    assert len(run.shards) == 3
+    assert len(run.shards) == 4
     assert run.before("04_llm_qa") == [f"build/smoke/qa/{shard}.done" for shard in run.shards]
     assert len(run.before("03_mcmc")) == len(run.problems) == 8
     wanted = ["mcmc-binary_xor.done", "mcmc-multiclass_clusters.done"]
@@ -43,10 +43,11 @@ def test_each_parameter_of_a_notebook_is_a_line_of_its_own():
     run = graph.Graph({"profile": "smoke"})
     values = {name: line(SimpleNamespace(chapter="04_llm_qa")) for name, line in run.parameters().items()}
     assert values["n_questions"] == "n_questions: 8"
-    assert values["data_sets"] == 'data_sets: ["triviaqa", "wikidata", "truthfulqa_choose"]'
+    assert values["data_sets"] == 'data_sets: ["triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose"]'
     assert values["size_depths"] == "", "a parameter of another notebook"
-    assert "n_questions: 8" in run.scoring()
-    assert not [line for line in run.scoring() if line.startswith("n_folds")]
+    scoring = run.scoring("qa-smollm2-135m-instruct-wikidata")
+    assert "n_questions: 8" in scoring
+    assert not [line for line in scoring if line.startswith("n_folds")]
     assert "n_draws: 400" in run.sampling()
 
 

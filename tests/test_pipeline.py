@@ -39,6 +39,9 @@ def run(model, data_set, settings, *, progress):
 """
 
 
+ONE = {"models": ["smollm2-135m-instruct"], "data_sets": ["triviaqa"], "at_most": {}}
+
+
 def write_notebook(folder: Path, chapter: str, *, module: str, body: str = "pass") -> None:
     """Write a tiny notebook with the chapter's real parameters, which uses one module of isouq."""
     cells = [
@@ -53,7 +56,7 @@ def write_notebook(folder: Path, chapter: str, *, module: str, body: str = "pass
 
 
 def write_profile(folder: Path, **qa) -> None:
-    sections = {"01_derivation": {}, "04_llm_qa": {"data_sets": ["triviaqa"], "n_questions": 5, **qa}}
+    sections = {"01_derivation": {}, "04_llm_qa": {**ONE, "n_questions": 5, **qa}}
     content = {"name": "tiny", "description": "for a test", "minutes": 1, "memory_gb": 1, "notebooks": sections}
     (folder / "profiles" / "tiny.yml").write_text(yaml.safe_dump(content))
 

@@ -127,16 +127,45 @@ def test_validate_refuses_a_parameter_that_the_cell_does_not_set():
 
 def test_only_what_scoring_depends_on_makes_a_score_stale():
     base = schemas.LlmQa(**QA)
+    pair = base.pairs()[0]
     analysis = base.model_copy(update={"n_resamples": 7, "n_folds": 2, "results_path": "x", "profile": "y"})
-    assert analysis.scoring() == base.scoring()
-    for name, value in {"seed": 1, "n_questions": 61, "n_shots": 4, "engine": "autograd"}.items():
-        assert base.model_copy(update={name: value}).scoring() != base.scoring()
+    assert analysis.scoring(*pair) == base.scoring(*pair)
+    for name, value in {"seed": 1, "n_questions": 11, "n_shots": 4, "n_samples": 9, "engine": "autograd"}.items():
+        assert base.model_copy(update={name: value}).scoring(*pair) != base.scoring(*pair)
+
+
+def test_a_pair_is_asked_as_many_questions_as_its_tightest_limit():
+    models = ["smollm2-135m-instruct", "gemma-3-270m"]
+    limits = {"wikidata": 90, "gemma-3-270m": 40, "gemma-3-270m triviaqa": 0}
+    given = QA | {"models": models, "data_sets": ["triviaqa", "wikidata"], "n_questions": 99, "at_most": limits}
+    section = schemas.LlmQa(**given)
+    sizes = {pair: section.scoring(*pair)["n_questions"] for pair in section.pairs()}
+    assert sizes == {(models[0], "triviaqa"): 99, (models[0], "wikidata"): 90, (models[1], "wikidata"): 40}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"at_most": {"trivia": 9}},
+            "at_most: 'trivia' is no model, data set or pair of these; did you mean 'triviaqa'",
+        ),
+        ({"at_most": {"triviaqa": 3}}, "at_most: 'triviaqa' has 3; wanted at least 4, or 0"),
+        ({"at_most": dict.fromkeys(QA["data_sets"], 0)}, "at_most: leaves no model and data set"),
+        ({"n_samples": 1}, "n_samples: 1 given, which has no entropy"),
+    ],
+)
+def test_a_size_that_means_nothing_is_refused_by_name(change, expected):
+    with pytest.raises(ValueError, match=expected):
+        schemas.LlmQa(**QA | change)
 
 
 def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
     models = ["gemma-3-270m", "Qwen/Qwen3-0.6B"]
-    section = schemas.LlmQa(**QA | {"models": models, "data_sets": ["truthfulqa_choose"]})
-    assert section.assets() == ["gemma-3-270m", "truthfulqa"]
+    given = QA | {"models": models, "data_sets": ["truthfulqa_choose"], "at_most": {}}
+    assert schemas.LlmQa(**given | {"n_samples": 0}).assets() == ["gemma-3-270m", "truthfulqa"]
+    rivals = ["all-minilm-l6-v2", "gemma-3-270m", "triviaqa", "truthfulqa"]
+    assert schemas.LlmQa(**given | {"n_samples": 2}).assets() == rivals
 
 
 # ---- what would be refused after hours, or mean something else ------------------------------------------
@@ -152,6 +181,10 @@ def senseless(name: str, value):
     if isinstance(value, list):
         yield from ([], value[:1] * 2, [*value, value[0]], [value], [None], tuple(value))
         yield from ([*value[1:], bad] for bad in senseless("", value[0]))
+    elif isinstance(value, dict):
+        yield from ({1: 9}, {" ": 9} | {2: 1}, [*value], None, dict.fromkeys(value, True), dict.fromkeys(value, 1.5))
+    elif value is None:
+        yield from ("", "  ", " smoke", 3, ["smoke"])
     elif isinstance(value, float):
         yield from (math.inf, -math.inf, math.nan, True, "1.5", 10**400, -1.0)
     elif isinstance(value, int):

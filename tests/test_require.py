@@ -10,7 +10,7 @@ import torch
 
 from isouq.studies import evaluation, fits
 from isouq.studies.isotropy import covariance, distortion, networks, spectra
-from isouq.studies.qa import analysis
+from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
 
 RNG = np.random.default_rng(0)
@@ -150,7 +150,7 @@ ROWS_OF = {
     spectra.lanczos_density: AT | {"n_steps": (4, "count"), "n_repeats": (1, "count")},
     spectra.effective_rank: {"eigenvalues": (VARIANCE, "alone")},
     spectra.marchenko_pastur: {"eigenvalues": (VARIANCE, "alone")},
-    analysis.compare: {"found": ({}, ""), "column": ("value", "name")},
+    tables.compare: {"found": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
         "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")
@@ -160,15 +160,36 @@ ROWS_OF = {
 TAKE_OBJECTS = {
     *(networks.solve, networks.build, networks.form, networks.outputs, networks.compare, networks.table),
     *(networks.sweep, networks.against_isotropic, networks.interval, spectra.widths),
-    *(analysis.auroc_table, analysis.within, analysis.added_signal, analysis.agreement, analysis.accuracy),
+    *(
+        analysis.rank,
+        analysis.last_layers,
+        tables.table_2,
+        analysis.auroc_table,
+        analysis.within,
+        analysis.added_signal,
+        analysis.agreement,
+        analysis.accuracy,
+    ),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
-    *(analysis.named_results, analysis.beside_paper, posterior.sample, posterior.reference, problems.float64),
+    *(analysis.named_results, tables.beside_paper, posterior.sample, posterior.reference, problems.float64),
 }
 
 
 def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
-    modules = (evaluation, fits, covariance, distortion, point, posterior, problems, networks, spectra, analysis)
+    modules = (
+        evaluation,
+        fits,
+        covariance,
+        distortion,
+        point,
+        posterior,
+        problems,
+        networks,
+        spectra,
+        analysis,
+        tables,
+    )
     public = {f for m in modules for n, f in vars(m).items() if inspect.isfunction(f) and not n.startswith("_")}
     public = {f for f in public if f.__module__ in {m.__name__ for m in modules}}
     assert {f.__qualname__ for f in public - TAKE_OBJECTS} <= {f.__qualname__ for f in ROWS_OF}
@@ -197,7 +218,7 @@ def test_nonsense_is_refused_by_the_name_of_the_argument(function, name, kind, w
         function(*columns, **given)
 
 
-@pytest.mark.parametrize("function", [f for f, row in ROWS_OF.items() if f is not analysis.compare and row])
+@pytest.mark.parametrize("function", [f for f, row in ROWS_OF.items() if f is not tables.compare and row])
 def test_the_rows_of_the_table_are_right_as_they_stand(function):
     if function.__module__.endswith("analysis"):
         return  # an empty table has no columns
@@ -269,7 +290,7 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
         (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),
-        (lambda: analysis.compare({}), "found: no table"),
+        (lambda: tables.compare({}), "found: no table"),
     ],
 )
 def test_what_is_not_defined_is_refused_in_words(call, message):

@@ -85,7 +85,7 @@ class Strict(BaseModel):
     def _means_something(cls, value: Any, field: Any) -> Any:
         """Refuse, in every field, what a later step would refuse after hours, or would take for something else."""
         for item in value if isinstance(value, list) else [value]:
-            allowed = {"description": item, "results_path": "", "records_dir": "", "nli": ""}.get(field.field_name)
+            allowed = {"description": item, "results_path": ""}.get(field.field_name)
             if isinstance(item, str) and item != allowed and not (item.isprintable() and item == item.strip() != ""):
                 raise ValueError(f"{item!r} given; wanted text in one line, not empty, without spaces around it")
             if isinstance(item, int) and item >= 2**63:
@@ -184,14 +184,14 @@ class LlmQa(Parameters):
 
     chapter = "04_llm_qa"
     store_dir: str
-    records_dir: str
+    records_dir: str | None
     models: Models
     data_sets: NotEmpty[DataSet]
     n_questions: Annotated[int, Field(ge=4)]  # fewer have no correlation to report
     at_most: dict[str, Annotated[int, Field(ge=0)]]
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
-    nli: str
+    nli: str | None
     n_token_mean: Annotated[int, Field(ge=0)]
     engine: Engine
     batch_size: Count

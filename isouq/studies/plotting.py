@@ -43,6 +43,9 @@ METHODS: dict[str, Method] = {
     "taylor": Method("#3B7D3B", ">", "Taylor"),
     "ensemble": Method("#222222", "d", "ensemble"),
     "length": Method("#8A8A8A", "p", "answer length"),
+    "token_entropy": Method("#3E7A7A", "$e$", "token entropy"),
+    "embedding_gradient": Method("#7A5C8E", "$g$", "embedding gradient"),
+    "last_layers": Method("#2F6C9F", "$5$", "log G, last five blocks"),
     # 05_cost
     "forward": Method("#707070", "8", "forward pass"),
     "forward_answer": Method("#838383", "$f$", "forward, answer's logits"),

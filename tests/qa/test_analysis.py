@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.studies.qa import analysis
+from isouq.studies.qa import analysis, tables
 from isouq.studies.qa.analysis import Analysis
 from isouq.studies.results import Result
 
@@ -29,7 +29,11 @@ def made_up(n: int = 240, *, signal: float = 1.0, seed: int = 0) -> pd.DataFrame
 
 
 def named(table: pd.DataFrame, subject: str) -> dict[str, Result]:
-    return analysis.named_results(table, analysis.auroc_table(table, QUICK), subject, QUICK)
+    return analysis.named_results(table, analysis.rank(table, QUICK), subject, QUICK)
+
+
+def aurocs_of(table: pd.DataFrame) -> pd.DataFrame:
+    return analysis.auroc_table(table, analysis.rank(table, QUICK))
 
 
 def value_of(aurocs: pd.DataFrame, method: str, aggregation: str = "sequence") -> pd.Series:
@@ -37,7 +41,7 @@ def value_of(aurocs: pd.DataFrame, method: str, aggregation: str = "sequence") -
 
 
 def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
-    aurocs = analysis.auroc_table(made_up(), QUICK)
+    aurocs = aurocs_of(made_up())
     assert value_of(aurocs, "likelihood")["value"] > 0.75
     for method in ("aleatoric", "epistemic"):  # both grow with p below one half
         assert value_of(aurocs, method)["value"] < 0.25
@@ -50,7 +54,7 @@ def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
 
 
 def test_the_gain_is_the_difference_to_the_likelihood_on_the_same_questions() -> None:
-    aurocs = analysis.auroc_table(made_up(), QUICK)
+    aurocs = aurocs_of(made_up())
     own, control = value_of(aurocs, "epistemic"), value_of(aurocs, "likelihood")
     assert own["versus_likelihood"] == pytest.approx(own["value"] - control["value"])
     assert control["versus_likelihood"] == control["versus_likelihood_high"] == 0
@@ -60,7 +64,7 @@ def test_too_few_right_answers_say_so_instead_of_a_number() -> None:
     table = made_up(60)
     table["wrong"] = np.arange(60) >= 9
     table["right"] = ~table["wrong"]
-    aurocs = analysis.auroc_table(table, QUICK)
+    aurocs = aurocs_of(table)
     assert aurocs["value"].isna().all()
     assert value_of(aurocs, "epistemic")["note"] == "too few: 9 right, 51 wrong"
     assert analysis.within(table, QUICK)["value"].isna().all()
@@ -115,7 +119,7 @@ def test_every_rival_goes_through_the_same_folds() -> None:
     flipped = made_up().assign(log_prob=lambda table: -table["log_prob"])  # a fit learns the sign of its own
     again = analysis.rankings(flipped, "sequence", QUICK)
     assert again["likelihood_fitted"].value == pytest.approx(found["likelihood_fitted"].value)
-    aurocs = analysis.auroc_table(made_up(), QUICK)
+    aurocs = aurocs_of(made_up())
     gap = value_of(aurocs, "combined")["value"] - value_of(aurocs, "likelihood_fitted")["value"]
     assert value_of(aurocs, "combined")["versus_likelihood"] == pytest.approx(gap)
 
@@ -155,17 +159,17 @@ def test_named_results_have_the_fixed_keys() -> None:
 
 
 def test_panels_have_the_same_rows_with_the_papers_values_where_it_has_them() -> None:
-    rows = analysis.beside_paper(analysis.auroc_table(made_up(), QUICK), "truthfulqa_choose")
-    assert tuple(rows["method"]) == analysis.SHOWN
+    rows = tables.beside_paper(aurocs_of(made_up()), "truthfulqa_choose")
+    assert tuple(rows["method"]) == tables.SHOWN
     assert rows.set_index("method")["paper"]["combined"] == 0.63
     assert np.isnan(rows.set_index("method")["paper"]["likelihood"])
-    assert analysis.beside_paper(analysis.auroc_table(made_up(), QUICK), "wikidata")["paper"].isna().all()
+    assert tables.beside_paper(aurocs_of(made_up()), "wikidata")["paper"].isna().all()
 
 
 def test_an_aggregation_that_was_not_asked_for_has_no_row() -> None:
     table = made_up()
     table[[c for c in table if c.endswith("_token_mean")]] = np.nan
-    assert set(analysis.auroc_table(table, QUICK)["aggregation"]) == {"sequence", "geometric"}
+    assert set(aurocs_of(table)["aggregation"]) == {"sequence", "geometric"}
 
 
 def test_a_choice_also_reports_what_is_left_without_no_comment() -> None:
@@ -181,8 +185,8 @@ def test_a_choice_also_reports_what_is_left_without_no_comment() -> None:
 def test_the_table_shows_numbers_reasons_and_the_papers_values() -> None:
     few = made_up(60)
     few["wrong"] = np.arange(60) >= 9
-    found = {name: analysis.auroc_table(table, QUICK) for name, table in (("triviaqa", few), ("wikidata", made_up()))}
-    table = analysis.compare(found)
+    found = {name: aurocs_of(table) for name, table in (("triviaqa", few), ("wikidata", made_up()))}
+    table = tables.compare(found)
     assert list(table) == ["triviaqa", "paper, triviaqa", "wikidata"]
     assert table.loc[("sequence", "epistemic"), "triviaqa"] == "too few: 9 right, 51 wrong"
     assert table.loc[("sequence", "epistemic"), "paper, triviaqa"] == "0.52\u00a0±\u00a00.07"
@@ -190,21 +194,21 @@ def test_the_table_shows_numbers_reasons_and_the_papers_values() -> None:
     row = value_of(found["wikidata"], "combined")
     text = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     assert table.loc[("sequence", "combined"), "wikidata"].split("\u00a0") == text.split(" ")
-    gains = analysis.compare(found, "versus_likelihood")
+    gains = tables.compare(found, "versus_likelihood")
     assert gains.loc[("sequence", "likelihood"), "wikidata"].split() == ["+0.00", "[+0.00,", "+0.00]"]
 
 
 def test_a_set_without_any_scored_answer_has_a_table_without_rows() -> None:
     table = made_up(30)
     table[[c for c in table if c.startswith("log_")]] = np.nan
-    assert analysis.auroc_table(table, QUICK).dropna(subset=["value"]).empty
+    assert aurocs_of(table).dropna(subset=["value"]).empty
 
 
 def test_a_label_that_is_missing_is_not_counted_as_wrong() -> None:
     table = made_up().astype({"wrong": float, "right": float})
     table.loc[3, ["wrong", "right"]] = np.nan
     for call in (
-        lambda: analysis.auroc_table(table, QUICK),
+        lambda: aurocs_of(table),
         lambda: analysis.within(table, QUICK),
         lambda: analysis.added_signal(table, QUICK),
     ):

@@ -301,7 +301,8 @@ def _dequantise(source: Path, gguf_file: str, folder: Path, *, tied: str = "") -
     model = type(loaded)(config)
     model.load_state_dict(state)
     if apart:
-        model.get_input_embeddings().weight.data.copy_(state[tied])
+        embedding: Any = model.get_input_embeddings()
+        embedding.weight.data.copy_(state[tied])
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)

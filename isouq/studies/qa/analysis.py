@@ -15,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
 
-from isouq.studies import claims, evaluation, fits, require
+from isouq.studies import evaluation, fits, require
 from isouq.studies.evaluation import Interval, Ranking, Resamples, UndefinedStatisticError
 from isouq.studies.fits import Fit
 from isouq.studies.results import Result
 
 HEADLINE = "sequence"
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
-SHOWN = ("aleatoric", "epistemic", "combined", "likelihood", "log_gradient", "length")
 WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient", "likelihood": "likelihood"}
 RIVALS = ("p_true", "semantic_entropy", "naive_entropy")  # columns of the table, high = wrong, where a study has them
+CHEAP = ("semantic_entropy_discrete", "distinct_samples", "lowest_token", "token_entropy", "embedding_gradient")
 CONTROLS = ("likelihood_fitted", "likelihood_length_fitted", "likelihood_length_gradient_fitted")
+
 NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its official prompt shows it
 RELATION = re.compile(
     r"The (?P<of>country of citizenship|.+?) (?:of|by|in) .+ is$|.+ (?P<verb>(?:is|shares) .+ (?:in|of|with))$"
@@ -86,9 +89,11 @@ def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
 def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[str, Ranking]:
     """Return the ranking of every score of an aggregation by name, all on the same resamples and folds.
 
-    Raw: aleatoric, epistemic. Fitted: aleatoric_fitted, epistemic_fitted, combined, and the control likelihood_fitted
-    (log p). With the headline also what has no aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient
-    (log G), length (L), the RIVALS that the table has, and the controls on (log p, log L) and (log p, log L, log G).
+    Raw: aleatoric, epistemic, and minus_log_prob (−S), which raw scores are compared with. Fitted: aleatoric_fitted,
+    epistemic_fitted, combined, and the control likelihood_fitted (log p). With the headline also what has no
+    aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient (log G), length (L), those of RIVALS and
+    CHEAP that the table has, last_layers (log G over the last five blocks alone), and the controls on (log p, log L)
+    and (log p, log L, log G).
 
     Raises ValueError for a rival without a score for one of the questions, by name.
     """
@@ -96,46 +101,67 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
     wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
     log_u = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
     control = np.column_stack([table["log_prob"], np.log(table["n_tokens"]), table["log_gradient"]])
-    raw: dict[str, Any] = {"aleatoric": log_u[:, 0], "epistemic": log_u[:, 1]}
+    raw: dict[str, Any] = {"aleatoric": log_u[:, 0], "epistemic": log_u[:, 1], "minus_log_prob": table["likelihood"]}
     fitted = {"aleatoric_fitted": log_u[:, :1], "epistemic_fitted": log_u[:, 1:], "combined": log_u}
     fitted[CONTROLS[0]] = control[:, :1]
     if aggregation == HEADLINE:
         fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control}
         raw |= {"likelihood": table["likelihood"], "likelihood_per_token": table["likelihood"] / table["n_tokens"]}
         raw |= {"log_gradient": table["log_gradient"], "length": table["n_tokens"]}
-        raw |= {name: require.numbers(name, table[name]) for name in RIVALS if name in table}
+        raw |= {name: require.numbers(name, table[name]) for name in (*RIVALS, *CHEAP) if name in table}
+        if any(str(name).startswith("layer:") for name in table):
+            raw["last_layers"] = last_layers(table) - 2 * table["log_prob"].to_numpy()
     found = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
     return found | {
         name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
     }
 
 
-def auroc_table(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
+def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:
+    """Return log U_E over the parameters of the last blocks alone, (example,).
+
+    Grad Detect (arXiv 2606.24790) takes gradients of the last five layers; which norm and of what is our reading.
+    """
+    numbers = {str(name): re.match(r"layer:(\d+)\.", str(name)) for name in table}
+    blocks = {name: int(number[1]) for name, number in numbers.items() if number}
+    last = [name for name, block in blocks.items() if block > max(blocks.values()) - n_blocks]
+    return special.logsumexp(table[last].to_numpy(), axis=1)
+
+
+def rank(table: pd.DataFrame, analysis: Analysis) -> dict[str, dict[str, Ranking]]:
+    """Return the `rankings` of each aggregation that has answers; none where too few of them are right or wrong."""
+    found: dict[str, dict[str, Ranking]] = {}
+    for aggregation in AGGREGATIONS:
+        used = scored(table, aggregation)
+        if len(used):  # token_mean may have been asked of no question
+            enough = evaluation.enough_of_both(used["wrong"])
+            found[aggregation] = rankings(used, aggregation, analysis) if enough else {}
+    return found
+
+
+def auroc_table(table: pd.DataFrame, found: Mapping[str, Mapping[str, Ranking]]) -> pd.DataFrame:
     """Return the AUROC for "the answer is wrong" of every score, one row each, with its interval.
+
+    `found` is what `rank` makes of the table.
 
     Columns: method, aggregation, value, low, high, n, n_wrong, note, and versus_likelihood(_low, _high), the paired
     difference to the likelihood on the same questions: raw scores against −S, fitted ones against a fit on log p. Where
     right or wrong answers are fewer than `evaluation.MIN_PER_CLASS` the numbers are NaN and `note` says so.
     """
     rows = []
-    for aggregation in AGGREGATIONS:
-        used = scored(table, aggregation)
-        if used.empty:  # token_mean, when it was asked of no question
-            continue
-        wrong = require.labels("wrong", used["wrong"])
-        row = {"aggregation": aggregation, "n": len(used), "n_wrong": int(wrong.sum()), "note": ""}
-        if not evaluation.enough_of_both(wrong):
+    for aggregation, of_scores in found.items():
+        wrong = require.labels("wrong", scored(table, aggregation)["wrong"])
+        row = {"aggregation": aggregation, "n": len(wrong), "n_wrong": int(wrong.sum()), "note": ""}
+        if not of_scores:
             row["note"] = f"too few: {(~wrong).sum()} right, {wrong.sum()} wrong"
             names = ("aleatoric", "epistemic", "aleatoric_fitted", "epistemic_fitted", "combined")
             rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
-            continue
-        found = rankings(used, aggregation, analysis)
-        plain = evaluation.ranking(used["likelihood"], wrong, analysis.resamples(used))
-        for name, one in found.items():
-            control = found[CONTROLS[0]] if one.jackknife is None else plain
-            gain = _columns(_interval(one.minus(control)), len(used))
+        for name, one in of_scores.items():
+            control = of_scores["minus_log_prob" if one.jackknife is not None else CONTROLS[0]]
+            gain = _columns(_interval(one.minus(control)), len(wrong))
             gains = dict(zip(_GAIN, gain.values(), strict=False))
-            rows.append({"method": name, **row, **_columns(_interval(one), len(used))} | gains)
+            if name != "minus_log_prob":
+                rows.append({"method": name, **row, **_columns(_interval(one), len(wrong))} | gains)
     return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", "value", "low", "high", *_GAIN])
 
 
@@ -241,12 +267,14 @@ def _share(table: pd.DataFrame, chosen: Any) -> Interval:
     return evaluation.bootstrap_interval(np.mean, np.asarray(chosen, float), clusters=table["cluster"])
 
 
-def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
+def named_results(
+    table: pd.DataFrame, found: Mapping[str, Mapping[str, Ranking]], subject: str, analysis: Analysis
+) -> dict[str, Result]:
     """Return the named results of one `subject`, "<model>.<data set>"; what is undefined has no key.
 
-    `aurocs` is the `auroc_table` of `table`.
+    `found` is what `rank` makes of the table.
     """
-    prefix = f"qa.{subject}"
+    prefix, aurocs = f"qa.{subject}", auroc_table(table, found)
     results = {f"{prefix}.accuracy": _result(accuracy(table), note=_SHARE)}
     if "right_by_mean" in table:
         results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note=_SHARE)
@@ -273,27 +301,26 @@ def named_results(table: pd.DataFrame, aurocs: pd.DataFrame, subject: str, analy
             ends = {end: row[f"{name}_{end}"] for end in ("low", "high")}
             key = f"{prefix}.epistemic_{row['aggregation']}.{metric}"
             results[key] = Result(value=row[name], **ends, n=row["n"], note="refitted in every resample")
-    results |= _compared(table, prefix, analysis)
-    found = agreement(table, analysis)
-    for method, interval in found.items():
+    results |= _compared(table, prefix, found.get(HEADLINE, {}))
+    for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
             results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
     return results
 
 
-def _compared(table: pd.DataFrame, prefix: str, analysis: Analysis) -> dict[str, Result]:
+def _compared(table: pd.DataFrame, prefix: str, found: Mapping[str, Ranking]) -> dict[str, Result]:
     """Return the combined estimate minus each rival and control, paired, with max-t and the questions they take."""
-    used = scored(table)
-    if not evaluation.enough_of_both(used["wrong"]):
+    if not found:
         return {}
-    found = rankings(used, HEADLINE, analysis)
+    used = scored(table)
     gaps = {name: found["combined"].minus(found[name]) for name in (*RIVALS, *CONTROLS) if name in found}
     n, note = len(used), "paired, refitted in every resample"
     results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
     results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
-    # A stand-in for a rival that is not run: log G, a score of another kind than the combined one.
-    spread = float(np.nanstd(found["combined"].minus(found["log_gradient"]).draws) * np.sqrt(n))
+    # Where P(True) is not run log G stands in for it, a score of another kind than the combined one.
+    rival = found.get("p_true", found["log_gradient"])
+    spread = float(np.nanstd(found["combined"].minus(rival).draws) * np.sqrt(n))
     alone = fits.auroc_spread(0.575, float(used["wrong"].mean()))
     results[f"{prefix}.power.paired_008"] = Result(value=fits.questions_needed(0.08, spread), unit="questions")
     results[f"{prefix}.power.chance_060_055"] = Result(value=fits.questions_needed(0.05, alone), unit="questions")
@@ -305,8 +332,9 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     committed = table[table["answer"] != NO_COMMENT]
     share = evaluation.wilson_interval(len(table) - len(committed), len(table))
     results = {f"{prefix}.no_comment.share": _result(share, note="Wilson")}
-    aurocs = auroc_table(committed, analysis)
-    for row in aurocs[aurocs["aggregation"] == HEADLINE].dropna(subset=["value"]).to_dict("records"):
+    enough = evaluation.enough_of_both(scored(committed)["wrong"])
+    aurocs = auroc_table(committed, {HEADLINE: rankings(scored(committed), HEADLINE, analysis)} if enough else {})
+    for row in aurocs.dropna(subset=["value"]).to_dict("records"):
         results[f"{prefix}.{row['method']}_committed.auroc"] = _of_row(row)
     return results
 
@@ -326,49 +354,3 @@ def _result(interval: Interval, *, note: str) -> Result:
 
 def _of_row(row: Mapping[Any, Any], claim: str | None = None) -> Result:
     return Result(**{name: row[name] for name in ("value", "low", "high", "n")}, claim=claim, note=_INTERVAL)
-
-
-def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
-    """Return the headline rows in the order of SHOWN, with a column `paper`: the mean in its Table 2.
-
-    Every data set gives the same rows, NaN where there is no number, so that panels stay aligned.
-    """
-    published = {name: mean for name, (mean, _) in _published(data_set).items()}
-    headline = aurocs[aurocs["aggregation"] == HEADLINE].set_index("method")
-    rows = headline.reindex(SHOWN).rename_axis("method").reset_index()
-    return rows.assign(paper=rows["method"].map(published))
-
-
-def _published(data_set: str) -> Mapping[str, list[float]]:
-    return claims.paper()["table_2"].get(data_set.removesuffix("_choose"), {})
-
-
-def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
-    """Return one model's `auroc_table`s, keyed by data set, as text: a row per score, a column per data set.
-
-    `column`: "value", with the paper's Table 2 beside it at the headline's rows (what its p(y|x) is, we do not
-    know), or "versus_likelihood". Where right or wrong answers are too few the text says how many there are.
-    """
-    require.one_of("column", column, ("value", "versus_likelihood"))
-    if not found:
-        raise ValueError("found: no table given, at least one wanted")
-    columns = {}
-    for data_set, aurocs in found.items():
-        rows = aurocs.set_index(["aggregation", "method"])
-        columns[data_set] = rows.apply(_as_text, axis=1, column=column)
-        published = _published(data_set)
-        if column == "value" and published:
-            text = {
-                (HEADLINE, method): f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for method, (mean, std) in published.items()
-            }
-            columns[f"paper, {data_set}"] = rows.index.to_series().map(text)
-    order = max(found.values(), key=len).set_index(["aggregation", "method"]).index
-    return pd.DataFrame(columns).reindex(order).fillna("")
-
-
-def _as_text(row: pd.Series, column: str) -> str:
-    if row["note"]:
-        return row["note"]
-    low, high = (row[f"{column}_{end}"] if column != "value" else row[end] for end in ("low", "high"))
-    sign = "+" if column != "value" else ""
-    return f"{row[column]:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")

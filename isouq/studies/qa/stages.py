@@ -81,9 +81,9 @@ def _sample_all(
     fill("p_true", lambda rows: sampling.p_true(subject, solved, [possible[row] for row in rows]), lengths)
 
 
-def records_path(store: Store, settings: Settings) -> Path:
+def records_path(store: Store, records_dir: str) -> Path:
     """Return where the records of a store are committed: a file of its name in `records_dir`."""
-    return Path(settings.records_dir) / store.path.with_suffix(".parquet").name
+    return Path(records_dir) / store.path.with_suffix(".parquet").name
 
 
 def _take(rows: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
@@ -157,6 +157,7 @@ class _Batches:
                 for row, record in zip(batch, records, strict=True):
                     self.store.put(item_ids[row], {stage: {**record, "seconds": seconds}})
                 bar.update(len(batch))
-                if self.settings.records_dir and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):
-                    self.store.export(records_path(self.store, self.settings))
+                folder = self.settings.records_dir
+                if folder and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):
+                    self.store.export(records_path(self.store, folder))
                     exported = time.monotonic()

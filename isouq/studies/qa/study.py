@@ -62,7 +62,7 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     }
     path = store_path(Path(settings.store_dir), f"{model}--{data_set}", wanted)
     with Store(path, wanted) as store:
-        if settings.records_dir and (kept := stages.records_path(store, settings)).exists():
+        if settings.records_dir and (kept := stages.records_path(store, settings.records_dir)).exists():
             store.restore(kept)
         complete(store, subject, settings, progress=progress)
         return tabulate(store, subject.questions)

@@ -36,12 +36,12 @@ class Settings:
     max_new_tokens: int = 24
     engine: Engine = "auto"
     n_samples: int = 10
-    nli: str = ""
+    nli: str | None = None
     n_questions: int = 120
     n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
     store_dir: str = "build/store"
-    records_dir: str = ""  # committed records: read before a run, written as it goes
+    records_dir: str | None = None  # committed records: read before a run, written as it goes
 
     def __post_init__(self) -> None:
         if self.n_samples:
@@ -49,8 +49,8 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
-        names = ("seed", "n_shots", "max_new_tokens", "engine", "n_samples", "nli")
-        return {name: getattr(self, name) for name in names}
+        names = ("seed", "n_shots", "max_new_tokens", "engine", "n_samples")
+        return {name: getattr(self, name) for name in names} | {"nli": self.nli or ""}
 
 
 @dataclass(frozen=True)

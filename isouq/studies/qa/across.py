@@ -1,0 +1,158 @@
+"""What several models say together: means over models, which estimate each prefers, and whether a scale carries over.
+
+Claims C6 to C10 are about these. Resamples are of questions, the same for all models that were asked the same ones;
+the models themselves are taken as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from isouq.studies import evaluation, fits
+from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, scored
+from isouq.studies.results import Result
+
+Rankings = Mapping[str, Ranking]  # one model's, by score
+FEATURES = [f"log_epistemic_{HEADLINE}", f"log_aleatoric_{HEADLINE}"]
+
+
+def mean(rankings: Sequence[Ranking]) -> Ranking:
+    """Return the mean of statistics over models, with percentile intervals of the mean's own resamples.
+
+    Raises ValueError for none, and for different numbers of resamples.
+    """
+    if not rankings or len({len(one.draws) for one in rankings}) > 1:
+        raise ValueError(f"rankings: {len(rankings)} given, at least one wanted, all of as many resamples")
+    draws = np.mean([one.draws for one in rankings], axis=0)
+    n, n_units = sum(one.n for one in rankings), min(one.n_units for one in rankings)
+    return Ranking(float(np.mean([one.value for one in rankings])), draws, draws, None, n, n_units)
+
+
+def advantage(found: Mapping[str, Rankings]) -> dict[str, Ranking]:
+    """Return, for each of RIVALS that all models have, the mean over models of combined minus rival, paired."""
+    names = [name for name in RIVALS if all(name in of_model for of_model in found.values())]
+    return {name: mean([of_model["combined"].minus(of_model[name]) for of_model in found.values()]) for name in names}
+
+
+def preference(found: Mapping[str, Rankings]) -> dict[str, Interval]:
+    """Return each model's AUROC of U_E minus that of U_A, paired, with intervals that hold for all models at once."""
+    gaps = {model: of_model["epistemic"].minus(of_model["aleatoric"]) for model, of_model in found.items()}
+    reach = evaluation.max_t(list(gaps.values()))
+    intervals = {}
+    for model, gap in gaps.items():
+        half = reach * float(np.nanstd(gap.draws))
+        intervals[model] = Interval(gap.value, gap.value - half, gap.value + half, gap.n)
+    return intervals
+
+
+def agreement(tables: Mapping[str, pd.DataFrame], analysis: Analysis) -> dict[str, Ranking]:
+    """Return each model's Spearman's ρ of U_E with P(True), the probability itself and not its complement."""
+    return {
+        model: _over_resamples(
+            lambda rows: -evaluation.spearman(rows["p_true"], rows[FEATURES[0]]), scored(table), analysis
+        )
+        for model, table in tables.items()
+    }
+
+
+def _over_resamples(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, analysis: Analysis) -> Ranking:
+    """A statistic of the table's rows, on all and on each resample."""
+
+    def draw(counts: NDArray[np.float64]) -> float:
+        try:
+            return statistic(table.iloc[np.repeat(np.arange(len(table)), counts.astype(int))])
+        except UndefinedStatisticError:
+            return np.nan
+
+    plan = analysis.resamples(table)
+    draws = np.array([draw(counts) for counts in plan.counts])
+    return Ranking(statistic(table), draws, draws, None, len(table), len(plan.left_out))
+
+
+def transfer(
+    tables: Mapping[str, pd.DataFrame], analysis: Analysis, *, standardise: bool = False
+) -> dict[str, Ranking]:
+    """Return the AUROC on each model of a classifier of wrong answers that was fitted on all other models.
+
+    A logistic regression on log U_E and log U_A, fitted again in every resample of the other models' questions.
+    `standardise`: each model's two scores are first brought to mean 0 and spread 1 over its own questions, which needs
+    no labels. Raises ValueError for fewer than two models.
+    """
+    if len(tables) < 2:
+        raise ValueError(f"tables: {len(tables)} models given, at least two wanted")
+    parts = {model: scored(table) for model, table in tables.items()}
+    features = {model: table[FEATURES].to_numpy() for model, table in parts.items()}
+    if standardise:
+        features = {model: (x - x.mean(axis=0)) / x.std(axis=0) for model, x in features.items()}
+    wrong = {model: table["wrong"].to_numpy(dtype=bool) for model, table in parts.items()}
+    plans = {model: analysis.resamples(table) for model, table in parts.items()}
+    found = {}
+    for model in tables:
+        others = [other for other in tables if other != model]
+        x, y = np.concatenate([features[o] for o in others]), np.concatenate([wrong[o] for o in others])
+        drawn = np.concatenate([plans[o].counts for o in others], axis=1)
+        beta = fits.fit_logistic(x, y, np.vstack([np.ones(len(y)), drawn]))
+        scores = beta[:, :1] + beta[:, 1:] @ features[model].T
+        weights = np.vstack([np.ones(len(wrong[model])), plans[model].counts])
+        value, *draws = evaluation.weighted_auroc(scores, wrong[model], weights)
+        n_units = min(int(wrong[model].sum()), int((~wrong[model]).sum()))
+        found[model] = Ranking(float(value), np.array(draws), np.array(draws), None, len(wrong[model]), n_units)
+    return found
+
+
+def named_results(
+    tables: Mapping[str, pd.DataFrame], found: Mapping[str, Mapping[str, Rankings]], data_set: str, analysis: Analysis
+) -> dict[str, Result]:
+    """Return the results of several models on one data set; models with too few right or wrong answers are left out.
+
+    `tables` and `found` (what `analysis.rank` makes of each table) are keyed by the model's name in a key.
+    """
+    headline = {model: rankings[HEADLINE] for model, rankings in found.items() if rankings.get(HEADLINE)}
+    if len(headline) < 2:
+        return {}
+    tables, prefix = {model: tables[model] for model in headline}, f"qa.mean.{data_set}"
+    models = f"{len(headline)} models: {', '.join(headline)}"
+    results = {f"{prefix}.models.count": Result(value=len(headline), note=models)}
+    shared = [name for name in next(iter(headline.values())) if all(name in of for of in headline.values())]
+    for name in shared:
+        if name != "minus_log_prob":
+            results[f"{prefix}.{name}.auroc"] = result_of(mean([of[name] for of in headline.values()]), models)
+    gaps = advantage(headline)
+    for name, gap in gaps.items():
+        results[f"{prefix}.combined.auroc_over_{name}"] = result_of(gap, f"paired; {models}")
+    if gaps:
+        critical = evaluation.max_t(list(gaps.values()))
+        results[f"{prefix}.combined.max_t"] = Result(value=critical, note=models)
+    if "p_true" in gaps:
+        gap = gaps["p_true"]
+        flipped = replace(gap, value=-gap.value, draws=-gap.draws, out_of_bag=-gap.out_of_bag)
+        results[f"{prefix}.p_true.auroc_over_combined"] = result_of(flipped, f"paired; {models}")
+        of_models = agreement(tables, analysis)
+        for model, one in of_models.items():
+            results[f"qa.{model}.{data_set}.p_true.spearman_with_epistemic"] = result_of(one, "")
+        results[f"{prefix}.p_true.spearman_with_epistemic"] = result_of(mean(list(of_models.values())), models)
+    preferred = preference(headline)
+    ends = {"largest": max, "smallest": min}
+    for end, choose in ends.items():
+        model = choose(preferred, key=lambda name: preferred[name].value)
+        interval = preferred[model]
+        key = f"qa.models.{data_set}.epistemic_over_aleatoric.{end}"
+        results[key] = result_of(interval, f"{model}, of {models}; simultaneous")
+    for standardise, metric in ((False, "auroc"), (True, "auroc_standardised")):
+        of_held_out = transfer(tables, analysis, standardise=standardise)
+        for model, one in of_held_out.items():
+            results[f"qa.transfer.{model}.{data_set}.{metric}"] = result_of(one, "fitted on the other models")
+        results[f"qa.transfer.mean.{data_set}.{metric}"] = result_of(mean(list(of_held_out.values())), models)
+    return results
+
+
+def result_of(one: Ranking | Interval, note: str) -> Result:
+    """Return a statistic with its interval as a named result."""
+    interval = one.interval() if isinstance(one, Ranking) else one
+    return Result(value=interval.value, low=interval.low, high=interval.high, n=interval.n, note=note)

@@ -1,0 +1,142 @@
+"""Several models at once, on made-up scores of which the truth is known, and what stands beside the main table."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_analysis import QUICK, made_up
+
+from isouq.studies import evaluation
+from isouq.studies.qa import across, analysis, details, tables
+
+MODELS = ("small", "large", "other")
+
+
+def asked(seed: int, *, signal: float = 1.0, n: int = 200) -> pd.DataFrame:
+    """Answers with all columns that a study gives; P(True) knows what is wrong, and the entropies know nothing."""
+    rng = np.random.default_rng(seed + 100)
+    table = made_up(n, signal=signal, seed=seed)
+    table["p_true"] = 1 / (1 + np.exp(-3 * table["wrong"] - rng.normal(size=n)))
+    table["semantic_entropy"], table["naive_entropy"] = rng.random(n), rng.random(n)
+    for block in range(7):
+        noise = rng.normal(size=n) if block < 2 else 0.0
+        table[f"layer:{block}.mlp"] = table["log_epistemic_sequence"] - np.log(7) + noise
+    table["right_by_f1"] = table["right"] | (rng.random(n) < 0.1)
+    for stage in ("cheap", "estimate", "sample", "meaning", "p_true"):
+        table[f"seconds_{stage}"] = 2.0
+    return table
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, pd.DataFrame]:
+    return {model: asked(seed) for seed, model in enumerate(MODELS)}
+
+
+@pytest.fixture(scope="module")
+def found(answers) -> dict[str, dict[str, dict[str, evaluation.Ranking]]]:
+    return {model: analysis.rank(table, QUICK) for model, table in answers.items()}
+
+
+def test_a_mean_over_models_is_the_mean_of_values_and_of_draws(found) -> None:
+    parts = [found[model]["sequence"]["p_true"] for model in MODELS]
+    whole = across.mean(parts)
+    assert whole.value == pytest.approx(np.mean([one.value for one in parts]))
+    interval = whole.interval()
+    assert interval.low < whole.value < interval.high
+    assert interval.high - interval.low < min(i.high - i.low for i in (one.interval() for one in parts))
+    with pytest.raises(ValueError, match="0 given, at least one wanted"):
+        across.mean([])
+
+
+def test_a_rival_that_knows_more_is_ahead_and_one_that_knows_nothing_behind(answers, found) -> None:
+    results = across.named_results(answers, found, "triviaqa", QUICK)
+    assert results["qa.mean.triviaqa.combined.auroc_over_p_true"].high < 0
+    assert results["qa.mean.triviaqa.p_true.auroc_over_combined"].low > 0
+    assert results["qa.mean.triviaqa.combined.auroc_over_semantic_entropy"].low > 0
+    assert results["qa.mean.triviaqa.combined.max_t"].value >= 1.95
+    assert results["qa.mean.triviaqa.models.count"].value == 3
+    assert results["qa.mean.triviaqa.epistemic.auroc"].value < 0.3
+
+
+def test_agreement_is_with_p_true_itself_not_with_its_complement(answers) -> None:
+    """U_E is large where answers are likely, hence right, hence where P(True) is high."""
+    for one in across.agreement(answers, QUICK).values():
+        assert one.value > 0.2
+        assert one.interval().low > 0
+
+
+def test_preference_holds_for_all_models_at_once(found) -> None:
+    headline = {model: of["sequence"] for model, of in found.items()}
+    for model, interval in across.preference(headline).items():
+        gap = headline[model]["epistemic"].minus(headline[model]["aleatoric"])
+        assert interval.value == gap.value
+        assert interval.high - interval.low > 2 * 1.95 * gap.draws.std()
+
+
+def test_a_scale_that_carries_over_does_and_one_that_is_shifted_does_not(answers) -> None:
+    same = across.transfer(answers, QUICK)
+    assert all(one.value > 0.7 for one in same.values())
+    turned = answers | {"other": asked(9, signal=-1.0)}
+    assert across.transfer(turned, QUICK)["other"].value < 0.3
+    with pytest.raises(ValueError, match="1 models given, at least two wanted"):
+        across.transfer({"small": answers["small"]}, QUICK)
+
+
+def test_standardising_takes_a_models_own_scale_away(answers) -> None:
+    moved = {model: table.copy() for model, table in answers.items()}
+    moved["small"][across.FEATURES] = moved["small"][across.FEATURES] * [5, 0.2] + [3, -3]
+    plain, standard = (across.transfer(moved, QUICK, standardise=s)["small"].value for s in (False, True))
+    unmoved = across.transfer(answers, QUICK, standardise=True)["small"].value
+    assert standard == pytest.approx(unmoved)
+    assert plain != pytest.approx(standard)
+
+
+def test_one_model_with_enough_answers_says_nothing_about_several(answers, found) -> None:
+    alone = {"small": found["small"], "large": {"sequence": {}}}
+    assert across.named_results({m: answers[m] for m in alone}, alone, "triviaqa", QUICK) == {}
+
+
+def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(found) -> None:
+    table = tables.table_2(found | {"silent": {"sequence": {}}}, "triviaqa")
+    assert table.loc["p_true", "paper"] == "0.69\u00a0±\u00a00.06"
+    assert list(table.columns) == [*MODELS, "silent", "mean", "paper"]
+    assert (table["silent"] == "").all()
+    mean = across.mean([found[model]["sequence"]["p_true"] for model in MODELS]).value
+    assert table.loc["p_true", "mean"].startswith(f"{mean:.2f} [")
+
+
+def test_another_judge_is_compared_with_the_studys_own(answers) -> None:
+    rows = details.judges(answers["small"], QUICK).set_index("judge")
+    assert list(rows.index) == ["right", "f1"]
+    assert rows["kappa"]["right"] == 1
+    assert 0.7 < rows["kappa"]["f1"] < 1
+    assert rows["right"]["f1"] > rows["right"]["right"]
+    assert rows["auroc_likelihood"]["right"] > rows["auroc_likelihood"]["f1"] > 0.5
+
+
+def test_the_last_five_blocks_are_a_sum_over_them(answers) -> None:
+    table = answers["small"]
+    assert np.allclose(analysis.last_layers(table), table["log_epistemic_sequence"] + np.log(5 / 7))
+    rows, gap = details.layers(table, QUICK)
+    assert gap is not None
+    assert gap.value == pytest.approx(0, abs=1e-9)
+    assert list(rows["block"]) == list(range(7))
+
+
+def test_a_true_choice_is_ranked_by_its_own_verdict() -> None:
+    rng = np.random.default_rng(0)
+    log_p = np.log(rng.uniform(0.3, 0.99, 200))
+    table = pd.DataFrame({"log_p_choice": log_p, "right_as_choice": rng.random(200) < np.exp(log_p)})
+    table["log_aleatoric_choice"] = log_p + np.log(-np.expm1(log_p))
+    table["log_epistemic_choice"] = table["log_aleatoric_choice"] + rng.normal(size=200)
+    ranked = details.choice(table, QUICK)
+    assert ranked["minus_log_p"].value > 0.6
+    assert ranked["aleatoric"].value > 0.55  # p is above one half for most, so here U_A points the right way
+    table["right_as_choice"] = True
+    assert details.choice(table, QUICK) == {}
+
+
+def test_costs_add_up_the_stages_that_a_score_needs(answers, found) -> None:
+    costs = details.costs(answers["small"], found["small"]["sequence"]).set_index("method")
+    assert costs["seconds"]["epistemic"] == 2
+    assert costs["seconds"]["semantic_entropy"] == costs["seconds"]["p_true"] == 4
+    assert costs["value"]["p_true"] == found["small"]["sequence"]["p_true"].value
