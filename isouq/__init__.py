@@ -15,13 +15,14 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from isouq.classifier import score_classes, score_outputs
     from isouq.estimate import Estimate, Regression
     from isouq.language.scoring import inner_products, score_texts, score_tokens
     from isouq.studies import assets
+    from isouq.studies.assets import load_causal_lm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ _HOMES = {
     **dict.fromkeys(("Estimate", "Regression"), "isouq.estimate"),
     **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
+    **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
 }
 _MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
     "causal_lm": ("language.scoring",),
@@ -55,37 +57,11 @@ _MOVED = {  # modules and packages, from before the library, its studies and the
 }
 
 
-def load_causal_lm(name: str) -> tuple[Any, Any]:
-    """Load a causal language model in float32, in evaluation mode, on the CPU, together with its tokenizer.
-
-    Args:
-        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
-            `owner/name@revision`.
-
-    Returns:
-        (model, tokenizer). A Hub id's model and tokenizer are of one commit.
-
-    Raises:
-        ValueError: There is no such model, or no network to fetch it with. The message names the cause and the way out.
-
-    Example:
-        With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
-
-        >>> model, tokenizer = isouq.load_causal_lm(folder)
-        >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
-        (False, torch.float32, [10, 20, 1, 10, 21, 0])
-    """
-    from isouq.studies import assets
-
-    return assets.load_causal_lm(name)
-
-
 def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
-    if name == "assets":
-        return import_module("isouq.studies.assets")
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        home = import_module(_HOMES[name])
+        return getattr(home, name, home)  # assets is its home itself
     raise AttributeError(f"module 'isouq' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

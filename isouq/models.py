@@ -25,8 +25,6 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
     """
     if name and (folder := Path(name).expanduser()).is_dir():
         return from_pretrained(folder, name, local_files_only=True)
-    if not HUB_ID.fullmatch(name):
-        raise ModelError(f"{name!r} is no folder and no Hub id (owner/name@revision)")
     commit, offline = _commit(name)
     try:
         return from_pretrained(name.partition("@")[0], name, revision=commit, local_files_only=offline is not None)

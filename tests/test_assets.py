@@ -26,8 +26,8 @@ from pathlib import Path
 from isouq.studies import assets
 from isouq.studies.assets import manifest, pip
 manifest.FILE = Path(sys.argv[1])
-assets._dequantise = lambda source, file, folder: (folder.mkdir(parents=True), (folder / "w").write_text("w"))
-def hang(*args):
+assets._dequantise = lambda source, file, folder, tied: (folder.mkdir(parents=True), (folder / "w").write_text("w"))
+def hang(*args, **options):
     print("here", flush=True)
     time.sleep(600)
 {before}
@@ -45,7 +45,7 @@ def conversions(monkeypatch):
     """Stand in for the conversion of a GGUF file; the list grows by the source file at each."""
     made = []
 
-    def dequantise(source, file, folder):
+    def dequantise(source, file, folder, tied):
         made.append(source / file)
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"float32 " + (source / file).read_bytes())
@@ -409,6 +409,8 @@ def test_the_manifest_pins_every_byte():
     assert list(found) == [
         "smollm2-135m-instruct",
         "gemma-3-270m",
+        "qwen-coder-0-5b-instruct",
+        "qwen-coder-1-5b-instruct",
         "triviaqa",
         "truthfulqa",
         "wikidata",

@@ -33,19 +33,6 @@ ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError,
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a file is scored.
-
-    `load` gives (model, tokenizer) and is called once the files are known to be right. `how` has one aggregation and a
-    number of rows as its batch size. `max_new_tokens` is for answers that are missing.
-    """
-
-    load: Callable[[], tuple[Any, Any]]
-    how: Scoring
-    max_new_tokens: int
-
-
 class Question(NamedTuple):
     """A row's texts, and why it cannot be scored. An empty answer is to be generated."""
 
@@ -54,8 +41,13 @@ class Question(NamedTuple):
     error: str | None
 
 
-def score_file(source: Path, target: Path, options: Options) -> list[Record]:
+def score_file(
+    source: Path, target: Path, *, load: Callable[[], tuple[Any, Any]], how: Scoring, max_new_tokens: int
+) -> list[Record]:
     """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
+
+    `load` gives (model, tokenizer) and is called once the files are known to be right. `how` has one aggregation and a
+    number of rows as its batch size. `max_new_tokens` is for answers that are missing.
 
     A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
     written as they are, if possible before the model is loaded.
@@ -70,7 +62,7 @@ def score_file(source: Path, target: Path, options: Options) -> list[Record]:
         with open(os.devnull, "wb") as nowhere:
             tables.write(_scored(table, questions, [{}] * len(questions)), path, nowhere)
         partial = path.with_name(path.name + ".partial")
-        done = _finish(partial, questions, options)
+        done = _finish(partial, questions, load, how, max_new_tokens)
         with tables.replacing(path) as out:
             tables.write(_scored(table, questions, done), path, out)
         partial.unlink(missing_ok=True)
@@ -99,14 +91,19 @@ def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) 
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
-def _finish(partial: Path, questions: list[Question], options: Options) -> list[Record]:
+def _finish(
+    partial: Path, questions: list[Question], load: Callable[[], tuple[Any, Any]], how: Scoring, max_new_tokens: int
+) -> list[Record]:
     """Every row's record: those that an interrupted run stored, and the others, scored now."""
-    missing = sum(not (question.answer or question.error) for question in questions)
-    run = _identity(questions, options, generates=missing > 0)
+    run: Record = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
+    run["input"] = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
+    run |= {"aggregation": how.aggregations[0], "engine": how.engine}
+    if missing := sum(not (question.answer or question.error) for question in questions):
+        run["max_new_tokens"] = max_new_tokens
     _stored(partial, run)  # refuses another run's file before the model is loaded
     if not questions:
         return []
-    subject = _Subject(options)
+    subject = _Subject(*load(), how, max_new_tokens)
     run["model"] = models.weights(subject.model, subject.tokenizer)
     done = _stored(partial, run)
     todo = [row for row in range(len(questions)) if row not in done]
@@ -125,14 +122,6 @@ def _finish(partial: Path, questions: list[Question], options: Options) -> list[
         if not done:
             partial.unlink(missing_ok=True)
     return [done[row] for row in range(len(questions))]
-
-
-def _identity(questions: list[Question], options: Options, *, generates: bool) -> Record:
-    """What decides the numbers, except the model's content, which is known once it is loaded."""
-    run = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
-    run |= {"input": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}
-    run |= {"aggregation": options.how.aggregations[0], "engine": options.how.engine}
-    return run | ({"max_new_tokens": options.max_new_tokens} if generates else {})
 
 
 def _stored(partial: Path, run: Record) -> dict[int, Record]:
@@ -154,46 +143,48 @@ def _stored(partial: Path, run: Record) -> dict[int, Record]:
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Subject:
     """A model that answers and is scored."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.model, self.tokenizer = options.load()
-        self.stops = functools.cache(lambda: generation.stop_token_ids(self.tokenizer, self.model))
+    model: Any
+    tokenizer: Any
+    how: Scoring
+    max_new_tokens: int
+
+    @functools.cached_property
+    def stops(self) -> generation.Stops:
+        return generation.stop_token_ids(self.tokenizer, self.model)
 
     def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
         """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
-        size = int(self.options.how.batch_size)
-        for start in range(0, len(todo), size):
-            batch = {row: questions[row] for row in todo[start : start + size]}
-            errors = {row: question.error for row, question in batch.items() if question.error}
-            asked = {row: question for row, question in batch.items() if not question.error}
-            pairs = _each(self._encode, asked, errors)
-            prompts = {row: pair.prompt for row, pair in pairs.items() if not asked[row].answer}
-            answers = _each(self._generate, prompts, errors)
-            pairs |= {row: pairs[row]._replace(answer=list(answer.token_ids)) for row, answer in answers.items()}
-            scores = _each(self._score, {row: pair for row, pair in pairs.items() if row not in errors}, errors)
-            for row in batch:
-                record = {"row": row, "answer": answers[row].text if row in answers else None}
+        size = int(self.how.batch_size)
+        for rows in (todo[start : start + size] for start in range(0, len(todo), size)):
+            errors = {row: questions[row].error for row in rows if questions[row].error}
+            asked = {row: questions[row] for row in rows if row not in errors}
+            answered = _each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
+            answered |= _each(self._generated, {row: x for row, x in asked.items() if not x.answer}, errors)
+            scores = _each(self._score, {row: pair for row, (pair, _) in answered.items()}, errors)
+            for row in rows:
+                record = {"row": row, "answer": answered[row][1] if row in answered else None}
                 yield record | dict.fromkeys(COLUMNS) | scores.get(row, {}) | {"error": errors.get(row)}
 
-    def _encode(self, questions: list[Question]) -> list[encoding.Pair]:
-        def open_pair(prompt: str) -> encoding.Pair:
-            return encoding.Pair(encoding.prompt_ids(self.tokenizer, prompt), [], False)
+    def _given(self, questions: list[Question]) -> list[tuple[encoding.Pair, None]]:
+        return [(encoding.pair(self.tokenizer, x.prompt, x.answer), None) for x in questions]
 
+    def _generated(self, questions: list[Question]) -> list[tuple[encoding.Pair, str]]:
+        prompts = [encoding.prompt_ids(self.tokenizer, x.prompt) for x in questions]
+        options: dict[str, Any] = {"stops": self.stops, "max_new_tokens": self.max_new_tokens}
+        answers = generation.generate(self.model, self.tokenizer, prompts, **options)
         return [
-            encoding.pair(self.tokenizer, q.prompt, q.answer) if q.answer else open_pair(q.prompt) for q in questions
+            (encoding.Pair(prompt, list(answer.token_ids), False), answer.text)
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
-
-    def _generate(self, prompts: list[list[int]]) -> list[generation.Generation]:
-        n = self.options.max_new_tokens
-        return generation.generate(self.model, self.tokenizer, prompts, stops=self.stops(), max_new_tokens=n)
 
     def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
         if not all(pair.answer for pair in pairs):
             raise ValueError("answer: the model wrote none, its first token ends the text; give one")
-        [scores] = scoring.score(self.model, from_pairs(pair[:2] for pair in pairs), self.options.how).values()
+        [scores] = scoring.score(self.model, from_pairs(pair[:2] for pair in pairs), self.how).values()
         columns = [getattr(scores, name).tolist() for name in SCORES]
         finite = [[x if math.isfinite(x) else None for x in row] for row in zip(*columns, strict=True)]
         return [

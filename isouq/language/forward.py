@@ -29,8 +29,10 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     if len(unknown):
         n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
         raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
-    order = _answer_order(scored[:, keep]).to(logits.device)
-    exists = (torch.arange(order.shape[1])[None] < scored.sum(1)[:, None]).to(logits.device)
+    n_answer = scored.sum(1)
+    # The places of each example's answer tokens, then others, up to the longest answer.
+    order = (~scored[:, keep]).to(torch.int8).argsort(dim=1, stable=True)[:, : int(n_answer.max())].to(logits.device)
+    exists = (torch.arange(order.shape[1])[None] < n_answer[:, None]).to(logits.device)
     wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_p = LogProb.apply(wide, wanted.unsqueeze(2))
@@ -158,11 +160,6 @@ def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None
     return body, head, logits.shape[1]
 
 
-def _answer_order(scored: Tensor) -> Tensor:
-    """For each example the places of its answer tokens, first ones first: (example, longest answer)."""
-    return (~scored).to(torch.int8).argsort(dim=1, stable=True)[:, : int(scored.sum(1).max())]
-
-
 def _takes(model: nn.Module, argument: str) -> bool:
     with contextlib.suppress(TypeError, ValueError):
         return argument in inspect.signature(model.forward).parameters
@@ -172,8 +169,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 def limits(model: nn.Module) -> tuple[int | None, int | None]:
     """The size of the model's vocabulary and of its context in tokens, where its config states them (−1: no limit)."""
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = getattr(config, "get_text_config", lambda: config)()
     sizes = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, context = (size if isinstance(size, int) and size > 0 else None for size in sizes)
     return vocabulary, context

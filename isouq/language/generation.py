@@ -18,16 +18,11 @@ Stops = tuple[frozenset[int], frozenset[int]]  # the ids that end an answer: new
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer as generated: its ids, its text, and what ended it (newline, eos, or length)."""
+    """An answer as generated: its ids, its text without white space around it, what ended it (newline, eos, length)."""
 
     token_ids: tuple[int, ...]
     text: str
     ended_by: str
-
-    @property
-    def empty(self) -> bool:
-        """Whether the model wrote no token, or only white space."""
-        return self.text == ""
 
 
 def stop_token_ids(tokenizer: Any, model: Any = None) -> Stops:

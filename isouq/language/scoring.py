@@ -206,14 +206,13 @@ def score(model: nn.Module, examples: Sequence[Example], how: Scoring) -> dict[A
     check_model(model)
     select_parameters(model, how.parameters)  # refused here, before a forward pass tries the model
     check_examples(model, examples)
-    parts: dict[Aggregation, list[Estimate]] = {name: [] for name in how.aggregations}
-    order: list[int] = []
+    parts, order = [], []
     for batch in _batches(model, examples, how):
+        parts.append(_squared_norms(model, batch, how))
         order += batch.rows
-        for name, norms in _squared_norms(model, batch, how).items():
-            parts[name].append(_estimate(name, batch, norms, how))
-    back = torch.tensor(order).argsort()
-    return {name: _join(estimates, back) for name, estimates in parts.items()}
+    norms = _joined(parts, torch.tensor(order).argsort())
+    n_tokens = torch.tensor([example.n_answer for example in examples])
+    return {name: _estimate(name, n_tokens, norms, how) for name in how.aggregations}
 
 
 def log_probs(
@@ -266,20 +265,18 @@ def _gram_work(
 
     A pass gets an eighth of the memory: most is for the factors that passes leave.
     """
-    sized = [
-        (cost([examples[row] for row in batch.rows]), batch)
-        for batch in batches(examples, "auto", cost=cost, room=memory / 8)
-    ]
-    sized.sort(key=lambda x: x[0] / len(x[1].rows), reverse=True)  # the first batch tells what fits
-    order = torch.tensor([row for _, batch in sized for row in batch.rows], dtype=torch.int64).argsort()
-    objectives: list[tuple[Objective, int]] = [
-        (functools.partial(_whole_log_prob, model, batch), len(batch.rows)) for _, batch in sized
-    ]
-    return objectives, max((size for size, _ in sized), default=0.0), order
 
+    def size(batch: Batch) -> float:
+        return cost([examples[row] for row in batch.rows])
 
-def _whole_log_prob(model: nn.Module, batch: Batch, rows: slice) -> Tensor:
-    return finite_log_probs(model, batch.part(rows)).sum(1, keepdim=True)
+    def log_prob(batch: Batch, rows: slice) -> Tensor:
+        return finite_log_probs(model, batch.part(rows)).sum(1, keepdim=True)
+
+    work = list(batches(examples, "auto", cost=cost, room=memory / 8))
+    work.sort(key=lambda batch: size(batch) / len(batch.rows), reverse=True)  # the first batch tells what fits
+    objectives: list[tuple[Objective, int]] = [(functools.partial(log_prob, batch), len(batch.rows)) for batch in work]
+    order = torch.tensor([row for batch in work for row in batch.rows], dtype=torch.int64).argsort()
+    return objectives, max(map(size, work), default=0.0), order
 
 
 def _batches(model: nn.Module, examples: Sequence[Example], how: Scoring) -> Iterator[Batch]:
@@ -295,8 +292,8 @@ def _batches(model: nn.Module, examples: Sequence[Example], how: Scoring) -> Ite
     return batches(examples, "auto", cost=cost, room=memory, by_answer=by_answer)
 
 
-def _squared_norms(model: nn.Module, batch: Batch, how: Scoring) -> dict[Aggregation, SquaredNorms]:
-    """The log odds that each aggregation differentiates: of the whole answer, one column, or of each token."""
+def _squared_norms(model: nn.Module, batch: Batch, how: Scoring) -> SquaredNorms:
+    """Of the log odds that are differentiated: in the first column of whole answers, in the others of their tokens."""
     tokens, whole = "token_mean" in how.aggregations, any(name != "token_mean" for name in how.aggregations)
     longest = int(batch.answer.sum(1).max())
     extra = padding(model, batch)
@@ -307,22 +304,24 @@ def _squared_norms(model: nn.Module, batch: Batch, how: Scoring) -> dict[Aggrega
         values = nn.functional.pad(values, (0, longest - values.shape[1]))
         return estimate.log_odds(torch.cat([values.sum(1, keepdim=True)] * whole + [values] * tokens, dim=1))
 
-    norms = squared_norms(
-        model,
-        objective,
-        len(batch.ids),
-        engine=how.engine,
-        parameters=how.parameters,
-        apart=True,
-        rows=batch.rows,
+    asked: dict[str, Any] = {"engine": how.engine, "parameters": how.parameters}
+    return squared_norms(model, objective, len(batch.ids), apart=True, rows=batch.rows, **asked)
+
+
+def _joined(parts: Sequence[SquaredNorms], order: Tensor) -> SquaredNorms:
+    """The batches' norms as one, with columns for the longest answer, the examples in `order`."""
+    width = max(part.objective.shape[1] for part in parts)
+    lacking = [width - part.objective.shape[1] for part in parts]
+    objective = [nn.functional.pad(part.objective, (0, n)) for part, n in zip(parts, lacking, strict=True)]
+    squares = [nn.functional.pad(part.by_parameter, (0, 0, 0, n)) for part, n in zip(parts, lacking, strict=True)]
+    engine = "+".join(sorted({part.engine for part in parts}))
+    return replace(
+        parts[0], objective=torch.cat(objective)[order], by_parameter=torch.cat(squares)[order], engine=engine
     )
-    columns = {name: slice(int(whole), None) if name == "token_mean" else slice(0, 1) for name in how.aggregations}
-    return {name: norms.columns(which) for name, which in columns.items()}
 
 
-def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, how: Scoring) -> Estimate:
-    """One batch's Estimate, from log odds; for `token_mean` the norms' columns are tokens."""
-    n_tokens = batch.answer.sum(1)
+def _estimate(name: Aggregation, n_tokens: Tensor, norms: SquaredNorms, how: Scoring) -> Estimate:
+    norms = norms.columns(slice(-int(n_tokens.max()), None) if name == "token_mean" else slice(0, 1))
     exists = torch.arange(norms.objective.shape[1])[None] < n_tokens[:, None]
     log_p = estimate.from_log_odds(norms.objective, norms.total)[0].masked_fill(~exists, 0)
 
@@ -350,17 +349,3 @@ def _estimate(name: Aggregation, batch: Batch, norms: SquaredNorms, how: Scoring
         breakdown=by_name if how.breakdown else None,
         log_probability={"sequence": S, "geometric": S / n_tokens, "token_mean": log_mean}[name],
     )
-
-
-def _join(parts: Sequence[Estimate], order: Tensor) -> Estimate:
-    """The batches' estimates as one, its examples in `order`."""
-
-    def column(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        if isinstance(values[0], dict):
-            return {key: torch.cat([value[key] for value in values])[order] for key in values[0]}
-        return None if values[0] is None else torch.cat(values)[order]
-
-    names = ("log_prob", "n_tokens", "probability", "aleatoric", "log_epistemic", "log_probability", "breakdown")
-    engine = "+".join(sorted({part.engine for part in parts}))
-    return replace(parts[0], engine=engine, **{name: column(name) for name in names})

@@ -126,8 +126,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        with pq.ParquetFile(path) as file:
-            arrow = file.read()
+        arrow = pq.read_table(path, partitioning=None)  # else a folder named x=1 would add a column x
     except pa.ArrowException as error:
         raise ValueError(f"{path}: no Parquet file: {error}") from error
     table = arrow.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
@@ -201,8 +200,7 @@ def _write_csv(table: pd.DataFrame, out: io.BufferedIOBase) -> None:
 
 
 def _write_jsonl(table: pd.DataFrame, out: io.BufferedIOBase) -> None:
-    for row in zip(*(table[name].tolist() for name in table), strict=True):
-        cells = dict(zip(table, row, strict=True))
+    for cells in table.to_dict("records"):
         out.write(json.dumps(cells, ensure_ascii=False, allow_nan=False, default=_json).encode() + b"\n")
 
 

@@ -1,9 +1,10 @@
 """What a stored number depends on, so that it is served again only where all of that is the same.
 
-`code`: the modules that compute it; `isouq.models.weights`: a model with its tokenizer. Data, prompts and settings are
-compared as what they contain (`digest`). How bytes came to the disk decides nothing once their content is compared, so
-what only fetches (`isouq.studies.assets`) does not count. The committed posteriors are the exception: they hold a
-version that is raised by hand, `isouq.studies.synthetic.posterior.VERSION`.
+Data, prompts and settings are compared as what they contain (`digest`), a model with its tokenizer by
+`isouq.models.weights`, libraries by `versions`. Code counts as a VERSION, raised by hand where a number changes, in
+`isouq.studies.synthetic.posterior`, `isouq.studies.qa.stages` and `isouq.studies.isotropy.language`; golden values and
+the reference engine guard it. So no change of words throws hours of work away. Which notebooks have to run again is
+another question (`module_files`).
 """
 
 from __future__ import annotations
@@ -27,21 +28,6 @@ def digest(content: Any) -> str:
 def versions(*packages: str) -> dict[str, str]:
     """Return the installed version of each package."""
     return {name: importlib.metadata.version(name) for name in packages}
-
-
-@functools.cache  # a process goes on with the code that it has imported, whatever is written to the disk meanwhile
-def code(*modules: str) -> str:
-    """Return 12 hex digits of all code of isouq that the modules can reach: `code("isouq.language.scoring")`.
-
-    Start from the module that computes, not from the command that starts it. Comments, docstrings and layout do not
-    count, and the digits are the same under every Python. Raises ValueError for what is no module of isouq.
-    """
-    files: set[Path] = set()
-    for name in modules:
-        if (file := _file_of(name)) is None:
-            raise ValueError(f"modules: {name!r} given, the dotted name of a module of isouq wanted")
-        files.update(module_files(file))
-    return digest({file.relative_to(PACKAGE).as_posix(): _canonical(_parsed(file)) for file in files})
 
 
 def module_files(path: str | Path) -> list[Path]:
@@ -95,24 +81,3 @@ def _file_of(name: str) -> Path | None:
     stem = PACKAGE.parent.joinpath(*parts)
     files = [file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()]
     return files[0] if files and parts[0] == PACKAGE.name else None
-
-
-def _canonical(node: Any) -> str:
-    """Write a syntax tree without positions, bare strings (docstrings) and empty fields.
-
-    Not with ast.unparse or ast.dump, whose output differs between versions of Python, nor as tokens, which go into
-    f-strings since 3.12. A newer Python adds fields to nodes (3.12 type_params), empty in code that an older one reads.
-    """
-    if isinstance(node, ast.JoinedStr):  # 3.12.1 ends the format of f"{x:{width}}" with an empty string
-        node = ast.JoinedStr([part for part in node.values if getattr(part, "value", None) != ""])
-    if isinstance(node, list):
-        return f"[{' '.join(_canonical(part) for part in node if not _is_text(part))}]"
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    fields = {name: getattr(node, name, None) for name in node._fields if name not in {"ctx", "kind"}}
-    parts = [f"{name}={_canonical(value)}" for name, value in fields.items() if value is not None and value != []]
-    return f"({' '.join([type(node).__name__, *parts])})"
-
-
-def _is_text(node: Any) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

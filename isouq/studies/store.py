@@ -89,10 +89,8 @@ class Store:
         verb = "INSERT OR REPLACE" if replace else "INSERT"
         with self._transaction("IMMEDIATE"):
             for stage, row in rows.items():
-                self._create(stage)
-                values = (item_id, row, _checksum(item_id, row))
                 try:
-                    self._connection.execute(f"{verb} INTO {stage} VALUES (?, ?, ?)", values)
+                    self._insert(verb, stage, item_id, row)
                 except sqlite3.IntegrityError as error:
                     text = f"{item_id} already has one of {', '.join(rows)}; records are never edited"
                     raise StoreError(f"{self.path}: {text}") from error
@@ -136,24 +134,18 @@ class Store:
         there = json.loads((table.schema.metadata or {}).get(b"identity", b"null"))
         if there != self.identity:
             raise StoreError(f"{path} holds the records of another run; move it away")
-        rows = table.to_pylist()
         with self._transaction("IMMEDIATE"):
             before = self._connection.total_changes
-            for stage in {row["stage"] for row in rows}:
-                self._create(stage)
-                values = [
-                    (r["item_id"], r["record"], _checksum(r["item_id"], r["record"]))
-                    for r in rows
-                    if r["stage"] == stage
-                ]
-                self._connection.executemany(f"INSERT OR IGNORE INTO {stage} VALUES (?, ?, ?)", values)
+            for row in table.to_pylist():
+                self._insert("INSERT OR IGNORE", row["stage"], row["item_id"], row["record"])
             return self._connection.total_changes - before
 
-    def _create(self, stage: str) -> None:
+    def _insert(self, verb: str, stage: str, item_id: str, row: str | bytes) -> None:
         if not _STAGE_NAME.fullmatch(stage):
             raise ValueError(f"stage must be lower-case letters and _, got {stage!r}")
         columns = "item_id TEXT PRIMARY KEY, record NOT NULL, checksum TEXT NOT NULL"
         self._connection.execute(f"CREATE TABLE IF NOT EXISTS {stage} ({columns})")
+        self._connection.execute(f"{verb} INTO {stage} VALUES (?, ?, ?)", (item_id, row, _checksum(item_id, row)))
 
     def close(self) -> None:
         """Close the file and give up its lock."""
@@ -167,16 +159,11 @@ class Store:
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
-        # The lock is held until the connection closes; the operating system drops it when the process dies.
-        with self._explained():
+        with self._explained(), self._connection:  # which commits, or rolls back
+            # The lock is held until the connection closes; the operating system drops it when the process dies.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute(f"BEGIN {kind}")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:  # SQLite has rolled back itself where the disk is full
-                    self._connection.execute("ROLLBACK")
+            yield
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

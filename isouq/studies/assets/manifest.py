@@ -81,11 +81,7 @@ def assets() -> dict[str, Asset]:
 
 
 def asset(name: str) -> Asset:
-    """Return an asset by name.
-
-    Raises:
-        AssetError: there is none; the message has the nearest name.
-    """
+    """Return an asset by name. Raises AssetError with the nearest name where there is none."""
     known = assets()
     if name in known:
         return known[name]

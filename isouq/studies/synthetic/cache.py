@@ -1,7 +1,7 @@
 """Draws on disk, as ArviZ InferenceData (netCDF) with their seed, versions and diagnostics.
 
-A file belongs to one problem, one set of settings and one version of the sampler. Loading refuses files of others,
-draws that changed on the disk, and draws that failed the gate.
+A file belongs to one problem, one set of settings and one version of the sampler. Loading refuses files of others and
+draws that changed on the disk.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ PACKAGES = ("arviz", "jax", "numpy", "numpyro")  # that the draws depend on
 
 
 class PosteriorError(ValueError):
-    """A file of draws that is damaged, of another problem, or failed the gate."""
+    """A file of draws that is damaged or of another problem."""
 
 
 def identity(problem: Problem, settings: Settings) -> dict[str, str]:
@@ -39,15 +39,13 @@ def path(folder: str | Path, problem: Problem, settings: Settings) -> Path:
     return Path(folder) / f"{problem.name}-{problem.seed}-{digest(identity(problem, settings))}.nc"
 
 
-def save(drawn: Posterior, file: str | Path) -> None:
+def save(drawn: Posterior, file: Path) -> None:
     """Write the draws with their diagnostics; the file appears whole or not at all."""
-    file = Path(file)
     attributes = {
         **identity(drawn.problem, drawn.settings),
         "content": _content(drawn),
         "versions": json.dumps(versions(*PACKAGES)),
         "diagnostics": json.dumps(asdict(drawn.diagnostics)),
-        "failures": "; ".join(drawn.diagnostics.failures),
     }
     statistics = {"diverging": drawn.divergent, "energy": drawn.energy, "n_steps": drawn.n_steps}
     data = arviz.from_dict(posterior={"theta": drawn.draws}, sample_stats=statistics)
@@ -58,13 +56,8 @@ def save(drawn: Posterior, file: str | Path) -> None:
     os.replace(partial, file)
 
 
-def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed: bool = False) -> Posterior:
-    """Read draws of `problem` under `settings`.
-
-    Raises PosteriorError when the file is damaged, holds other draws than these, or draws that failed the gate
-    (unless `allow_failed`).
-    """
-    file = Path(file)
+def load(file: Path, problem: Problem, settings: Settings) -> Posterior:
+    """Read draws of `problem` under `settings`. Raises PosteriorError when the file is damaged or holds other draws."""
     try:
         data = arviz.from_netcdf(str(file), engine="h5netcdf").load()
         attributes, statistics = data.posterior.attrs, data.sample_stats
@@ -85,8 +78,6 @@ def load(file: str | Path, problem: Problem, settings: Settings, *, allow_failed
             raise PosteriorError(f"{file} holds draws of another {name}: {which}; delete it or ask for what it holds")
     if attributes.get("content") != _content(drawn):
         raise PosteriorError(f"{file} does not hold the draws that were written to it; delete it")
-    if drawn.diagnostics.failures and not allow_failed:
-        raise PosteriorError(f"{file} holds draws that failed the gate: {'; '.join(drawn.diagnostics.failures)}")
     return drawn
 
 
@@ -107,7 +98,7 @@ def draw(problem: Problem, settings: Settings, folder: str | Path | None = None)
         return sampling.sample(problem, settings)
     file = path(folder, problem, settings)
     if file.exists():
-        return load(file, problem, settings, allow_failed=True)
+        return load(file, problem, settings)
     drawn = sampling.sample(problem, settings)
     save(drawn, file)
     return drawn
