@@ -15,6 +15,7 @@ from pathlib import Path
 
 import package_index
 import pytest
+import tokenizers
 
 from isouq.studies import assets
 from isouq.studies.assets import pip
@@ -433,3 +434,28 @@ def test_the_manifest_pins_every_byte():
 def test_every_real_asset_has_the_pinned_bytes():
     assets.fetch(progress=False)
     assert set(assets.verify().values()) == {"verified"}
+
+
+def test_a_file_that_holds_embedding_and_head_apart_needs_a_word_which_is_meant(tmp_path, monkeypatch):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=20, **small, tie_word_embeddings=False)
+    config.quantization_config = None
+    loaded = transformers.LlamaForCausalLM(config)
+    head = loaded.lm_head.weight.detach().clone()
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    real = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **o: loaded)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *a, **o: tokenizer if "gguf_file" in o else real(*a, **o)
+    )
+    with pytest.raises(AssetError, match=r"two\.gguf: embedding and head are stored apart; `tied` in assets\.toml"):
+        assets._dequantise(tmp_path, "two.gguf", tmp_path / "apart")
+    assert not (tmp_path / "apart").exists()
+    loaded.config.quantization_config = None
+    assets._dequantise(tmp_path, "two.gguf", tmp_path / "one", tied="lm_head.weight")
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "one")
+    assert saved.config.tie_word_embeddings
+    assert torch.equal(saved.get_input_embeddings().weight, head)
+    assert saved.lm_head.weight is saved.get_input_embeddings().weight

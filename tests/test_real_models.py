@@ -1,5 +1,6 @@
 """The two real language models: the fast engine beside the reference, and both beside float64."""
 
+import gguf
 import pytest
 import torch
 from architectures import upcasts_to
@@ -13,6 +14,7 @@ from isouq.studies import assets
 
 PAIRS = [("The capital of France is", " Paris."), ("Q: Who wrote Hamlet?\nA:", " William Shakespeare")]
 N_PARAMETERS = {"smollm2-135m-instruct": 134_515_008, "gemma-3-270m": 268_098_176}
+SOURCE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 
 pytestmark = pytest.mark.assets
 
@@ -67,3 +69,20 @@ def test_float32_and_float64(loaded):
     assert relative(found[torch.float32, "ghost"], found[torch.float32, "autograd"]) <= 1e-5
     for engine in ("ghost", "autograd"):
         assert relative(found[torch.float32, engine], found[torch.float64, "autograd"]) <= 1e-5
+
+
+def test_a_matrix_that_a_file_holds_twice_is_one_again():
+    """Qwen's file has the tied matrix twice, quantised twice; the model's is the copy of more bits, bit for bit."""
+    name = "qwen-coder-0-5b-instruct"
+    model, _ = assets.load_causal_lm(name)
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    stored = {t.name: t for t in gguf.GGUFReader(assets.path(name).parent / "source" / SOURCE).tensors}
+    head, embedding = (
+        torch.from_numpy(gguf.quants.dequantize(stored[key].data, stored[key].tensor_type))
+        for key in ("output.weight", "token_embd.weight")
+    )
+    assert torch.equal(model.lm_head.weight, head)
+    assert 0.01 < (head - embedding).norm() / head.norm() < 0.1
+    assert stored["output.weight"].n_bytes > stored["token_embd.weight"].n_bytes

