@@ -24,8 +24,15 @@ from isouq.studies import claims  # noqa: E402
 
 BEGIN, END = "<!-- measured: written by book/readme.py -->", "<!-- end of what was measured -->"
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
-DATA_SETS = {"truthfulqa_choose": "TruthfulQA (choosing)", "wikidata": "Wikidata recall", "triviaqa": "TriviaQA"}
+DATA_SETS = {
+    "truthfulqa": "TruthfulQA (writing)",
+    "truthfulqa_choose": "TruthfulQA (choosing)",
+    "wikidata": "Wikidata recall",
+    "triviaqa": "TriviaQA",
+}
 METHODS = {
+    "p_true": "P(True)",
+    "semantic_entropy": "semantic entropy",
     "likelihood": "negative log-likelihood (the control)",
     "epistemic": "epistemic U_E",
     "aleatoric": "aleatoric U_A",
