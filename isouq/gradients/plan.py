@@ -52,7 +52,7 @@ class Plan:
         self.grams = SharedGrams()
         self.layout = Layout(self.n_examples)
         for leaf, tensor in self.graph.leaves():
-            name = self.tracked.names.get(id(tensor))
+            name = self.tracked.names.get(tensor)
             if name is None:
                 raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
             if name in self.tracked.parameters:
@@ -76,7 +76,7 @@ class Plan:
 
     def _check_custom_functions(self) -> None:
         """A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that."""
-        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
+        watches_all = len(self.tracked.parameters) == len(self.tracked.names)
         for node in self.custom:
             if not watches_all or "checkpoint" in node.name().lower():
                 raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
@@ -107,9 +107,8 @@ class Plan:
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor in self.tracked.tensors if self.custom else ():
+        for tensor, name in self.tracked.names.items() if self.custom else ():
             if tensor.grad is not None:
-                name = self.tracked.names[id(tensor)]
                 raise NotCovered(name, f"gathers a gradient inside {self.custom[0].name()}")
         for node, grad in zip(self.roots, grads, strict=True):  # the pass stops here, so their hooks did not run
             self._meet(node, visit)((grad,))
