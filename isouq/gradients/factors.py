@@ -154,15 +154,11 @@ class Tokens(Factor):
 class Outer(Tokens):
     """left (example, token, a), right (example, token, b), gradient (a, b).
 
-    `left_gram` and `right_gram`, when given, return left·leftᵀ and right·rightᵀ (example, token, token), which several
-    weights may share. `slot` is the slice of a stacked parameter that the gradient belongs to (an expert), None for
-    the whole.
+    `slot` is the slice of a stacked parameter that the gradient belongs to (an expert), None for the whole.
     """
 
     left: Tensor
     right: Tensor
-    left_gram: Callable[[], Tensor] | None = None
-    right_gram: Callable[[], Tensor] | None = None
     slot: int | None = None
 
     def left_products(self, other: Tokens) -> Tensor:
@@ -182,8 +178,7 @@ class Outer(Tokens):
         if self.left.shape[1] == 1:
             return total(wide(self.left).square()) * total(wide(self.right).square())
         if self.cheaper_as_gram():
-            left = self.left_gram() if self.left_gram else gram(self.left)
-            return total(left * (self.right_gram() if self.right_gram else gram(self.right)))
+            return self.inner(self)
         pairs = zip(wide(self.left), wide(self.right), strict=True)  # one example's gradient at a time
         norms = [torch.linalg.vector_norm(left.T @ right, dtype=torch.float64) for left, right in pairs]
         return torch.stack(norms).square()
@@ -191,12 +186,10 @@ class Outer(Tokens):
     def cheaper_as_gram(self) -> bool:
         """Whether two token×token products cost fewer multiplications than the explicit gradient.
 
-        A side whose product is shared counts as free. The explicit gradient is also written and read once, which the
-        factor 1.25 stands for.
+        The explicit gradient is also written and read once, which the factor 1.25 stands for.
         """
-        n_tokens, (a, b) = self.left.shape[1], self.size
-        products = n_tokens * n_tokens * (a * (self.left_gram is None) + b * (self.right_gram is None))
-        return products <= 1.25 * n_tokens * a * b
+        a, b = self.size
+        return self.left.shape[1] * (a + b) <= 1.25 * a * b
 
     def cut(self, part: Part, shape: torch.Size) -> Outer:
         """The part of the left side's features or of the right side's."""
@@ -215,13 +208,13 @@ class Outer(Tokens):
 
     def dense(self, purpose: str) -> Dense:
         """(example, a, b), unless a slice of it is meant."""
-        return (
-            Dense(wide(self.left).transpose(1, 2) @ wide(self.right)) if self.slot is None else super().dense(purpose)
-        )
+        if self.slot is not None:
+            return super().dense(purpose)
+        return Dense(wide(self.left).transpose(1, 2) @ wide(self.right))
 
     def transposed(self) -> Outer:
         """The sides change places."""
-        return replace(self, left=self.right, right=self.left, left_gram=self.right_gram, right_gram=self.left_gram)
+        return replace(self, left=self.right, right=self.left)
 
     def of_slice(self, slot: int) -> Outer:
         """The same sides, marked as the slice's."""
@@ -278,9 +271,3 @@ def wide(x: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """Sum over all but the example axis, in float64."""
     return x.flatten(1).sum(1, dtype=torch.float64) if x.dim() > 1 else x.double()
-
-
-def gram(x: Tensor) -> Tensor:
-    """x·xᵀ per example: (example, token, b) → (example, token, token)."""
-    x = wide(x)
-    return x @ x.transpose(1, 2)

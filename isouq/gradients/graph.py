@@ -91,16 +91,12 @@ class Layout:
         padded[owner[order], place] = matrix[order]
         return padded
 
-    def owner_of_input(self, node: Node, slot: int, n_rows: int) -> Tensor | None:
-        """The example of each row of the matrix at input `slot`; None for equal consecutive blocks. Raises NoRule."""
-        source, number = node.next_functions[slot]
-        return self._owner(source, number, n_rows, node)  # without a source: the raw input
+    def owner(self, node: Node, slot: int | None, n_rows: int) -> Tensor | None:
+        """The example of each row of the node's input `slot`, None for that of its output.
 
-    def owner_of_output(self, node: Node, n_rows: int) -> Tensor | None:
-        """The same for the rows of the node's own output."""
-        return self._owner(node, 0, n_rows, node)
-
-    def _owner(self, source: Node | None, number: int, n_rows: int, node: Node) -> Tensor | None:
+        None stands for equal consecutive blocks. Raises NoRule.
+        """
+        source, number = (node, 0) if slot is None else node.next_functions[slot]  # no source: the raw input
         if self.n_examples == 1 or (source is None and n_rows % self.n_examples == 0):
             return None
         owner = False if source is None else self._trace(source, number)
