@@ -25,27 +25,23 @@ KEEPS_ROWS = frozenset(  # operations whose output has the rows of those inputs 
 DATA_INPUT = {"Mm": 0, "GroupedMm": 0, "Addmm": 1}  # at which input a matrix product takes the activation
 
 
-@dataclass
 class Graph:
-    """The nodes below `output`, with their consumers. Holding the nodes keeps their identity stable."""
+    """The nodes below `output` in `order`, and their `consumers`. Holding the nodes keeps their identity stable."""
 
-    output: Tensor
-    consumers: dict[Node, list[tuple[Node, int]]] = field(default_factory=dict)
-    order: list[Node] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        seen: set[Node] = set()
-        stack = [self.output.grad_fn]
+    def __init__(self, output: Tensor) -> None:
+        self.consumers: dict[Node, list[tuple[Node, int]]] = {}  # node → (consumer, at which of its inputs)
+        nodes: dict[Node, None] = {}
+        stack: list[Node] = [output.grad_fn]
         while stack:
             node = stack.pop()
-            if node is None or node in seen:
+            if node in nodes:
                 continue
-            seen.add(node)
-            self.order.append(node)
+            nodes[node] = None
             for slot, (child, _) in enumerate(node.next_functions):
                 if child is not None:
                     self.consumers.setdefault(child, []).append((node, slot))
                     stack.append(child)
+        self.order = list(nodes)
 
     def leaves(self) -> Iterable[tuple[Node, Tensor]]:
         """(node, parameter) of every tensor that gathers a gradient."""

@@ -52,12 +52,15 @@ def examine(model: nn.Module, plan: Plan, examples: Examples, *, apart: bool) ->
 
     `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. Raises Meeting.
     """
-    if plan.n_examples == 1 or (apart and is_decoder(model) and _is_familiar(plan.graph)):
+    familiar = apart and is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
+    if plan.n_examples == 1 or familiar:
         return Doubt(plan, examples, values=False, gradients=False)
     separate = separates(plan.graph, plan.n_examples, plan.by_node)
     doubt = Doubt(plan, examples, values=not (apart and separate and is_stack(model)), gradients=not separate)
-    if doubt.values:
-        doubt.compare_values()
+    for one, together in zip(examples.singly(), plan.values.detach(), strict=True) if doubt.values else ():
+        alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
+        if not bool(((alone - together).abs() <= _slack(plan).value * (1 + together.abs())).all()):
+            raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
     return doubt
 
 
@@ -78,14 +81,6 @@ class Doubt:
     def any(self) -> bool:
         """Whether `settle` needs the graph after the backward pass."""
         return self.values or self.gradients
-
-    def compare_values(self) -> None:
-        """Raise Meeting unless each example has the same value alone."""
-        slack = _slack(self.plan).value
-        for one, together in zip(self.examples.singly(), self.plan.values.detach(), strict=True):
-            alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
-            if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
-                raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
 
     def settle(self, squares: Tensor) -> None:
         """Raise Meeting unless the gradients are those of each example alone. `squares` (example, param): of column 0.
@@ -179,10 +174,6 @@ FAMILIAR = (  # what the decoders' graphs are made of: an operation besides thes
 )
 
 
-def _is_familiar(graph: Graph) -> bool:
-    return all(operation(node) in FAMILIAR for node in graph.order)
-
-
 def is_decoder(model: nn.Module) -> bool:
     """Whether the model is one of transformers' DECODERS, as installed."""
     config = getattr(model, "config", None)
@@ -204,19 +195,13 @@ def is_stack(model: nn.Module) -> bool:
 
 
 def _as_installed(model: nn.Module, *homes: str) -> bool:
-    return not any(forward_hooks(None)) and all(_untouched(module, homes) for module in model.modules())
+    def untouched(module: nn.Module) -> bool:
+        kind, own = type(module), vars(module)
+        moved = type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # moves values between devices only
+        in_place = kind.__module__.startswith(homes) and kind.forward.__module__.startswith(homes)
+        return in_place and ("forward" not in own or moved) and not module.training and not any(forward_hooks(module))
 
-
-def _untouched(module: nn.Module, homes: tuple[str, ...]) -> bool:
-    own = vars(module)
-    moved = "forward" in own and type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # moves weights only
-    return (
-        type(module).__module__.startswith(homes)
-        and type(module).forward.__module__.startswith(homes)
-        and ("forward" not in own or moved)
-        and not module.training
-        and not any(forward_hooks(module))
-    )
+    return not any(forward_hooks(None)) and all(map(untouched, model.modules()))
 
 
 # ── By the graph ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +36,14 @@ def planned(model: nn.Module, examples: Examples, parameters: dict[str, nn.Param
             raise NotCovered("an activation", why) from error
 
 
-@dataclass
 class Plan:
     """All uses of the parameters in one batch's graph, and the backward pass that visits them."""
 
-    values: Tensor
-    tracked: Tracked
-    n_examples: int
-    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    by_node: dict[Node, list[Use]] = field(default_factory=lambda: defaultdict(list))
-
-    def __post_init__(self) -> None:
-        self.graph = Graph(self.values)
-        self.layout = Layout(self.n_examples)
+    def __init__(self, values: Tensor, tracked: Tracked, n_examples: int) -> None:
+        self.values, self.tracked, self.n_examples = values, tracked, n_examples
+        self.graph, self.layout = Graph(values), Layout(n_examples)
+        self.uses: dict[str, list[Use]] = defaultdict(list)
+        self.by_node: dict[Node, list[Use]] = defaultdict(list)
         for leaf, tensor in self.graph.leaves():
             name = self.tracked.names.get(tensor)
             if name is None:
@@ -57,7 +51,11 @@ class Plan:
             if name in self.tracked.parameters:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
-        self._check_custom_functions()
+        # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
+        watches_all = len(self.tracked.parameters) == len(self.tracked.names)
+        for node in self.custom:
+            if not watches_all or "checkpoint" in node.name().lower():
+                raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
         self.roots = self.graph.roots(set(self.by_node))
 
     def _follow(self, node: Node, name: str, shape: tuple[int, ...], steps: tuple[Step, ...]) -> None:
@@ -71,13 +69,6 @@ class Plan:
                 raise NotCovered(name, f"is used by {consumer.name()}, which no rule covers")
             self.uses[name].append(use)
             self.by_node[consumer].append(use)
-
-    def _check_custom_functions(self) -> None:
-        """A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that."""
-        watches_all = len(self.tracked.parameters) == len(self.tracked.names)
-        for node in self.custom:
-            if not watches_all or "checkpoint" in node.name().lower():
-                raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
 
     def squares(self, seed: Tensor, *, retain: bool) -> Tensor:
         """‖∇‖² of each example's part of `seed`, a sum over examples, by parameter: (example, param) float64.

@@ -118,19 +118,10 @@ def per_example_sum(use: Use, grad: Tensor) -> Dense:
         grad = use.layout.split(grad, use.layout.owner(use.node, None, len(grad)))
     if grad.dim() == 0 or grad.shape[0] != n or len(shape) > grad.dim():
         raise NoRule(f"meets a value of shape {tuple(grad.shape)} that is not laid out by example")
-    if len(shape) == grad.dim():
-        if shape[0] != 1:
-            raise NoRule(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
-        return Dense(_sum_to(grad, shape[1:]).reshape(n, *shape))
-    return Dense(_sum_to(grad, shape))
-
-
-def _sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-    extra = grad.dim() - 1 - len(shape)
-    if extra:
-        grad = grad.flatten(1, extra).sum(1)
-    narrow = [i + 1 for i, size in enumerate(shape) if size == 1 and grad.shape[i + 1] != 1]
-    return grad.sum(narrow, keepdim=True) if narrow else grad
+    if len(shape) == grad.dim() and shape[0] != 1:
+        raise NoRule(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
+    shared = (1,) * (grad.dim() - len(shape)) + shape  # the axis of the examples is the first
+    return Dense(grad.sum_to_size(n, *shared[1:]).reshape(n, *shape))
 
 
 def _per_channel_sum(grad: Tensor) -> Dense:
@@ -144,14 +135,9 @@ def _multiply(use: Use, grads: Grads) -> Dense:
 
 
 def _add(use: Use, grads: Grads) -> Dense:
-    """out = x + αw, among others a bias or a position's embedding."""
+    """out = x + αw, among others a bias or a position's embedding; or w repeated for every example, a class token."""
     summed = per_example_sum(use, wide(grads[0]))
     return Dense(summed.grad * use.saved("alpha")) if use.slot == 1 else summed
-
-
-def _expand(use: Use, grads: Grads) -> Dense:
-    """out = w repeated for every example, such as a class token."""
-    return per_example_sum(use, wide(grads[0]))
 
 
 def _layer_norm(use: Use, grads: Grads) -> Dense:
@@ -171,11 +157,10 @@ def _batch_norm(use: Use, grads: Grads) -> Dense:
     """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode is an example's output its own."""
     if use.saved("training"):
         raise NoRule("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
-    grad, x = wide(grads[0]), use.saved("input")
+    grad = wide(grads[0])
     if use.slot == 1:
-        by_channel = (1, -1) + (1,) * (x.dim() - 2)
-        scale = (use.saved("running_var") + use.saved("eps")).rsqrt().view(by_channel)
-        grad = grad * ((x - use.saved("running_mean").view(by_channel)) * scale)
+        x, mean, variance = (wide(use.saved(name)) for name in ("input", "running_mean", "running_var"))
+        grad = grad * F.batch_norm(x, mean, variance, eps=use.saved("eps"))
     return _per_channel_sum(grad)
 
 
@@ -218,7 +203,7 @@ RULES: dict[str, Rule] = {
     "Embedding": _embedding,
     "Mul": _multiply,
     "Add": _add,
-    "Expand": _expand,
+    "Expand": _add,
     "NativeLayerNorm": _layer_norm,
     "FusedRmsNorm": _rms_norm,
     "NativeBatchNorm": _batch_norm,
@@ -245,13 +230,12 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
         return lambda factor: factor.reshaped(shape)
     if name == "Embedding":
         return _look_up(node, n_examples)
+    index = None
     if name == "Select" and saved_axes(node, n_axes, "dim") == {0}:
-        return _take_slice(signed(saved(node, "index")), shape)
-    if name == "Index":
-        index = saved(node, "indices")
-        if len(index) == 1 and index[0] is not None and index[0].dim() == 0:
-            return _take_slice(int(index[0]), shape)
-    return None
+        index = signed(saved(node, "index"))
+    if name == "Index" and [None if i is None else i.dim() for i in saved(node, "indices")] == [0]:
+        index = int(saved(node, "indices")[0])
+    return None if index is None else lambda factor: factor.of_slice(index % shape[0])
 
 
 def _look_up(node: Node, n_examples: int) -> Step | None:
@@ -260,7 +244,3 @@ def _look_up(node: Node, n_examples: int) -> Step | None:
     if index.shape[:1] == (n_examples,) or saved(node, "scale_grad_by_freq"):
         return None
     return lambda factor: factor.dense("is looked up before a use with").looked_up(index, padding)
-
-
-def _take_slice(place: int, shape: tuple[int, ...]) -> Step:
-    return lambda factor: factor.of_slice(place % shape[0])
