@@ -84,11 +84,13 @@ class Work:
     def visit(self, examples: Examples, parameters: dict[str, nn.Parameter], visit: Visit) -> None:
         """One batch's pass, checked as the norms are."""
         with planned(self.model, examples, parameters) as plan:
-            doubt = isolation.examine(self.model, plan, examples, apart=True)
+            checks = isolation.examine(self.model, plan, examples, apart=True)
             seed = plan.values[:, 0].sum()
-            plan.backward(seed, visit, retain=doubt.any)
-            if doubt.any:
-                doubt.settle(plan.squares(seed, retain=True))
+            plan.backward(seed, visit, retain=bool(checks))
+            if checks:
+                squares = plan.squares(seed, retain=True)
+                for check in checks:
+                    check(squares)
 
 
 class Piece(NamedTuple):
