@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isouq.gradients.torch_contract import signed
-
 
 class NoRule(Exception):
     """There is no rule for this use of a parameter; the message says why, and the caller knows which parameter."""
@@ -61,8 +59,8 @@ class Factor:
         return sum(x.nbytes for x in self.tensors().values())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
-        """The form with `function` applied to each tensor, without a slot and what is shared with other factors."""
-        return type(self)(**{name: function(x) for name, x in self.tensors().items()})
+        """The same with `function` applied to each tensor."""
+        return replace(self, **{name: function(x) for name, x in self.tensors().items()})
 
     def detached(self) -> Factor:
         """A copy on the CPU, apart from autograd's graph and from what else the storage holds."""
@@ -136,7 +134,7 @@ class Tokens(Factor):
         raise NotImplementedError
 
     def products(self, other: Tokens) -> Tensor:
-        """(left_s·left'_t)(right_s·right'_t) of each example: (example, s, t). They add up to the inner product."""
+        """(left_s·left'_t)(right_s·right'_t), which add up to the inner product of each example: (example, s, t)."""
         return self.left_products(other) * (wide(self.right) @ wide(other.right).transpose(1, 2))
 
     def inner(self, other: Factor) -> Tensor:
@@ -235,8 +233,8 @@ class Rows(Tokens):
         return other.left_products(self).transpose(1, 2)
 
     def without(self, padding: int) -> Rows:
-        """The same but for the row of padding, which gathers no gradient; torch states -1 where there is none."""
-        if signed(padding) < 0:
+        """The same but for the row of padding, which gathers no gradient; torch says -1 where there is none."""
+        if padding < 0:
             return self
         return Rows(self.index, self.right.masked_fill((self.index == padding).unsqueeze(-1), 0))
 

@@ -71,11 +71,6 @@ class Work:
     progress: bool
     checkpoint: Checkpoint | None
 
-    @property
-    def buffer_bytes(self) -> float:
-        """How many bytes of explicit gradients are formed at a time."""
-        return min(float(BUFFER_BYTES), self.memory / 8)
-
     def singly(self) -> Work:
         """The same in batches of one example."""
         rows, others = ([one for batch in part for one in batch.singly()] for part in (self.rows, self.others))
@@ -103,12 +98,13 @@ class Piece(NamedTuple):
 class Sums:
     """The products while they are added up, parameter by parameter: rows come first, then the others."""
 
-    def __init__(self, rows: list[Examples], others: list[Examples]) -> None:
-        n_rows, n_others = (sum(batch.n for batch in part) for part in (rows, others))
+    def __init__(self, work: Work) -> None:
+        n_rows, n_others = (sum(batch.n for batch in part) for part in (work.rows, work.others))
         self.n_rows, self.n_examples = n_rows, n_rows + n_others
         self.numbers = torch.zeros(n_rows * self.n_examples + n_others, dtype=torch.float64)
         block, self.squares = self.numbers.split([n_rows * self.n_examples, n_others])
         self.block = block.view(n_rows, self.n_examples)
+        self.n_bytes = min(float(BUFFER_BYTES), work.memory / 8)  # of explicit gradients that are formed at a time
         self.buffer = torch.empty(0)
 
     def gram(self) -> Gram:
@@ -138,11 +134,11 @@ class Sums:
         elif p.rows == q.rows:
             self.squares[p.rows.start - n : p.rows.stop - n] += p.factor.inner(q.factor) * (1 if p is q else 2)
 
-    def add_explicit(self, pieces: list[Piece], n_bytes: float) -> None:
-        """Add explicit gradients: as many of the weight's rows at a time as `n_bytes` hold for all examples."""
+    def add_explicit(self, pieces: list[Piece]) -> None:
+        """Add explicit gradients: as many of the weight's rows at a time as the buffer holds for all examples."""
         n_rows, width = pieces[0].factor.size
         dtype = torch.promote_types(pieces[0].factor.left.dtype, torch.float32)
-        step = max(1, int(n_bytes / (self.n_examples * width * dtype.itemsize)))
+        step = max(1, int(self.n_bytes / (self.n_examples * width * dtype.itemsize)))
         starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
         once = len(starts) == len(pieces) and n_held == self.n_examples
         for low in range(0, n_rows, step):
@@ -168,7 +164,6 @@ def inner_products(
     others: Sequence[tuple[Objective, int]] = (),
     *,
     engine: str = "auto",
-    parameters: Sequence[str] | None = None,
     memory: float = 4e9,
     in_pass: float = 0.0,
     progress: bool = False,
@@ -184,11 +179,10 @@ def inner_products(
     Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
     NotCovered as `ghost.squared_norms`, but with engine "auto" the reference then does the work.
     """
-    chosen = select_parameters(model, parameters)
     if not any(size for _, size in batches):
         raise ValueError("batches: no example given, at least one wanted")
     rows, columns = ([Examples(*batch) for batch in part] for part in (batches, others))
-    work = Work(model, chosen, rows, columns, memory, in_pass, progress, checkpoint)
+    work = Work(model, select_parameters(model), rows, columns, memory, in_pass, progress, checkpoint)
     alone = work.singly()
     for attempt in (work, alone) if engine != "autograd" else ():
         try:
@@ -213,9 +207,9 @@ class Group(NamedTuple):
 
 
 def _by_factors(work: Work) -> Gram:
-    sums = Sums(work.rows, work.others)
+    sums = Sums(work)
     # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
-    taken = work.in_pass + max(work.in_pass, work.buffer_bytes) + sums.block.nbytes
+    taken = work.in_pass + max(work.in_pass, sums.n_bytes) + sums.block.nbytes
     plan = groups(_factor_bytes(work), work.memory, taken)
     n_done = _resume(work.checkpoint, plan, sums)
     n_names = [len(group.names) for group in plan]
@@ -223,7 +217,7 @@ def _by_factors(work: Work) -> Gram:
         for number, group in enumerate(plan[n_done:], n_done + 1):
             kept = _gather(work, group)
             while kept:  # no name for what is popped, which would keep it during the next passes
-                _add(sums, *kept.popitem(), work)
+                _add(sums, *kept.popitem())
             sums.buffer = torch.empty(0)
             bar.update(len(group.names))
             if work.checkpoint is not None:
@@ -315,7 +309,7 @@ def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
     return kept
 
 
-def _add(sums: Sums, key: Key, pieces: list[Piece], work: Work) -> None:
+def _add(sums: Sums, key: Key, pieces: list[Piece]) -> None:
     """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i. Raises NotCovered."""
     forms = {type(piece.factor) for piece in pieces}
     if forms > {Dense}:
@@ -323,7 +317,7 @@ def _add(sums: Sums, key: Key, pieces: list[Piece], work: Work) -> None:
     if forms == {Dense}:
         pieces, forms = [Piece(rows, factor.as_outer()) for rows, factor in pieces], {Outer}
     if forms == {Outer} and not _by_tokens(pieces):
-        sums.add_explicit(pieces, work.buffer_bytes)
+        sums.add_explicit(pieces)
     else:
         for i, p in enumerate(pieces):
             for q in pieces[: i + 1]:
@@ -341,7 +335,7 @@ def _by_tokens(outer: list[Piece]) -> bool:
 
 def _by_gradients(work: Work) -> Gram:
     """A backward pass per batch of one example, anew for every slice of the gradients that fits the memory."""
-    sums, parameters = Sums(work.rows, work.others), work.parameters.values()
+    sums, parameters = Sums(work), work.parameters.values()
     n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
     size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number, and once more
     left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")

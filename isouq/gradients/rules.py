@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, wide
 from isouq.gradients.graph import DATA_INPUT, Layout
-from isouq.gradients.torch_contract import RESHAPES, Grads, Node, operation, output_shape, saved, saved_axes, signed
+from isouq.gradients.torch_contract import RESHAPES, Grads, Node, operation, output_shape, saved, saved_axes
 
 Step = Callable[[Factor], Factor]
 
@@ -232,7 +232,7 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
         return _look_up(node, n_examples)
     index = None
     if name == "Select" and saved_axes(node, n_axes, "dim") == {0}:
-        index = signed(saved(node, "index"))
+        index = saved(node, "index")
     if name == "Index" and [None if i is None else i.dim() for i in saved(node, "indices")] == [0]:
         index = int(saved(node, "indices")[0])
     return None if index is None else lambda factor: factor.of_slice(index % shape[0])
