@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from isouq.gradients.factors import NoRule
 from isouq.gradients.torch_contract import POINTWISE, RESHAPES, SAVED, Node, leaf_tensor, operation, output_shape, saved
@@ -79,13 +80,8 @@ class Layout:
         """(row, feature) → (example, token, feature): blocks where `owner` is None, else gathered and zero-padded."""
         if owner is None:
             return matrix.reshape(self.n_examples, -1, matrix.shape[-1])
-        order = owner.argsort(stable=True)
-        counts = torch.bincount(owner, minlength=self.n_examples)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(owner), device=owner.device) - starts.repeat_interleave(counts)
-        padded = matrix.new_zeros(self.n_examples, int(counts.max()), matrix.shape[-1])
-        padded[owner[order], place] = matrix[order]
-        return padded
+        counts = torch.bincount(owner, minlength=self.n_examples).tolist()
+        return pad_sequence(matrix[owner.argsort(stable=True)].split(counts), batch_first=True)
 
     def owner(self, node: Node, slot: int | None, n_rows: int) -> Tensor | None:
         """The example of each row of the node's input `slot`, None for that of its output.
@@ -133,9 +129,7 @@ class Layout:
         if len(index) != 1 or index[0].dim() != 1 or source is None:
             return False
         owner, n_rows = self._trace(source, number), output_shape(source, number)[0]
-        if owner is False or (owner is None and n_rows % self.n_examples):
-            return False
-        if owner is None:
+        if owner is None and n_rows % self.n_examples == 0:
             every = torch.arange(self.n_examples, device=index[0].device)
             owner = every.repeat_interleave(n_rows // self.n_examples)
-        return owner[index[0]]
+        return owner[index[0]] if isinstance(owner, Tensor) else False

@@ -10,10 +10,6 @@ answer is a class known to treat examples apart, or one forward pass of every ex
 the first axis or reshapes it into equal blocks. Otherwise objective i is weighted by w_i, and each squared norm must
 grow by w_i² exactly, or another example's gradient is in it.
 
-    x, net = torch.randn(6, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
-    graph = Graph(net(x))                    # of net(x) alone, and of net(x) − net(x).mean(0):
-    separates(graph, 6), separates(Graph(net(x) - net(x).mean(0)), 6)                                # True, False
-
 Where an answer is no, or is not known, `Meeting` is raised and the examples go one at a time.
 """
 
