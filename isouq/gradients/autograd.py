@@ -7,6 +7,7 @@ its largest parameter.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isouq.gradients.factors import wide
 from isouq.gradients.graph import Graph
 from isouq.gradients.model import Tracked, check_differentiable, differentiable
 from isouq.gradients.torch_contract import is_custom
@@ -78,43 +78,52 @@ def squared_norms(model: nn.Module, examples: Examples, parameters: dict[str, nn
 
 def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
     """The squared norm of the gradient of values[k], by parameter: (param,) float64."""
-    squares = dict.fromkeys(tracked.parameters, torch.zeros((), dtype=torch.float64))
+    squares = {name: torch.zeros((), dtype=torch.float64) for name in tracked.parameters}
+    copies = Counter(tracked.names[id(p)] for p in tracked.tensors)  # more than one where offloading tore a tie
+    sums: dict[str, Tensor] = {}
 
-    def square(name: str, grad: Tensor) -> None:
+    def square(p: Tensor, grad: Tensor) -> None:
+        name = tracked.names[id(p)]
+        if name not in squares:
+            return
+        grad = grad.to_dense() if grad.is_sparse else grad
+        if copies[name] > 1:
+            grad = sums[name] = grad + sums.get(name, 0)
         # Row by row: one float32 sum over a whole embedding would lose four digits.
-        norms = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.promote_types(grad.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.promote_types(p.dtype, torch.float32))
         squares[name] = norms.double().square().sum().cpu()
 
     differentiate(values[k], tracked, square, retain=k + 1 < len(values))
     return torch.stack(list(squares.values()))
 
 
-def differentiate(value: Tensor, tracked: Tracked, take: Callable[[str, Tensor], None], *, retain: bool) -> None:
-    """Call `take` with each chosen parameter's name and gradient as soon as that is whole, and hold it no longer."""
+def differentiate(value: Tensor, tracked: Tracked, take: Callable[[Tensor, Tensor], None], *, retain: bool) -> None:
+    """Call `take` with each parameter and its gradient as soon as that is whole, and hold it no longer."""
+    leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
     graph = Graph(value)
     if any(is_custom(node) for node in graph.order):
-        _accumulate(value, graph, tracked, take, retain)
+        _accumulate(value, graph, leaves, take, retain)
         return
 
-    def hook(name: str, grad: Tensor) -> Tensor:
-        take(name, grad.to_dense())
+    def hook(p: Tensor, grad: Tensor) -> Tensor:
+        take(p, grad)
         # What autograd keeps in its place takes no memory.
         return grad if grad.is_sparse else grad.new_zeros(()).expand_as(grad)
 
-    handles = [p.register_hook(functools.partial(hook, name)) for name, p in tracked.parameters.items()]
+    handles = [p.register_hook(functools.partial(hook, p)) for p in leaves]
     try:  # `grad` runs no hook of the owner's on what accumulates gradients, and fills no .grad
-        torch.autograd.grad(value, list(tracked.parameters.values()), retain_graph=retain, allow_unused=True)
+        torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _accumulate(
-    value: Tensor, graph: Graph, tracked: Tracked, take: Callable[[str, Tensor], None], retain: bool
+    value: Tensor, graph: Graph, leaves: list[Tensor], take: Callable[[Tensor, Tensor], None], retain: bool
 ) -> None:
     """The same through .grad: a custom function (reentrant checkpointing) may bring a gradient in parts, or refuse
     `torch.autograd.grad`."""
-    outside = [leaf for _, leaf in graph.leaves() if leaf not in tracked.names]
+    outside = [leaf for _, leaf in graph.leaves() if all(leaf is not p for p in leaves)]
     kept = [leaf.grad for leaf in outside]
     try:
         for leaf in outside:
@@ -123,9 +132,9 @@ def _accumulate(
     finally:
         for leaf, grad in zip(outside, kept, strict=True):
             leaf.grad = grad
-    for p, name in tracked.names.items():
-        if name in tracked.parameters and p.grad is not None:
-            take(name, p.grad.to_dense())
+    for p in leaves:
+        if p.grad is not None:
+            take(p, p.grad)
         p.grad = None
 
 
@@ -134,8 +143,10 @@ def gradient(value: Tensor, tracked: Tracked) -> Tensor:
     check_differentiable(value)
     flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
 
-    def keep(name: str, grad: Tensor) -> None:
-        flat[name] = wide(grad).flatten().cpu()
+    def add(p: Tensor, grad: Tensor) -> None:
+        name = tracked.names[id(p)]
+        if name in flat:
+            flat[name] = flat[name] + grad.to_dense().flatten().cpu()
 
-    differentiate(value, tracked, keep, retain=False)
+    differentiate(value, tracked, add, retain=False)
     return torch.cat(list(flat.values()))

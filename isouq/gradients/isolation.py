@@ -121,7 +121,7 @@ _SLACK = {  # the narrowest type of the parameters decides
 
 
 def _slack(plan: Plan) -> _Slack:
-    types = {tensor.dtype for tensor in plan.tracked.names}
+    types = {tensor.dtype for tensor in plan.tracked.tensors}
     return next(slack for dtype, slack in _SLACK.items() if dtype in types)
 
 

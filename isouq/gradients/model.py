@@ -6,10 +6,11 @@ import fnmatch
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,12 @@ def check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} given, a torch.nn.Module wanted")
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(value):
             raise ValueError(f"model: {name} has no shape yet; run the lazy module once on an input")
-        if value.is_meta:
-            raise ValueError(f"model: {name} is on the meta device, without numbers; load all weights, offload none")
+        if value.is_meta and not offloaded:
+            raise ValueError(f"model: {name} is on the meta device, without numbers; load the model's weights")
         if value.is_inference():
             raise ValueError(f"model: {name} was made under torch.inference_mode(); make or load the model outside it")
     for name, module in model.named_modules():
@@ -124,7 +126,8 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     if not chosen:
         raise ValueError(f"parameters: {list(asked)} asked for, at least one with a gradient wanted; None means all")
     _refuse_without_gradient(model, chosen)
-    return chosen
+    tied = _tied(model, every.values())
+    return {n: p for n, p in chosen.items() if n not in tied}
 
 
 def _is_index(p: Tensor) -> bool:
@@ -148,11 +151,44 @@ def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) 
         )
 
 
-class Tracked(NamedTuple):
-    """The chosen parameters by name, and the name of each of the model's; tensors are told apart by identity."""
+@dataclass
+class Tracked:
+    """Which tensor stands for which parameter: the parameters themselves, and the copies that offloading loads.
+
+    `parameters` are the chosen ones, `names` (by identity) those of all, `tensors` all that may gather a gradient.
+    """
 
     parameters: dict[str, nn.Parameter]
-    names: dict[Tensor, str]
+    names: dict[int, str] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Take note of a tensor that a hook puts in a parameter's place; holding it keeps its identity."""
+        self.names[id(tensor)] = name
+        self.tensors.append(tensor)
+
+
+class _Watched(dict[str, Any]):
+    """A module's parameters, telling when one is replaced during the forward pass (accelerate's offloading does)."""
+
+    def __init__(self, original: dict[str, Any], names: dict[str, str], tracked: Tracked) -> None:
+        super().__init__(original)
+        self.names, self.tracked = names, tracked
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key in self.names and value is not None and value.device.type != "meta":
+            self.tracked.load(self.names[key], value)
+
+
+def _tied(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, str]:
+    """Name → the name it is tied to, where offloading has torn them apart: their identity is lost, the names remain."""
+    if not any(p.is_meta for p in parameters):
+        return {}
+    declared = getattr(model, "all_tied_weights_keys", None)
+    if declared is None:
+        raise ValueError("model: offloaded, and it does not declare which weights are tied; load it on one device")
+    return dict(declared)
 
 
 @contextmanager
@@ -165,24 +201,44 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
-    every = dict(model.named_parameters())
-    tracked = Tracked({name: every[name] for name in chosen}, {p: name for name, p in every.items()})
-    with ExitStack() as undo:
-        for table in backward_hooks(model, every.values()):  # emptied in place: autograd holds the very same tables
-            undo.callback(table.update, dict(table))
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied, tensors = _tied(model, every.values()), {id(p): p for p in every.values()}
+    tracked = Tracked({name: every[name] for name in chosen}, tensors=list(tensors.values()))
+    tracked.names = {id(p): name for name, p in reversed(every.items())}
+    tracked.names |= {id(every[name]): to for name, to in tied.items()}
+    flags = [(p, p.requires_grad) for p in tensors.values()]
+    offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
+    hooks = backward_hooks(model, tensors.values())
+    kept, grads = [dict(table) for table in hooks], [p.grad for p in tensors.values()]
+    try:
+        for table in hooks:  # emptied in place: autograd holds the very same tables
             table.clear()
-        for p in every.values():
-            undo.callback(p.requires_grad_, p.requires_grad)
-            undo.callback(setattr, p, "grad", p.grad)
+        for p in tensors.values():
             p.grad = None
+        for p, _ in flags:
             if p.dtype in DIFFERENTIABLE:
                 p.requires_grad_(bool(tracked.parameters))
-        undo.enter_context(torch.enable_grad())
-        # A compiled graph shows no operation and allows one backward pass only. Importing dynamo takes seconds.
-        if "torch._dynamo" in sys.modules:
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.enter_context(repeatable())
-        yield tracked
+        for module in offloaded:
+            names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
+            module._parameters = _Watched(module._parameters, names, tracked)
+        with torch.enable_grad(), _as_written(), repeatable():
+            yield tracked
+    finally:
+        for table, content in zip(hooks, kept, strict=True):
+            table.update(content)
+        for p, grad in zip(tensors.values(), grads, strict=True):
+            p.grad = grad
+        for module in offloaded:
+            module._parameters = dict(module._parameters)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled code runs eagerly: its graph shows no operation, and it allows one backward pass only."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def check_differentiable(values: Tensor) -> None:

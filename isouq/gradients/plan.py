@@ -45,14 +45,14 @@ class Plan:
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.by_node: dict[Node, list[Use]] = defaultdict(list)
         for leaf, tensor in self.graph.leaves():
-            name = self.tracked.names.get(tensor)
+            name = self.tracked.names.get(id(tensor))
             if name is None:
                 raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
             if name in self.tracked.parameters:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
         # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
-        watches_all = len(self.tracked.parameters) == len(self.tracked.names)
+        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
         for node in self.custom:
             if not watches_all or "checkpoint" in node.name().lower():
                 raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
@@ -117,8 +117,9 @@ class Plan:
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor, name in self.tracked.names.items() if self.custom else ():
+        for tensor in self.tracked.tensors if self.custom else ():
             if tensor.grad is not None:
+                name = self.tracked.names[id(tensor)]
                 raise NotCovered(name, f"gathers a gradient inside {self.custom[0].name()}")
         for node, grad in zip(self.roots, grads, strict=True):  # the pass stops here, so their hooks did not run
             self._meet(node, visit)((grad,))
