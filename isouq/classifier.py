@@ -55,12 +55,15 @@ def score_classes(
         (torch.Size([5]), torch.Size([5, 3]))
     """
 
-    def objective(part: Inputs, rows: range) -> Tensor:
-        logits = _logits(_outputs(model, part, rows), link)
+    def objective(outputs: Tensor, rows: range) -> Tensor:
+        logits = _logits(outputs, link)
         if isinstance(target, str):
             return _log_odds(logits)
         chosen = logits.argmax(1) if target is None else target[rows.start : rows.stop].long().to(logits.device)
-        _check_classes(chosen, logits.shape[1], rows)
+        wrong = ((chosen < 0) | (chosen >= logits.shape[1])).nonzero()
+        if len(wrong):
+            given = f"target: class {int(chosen[wrong[0]])} given for {{}}, 0 to {logits.shape[1] - 1} wanted"
+            raise ExampleError(given, rows[int(wrong[0])])
         return _log_odds(logits).gather(1, chosen[:, None])
 
     _check_target(target, _length(inputs))
@@ -114,8 +117,7 @@ def score_outputs(
     if not isinstance(noise_variance, Real) or not 0 <= noise_variance < math.inf:
         raise ValueError(f"noise_variance: {noise_variance!r} given, a finite number of at least 0 wanted")
 
-    def objective(part: Inputs, rows: range) -> Tensor:
-        outputs = _outputs(model, part, rows)
+    def objective(outputs: Tensor, _: range) -> Tensor:
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
     norms = _squared_norms(model, inputs, objective, engine=engine, batch_size=batch_size, parameters=parameters)
@@ -131,13 +133,13 @@ def score_outputs(
 def _squared_norms(
     model: nn.Module,
     inputs: Inputs,
-    objective: Callable[[Inputs, range], Tensor],
+    objective: Callable[[Tensor, range], Tensor],
     *,
     engine: Engine,
     batch_size: int,
     parameters: Sequence[str] | None,
 ) -> SquaredNorms:
-    """Squared norms batch by batch, joined; `objective` takes part of the inputs and the rows that they come from."""
+    """Squared norms batch by batch, joined; `objective` takes the model's output for some rows, and these rows."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
     check_model(model)
@@ -148,7 +150,7 @@ def _squared_norms(
         batch = range(n)[start : start + batch_size]
 
         def values(rows: slice, batch: range = batch) -> Tensor:
-            return objective(_rows(inputs, batch[rows]), batch[rows])
+            return objective(_outputs(model, inputs, batch[rows]), batch[rows])
 
         parts.append(
             squared_norms(model, values, len(batch), engine=engine, parameters=parameters, apart=True, rows=batch)
@@ -171,14 +173,12 @@ def _length(inputs: Inputs) -> int:
     return len(tensors[0])
 
 
-def _rows(inputs: Inputs, rows: range) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: value[rows.start : rows.stop] for name, value in inputs.items()}
-    return inputs[rows.start : rows.stop]
-
-
-def _outputs(model: nn.Module, part: Inputs, rows: range) -> Tensor:
-    out = run(model, "inputs", **part) if isinstance(part, Mapping) else run(model, "inputs", part)
+def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
+    here = slice(rows.start, rows.stop)
+    if isinstance(inputs, Tensor):
+        out = run(model, "inputs", inputs[here])
+    else:
+        out = run(model, "inputs", **{name: value[here] for name, value in inputs.items()})
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
         shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__
@@ -220,10 +220,3 @@ def _check_target(target: Tensor | str | None, n: int) -> None:
         raise TypeError(f"target: {type(target).__name__} given, a tensor ({n},) int64, 'all' or None wanted")
     if isinstance(target, Tensor) and (target.shape != (n,) or target.dtype not in INTEGERS):
         raise ValueError(f"target: shape {tuple(target.shape)} and {target.dtype} given, ({n},) int64 wanted")
-
-
-def _check_classes(chosen: Tensor, n_classes: int, rows: range) -> None:
-    wrong = ((chosen < 0) | (chosen >= n_classes)).nonzero()
-    if len(wrong):
-        given = int(chosen[wrong[0]])
-        raise ExampleError(f"target: class {given} given for {{}}, 0 to {n_classes - 1} wanted", rows[int(wrong[0])])

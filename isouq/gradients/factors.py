@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isouq.gradients.torch_contract import signed
-
 
 class NoRule(Exception):
     """There is no rule for this use of a parameter; the message says why, and the caller knows which parameter."""
@@ -61,8 +59,8 @@ class Factor:
         return sum(x.nbytes for x in self.tensors().values())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
-        """The form with `function` applied to each tensor, without a slot and what is shared with other factors."""
-        return type(self)(**{name: function(x) for name, x in self.tensors().items()})
+        """The same with `function` applied to each tensor."""
+        return replace(self, **{name: function(x) for name, x in self.tensors().items()})
 
     def detached(self) -> Factor:
         """A copy on the CPU, apart from autograd's graph and from what else the storage holds."""
@@ -136,7 +134,7 @@ class Tokens(Factor):
         raise NotImplementedError
 
     def products(self, other: Tokens) -> Tensor:
-        """(left_s·left'_t)(right_s·right'_t) of each example: (example, s, t). They add up to the inner product."""
+        """(left_s·left'_t)(right_s·right'_t), which add up to the inner product of each example: (example, s, t)."""
         return self.left_products(other) * (wide(self.right) @ wide(other.right).transpose(1, 2))
 
     def inner(self, other: Factor) -> Tensor:
@@ -154,15 +152,11 @@ class Tokens(Factor):
 class Outer(Tokens):
     """left (example, token, a), right (example, token, b), gradient (a, b).
 
-    `left_gram` and `right_gram`, when given, return left·leftᵀ and right·rightᵀ (example, token, token), which several
-    weights may share. `slot` is the slice of a stacked parameter that the gradient belongs to (an expert), None for
-    the whole.
+    `slot` is the slice of a stacked parameter that the gradient belongs to (an expert), None for the whole.
     """
 
     left: Tensor
     right: Tensor
-    left_gram: Callable[[], Tensor] | None = None
-    right_gram: Callable[[], Tensor] | None = None
     slot: int | None = None
 
     def left_products(self, other: Tokens) -> Tensor:
@@ -182,8 +176,7 @@ class Outer(Tokens):
         if self.left.shape[1] == 1:
             return total(wide(self.left).square()) * total(wide(self.right).square())
         if self.cheaper_as_gram():
-            left = self.left_gram() if self.left_gram else gram(self.left)
-            return total(left * (self.right_gram() if self.right_gram else gram(self.right)))
+            return self.inner(self)
         pairs = zip(wide(self.left), wide(self.right), strict=True)  # one example's gradient at a time
         norms = [torch.linalg.vector_norm(left.T @ right, dtype=torch.float64) for left, right in pairs]
         return torch.stack(norms).square()
@@ -191,12 +184,10 @@ class Outer(Tokens):
     def cheaper_as_gram(self) -> bool:
         """Whether two token×token products cost fewer multiplications than the explicit gradient.
 
-        A side whose product is shared counts as free. The explicit gradient is also written and read once, which the
-        factor 1.25 stands for.
+        The explicit gradient is also written and read once, which the factor 1.25 stands for.
         """
-        n_tokens, (a, b) = self.left.shape[1], self.size
-        products = n_tokens * n_tokens * (a * (self.left_gram is None) + b * (self.right_gram is None))
-        return products <= 1.25 * n_tokens * a * b
+        a, b = self.size
+        return self.left.shape[1] * (a + b) <= 1.25 * a * b
 
     def cut(self, part: Part, shape: torch.Size) -> Outer:
         """The part of the left side's features or of the right side's."""
@@ -215,13 +206,13 @@ class Outer(Tokens):
 
     def dense(self, purpose: str) -> Dense:
         """(example, a, b), unless a slice of it is meant."""
-        return (
-            Dense(wide(self.left).transpose(1, 2) @ wide(self.right)) if self.slot is None else super().dense(purpose)
-        )
+        if self.slot is not None:
+            return super().dense(purpose)
+        return Dense(wide(self.left).transpose(1, 2) @ wide(self.right))
 
     def transposed(self) -> Outer:
         """The sides change places."""
-        return replace(self, left=self.right, right=self.left, left_gram=self.right_gram, right_gram=self.left_gram)
+        return replace(self, left=self.right, right=self.left)
 
     def of_slice(self, slot: int) -> Outer:
         """The same sides, marked as the slice's."""
@@ -242,8 +233,8 @@ class Rows(Tokens):
         return other.left_products(self).transpose(1, 2)
 
     def without(self, padding: int) -> Rows:
-        """The same but for the row of padding, which gathers no gradient; torch states -1 where there is none."""
-        if signed(padding) < 0:
+        """The same but for the row of padding, which gathers no gradient; torch says -1 where there is none."""
+        if padding < 0:
             return self
         return Rows(self.index, self.right.masked_fill((self.index == padding).unsqueeze(-1), 0))
 
@@ -278,9 +269,3 @@ def wide(x: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """Sum over all but the example axis, in float64."""
     return x.flatten(1).sum(1, dtype=torch.float64) if x.dim() > 1 else x.double()
-
-
-def gram(x: Tensor) -> Tensor:
-    """x·xᵀ per example: (example, token, b) → (example, token, token)."""
-    x = wide(x)
-    return x @ x.transpose(1, 2)

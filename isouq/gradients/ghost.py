@@ -31,10 +31,11 @@ def squared_norms(
 
 def _together(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter], apart: bool) -> SquaredNorms:
     with planned(model, examples, parameters) as plan:
-        doubt = isolation.examine(model, plan, examples, apart=apart)
+        checks = isolation.examine(model, plan, examples, apart=apart)
         last = plan.values.shape[1] - 1
-        columns = [plan.squares(plan.values[:, k].sum(), retain=k < last or doubt.any) for k in range(last + 1)]
-        doubt.settle(columns[0])
+        columns = [plan.squares(plan.values[:, k].sum(), retain=k < last or bool(checks)) for k in range(last + 1)]
+        for check in checks:
+            check(columns[0])
         values = plan.values.detach().double().cpu()
     n_parameters = sum(p.numel() for p in parameters.values())
     return SquaredNorms(values, torch.stack(columns, 1), tuple(parameters), "ghost", n_parameters)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from isouq.gradients.factors import NoRule
 from isouq.gradients.torch_contract import POINTWISE, RESHAPES, SAVED, Node, leaf_tensor, operation, output_shape, saved
@@ -25,27 +26,23 @@ KEEPS_ROWS = frozenset(  # operations whose output has the rows of those inputs 
 DATA_INPUT = {"Mm": 0, "GroupedMm": 0, "Addmm": 1}  # at which input a matrix product takes the activation
 
 
-@dataclass
 class Graph:
-    """The nodes below `output`, with their consumers. Holding the nodes keeps their identity stable."""
+    """The nodes below `output` in `order`, and their `consumers`. Holding the nodes keeps their identity stable."""
 
-    output: Tensor
-    consumers: dict[Node, list[tuple[Node, int]]] = field(default_factory=dict)
-    order: list[Node] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        seen: set[Node] = set()
-        stack = [self.output.grad_fn]
+    def __init__(self, output: Tensor) -> None:
+        self.consumers: dict[Node, list[tuple[Node, int]]] = {}  # node → (consumer, at which of its inputs)
+        nodes: dict[Node, None] = {}
+        stack: list[Node] = [output.grad_fn]
         while stack:
             node = stack.pop()
-            if node is None or node in seen:
+            if node in nodes:
                 continue
-            seen.add(node)
-            self.order.append(node)
+            nodes[node] = None
             for slot, (child, _) in enumerate(node.next_functions):
                 if child is not None:
                     self.consumers.setdefault(child, []).append((node, slot))
                     stack.append(child)
+        self.order = list(nodes)
 
     def leaves(self) -> Iterable[tuple[Node, Tensor]]:
         """(node, parameter) of every tensor that gathers a gradient."""
@@ -83,24 +80,15 @@ class Layout:
         """(row, feature) → (example, token, feature): blocks where `owner` is None, else gathered and zero-padded."""
         if owner is None:
             return matrix.reshape(self.n_examples, -1, matrix.shape[-1])
-        order = owner.argsort(stable=True)
-        counts = torch.bincount(owner, minlength=self.n_examples)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(owner), device=owner.device) - starts.repeat_interleave(counts)
-        padded = matrix.new_zeros(self.n_examples, int(counts.max()), matrix.shape[-1])
-        padded[owner[order], place] = matrix[order]
-        return padded
+        counts = torch.bincount(owner, minlength=self.n_examples).tolist()
+        return pad_sequence(matrix[owner.argsort(stable=True)].split(counts), batch_first=True)
 
-    def owner_of_input(self, node: Node, slot: int, n_rows: int) -> Tensor | None:
-        """The example of each row of the matrix at input `slot`; None for equal consecutive blocks. Raises NoRule."""
-        source, number = node.next_functions[slot]
-        return self._owner(source, number, n_rows, node)  # without a source: the raw input
+    def owner(self, node: Node, slot: int | None, n_rows: int) -> Tensor | None:
+        """The example of each row of the node's input `slot`, None for that of its output.
 
-    def owner_of_output(self, node: Node, n_rows: int) -> Tensor | None:
-        """The same for the rows of the node's own output."""
-        return self._owner(node, 0, n_rows, node)
-
-    def _owner(self, source: Node | None, number: int, n_rows: int, node: Node) -> Tensor | None:
+        None stands for equal consecutive blocks. Raises NoRule.
+        """
+        source, number = (node, 0) if slot is None else node.next_functions[slot]  # no source: the raw input
         if self.n_examples == 1 or (source is None and n_rows % self.n_examples == 0):
             return None
         owner = False if source is None else self._trace(source, number)
@@ -141,9 +129,7 @@ class Layout:
         if len(index) != 1 or index[0].dim() != 1 or source is None:
             return False
         owner, n_rows = self._trace(source, number), output_shape(source, number)[0]
-        if owner is False or (owner is None and n_rows % self.n_examples):
-            return False
-        if owner is None:
+        if owner is None and n_rows % self.n_examples == 0:
             every = torch.arange(self.n_examples, device=index[0].device)
             owner = every.repeat_interleave(n_rows // self.n_examples)
-        return owner[index[0]]
+        return owner[index[0]] if isinstance(owner, Tensor) else False

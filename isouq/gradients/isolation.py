@@ -10,16 +10,14 @@ answer is a class known to treat examples apart, or one forward pass of every ex
 the first axis or reshapes it into equal blocks. Otherwise objective i is weighted by w_i, and each squared norm must
 grow by w_i² exactly, or another example's gradient is in it.
 
-    x, net = torch.randn(6, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
-    graph = Graph(net(x))                    # of net(x) alone, and of net(x) − net(x).mean(0):
-    separates(graph, 6), separates(Graph(net(x) - net(x).mean(0)), 6)                                # True, False
-
 Where an answer is no, or is not known, `Meeting` is raised and the examples go one at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,57 +45,37 @@ class Meeting(NotCovered):
     """The examples of this batch meet, or nothing shows that they do not; one at a time they are scored exactly."""
 
 
-def examine(model: nn.Module, plan: Plan, examples: Examples, *, apart: bool) -> Doubt:
+Check = Callable[[Tensor], None]
+"""Raises Meeting unless gradients are those of each example alone; is given column 0's squares (example, param)."""
+
+
+def examine(model: nn.Module, plan: Plan, examples: Examples, *, apart: bool) -> list[Check]:
     """Compare each example's value with the one it has alone, unless the model's class answers for it.
 
     `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. Raises Meeting.
+    Returns the checks to be made after the backward pass, which has to retain the plan's graph for them.
     """
-    if plan.n_examples == 1 or (apart and is_decoder(model) and _is_familiar(plan.graph)):
-        return Doubt(plan, examples, values=False, gradients=False)
+    familiar = apart and is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
+    if plan.n_examples == 1 or familiar:
+        return []
     separate = separates(plan.graph, plan.n_examples, plan.by_node)
-    doubt = Doubt(plan, examples, values=not (apart and separate and is_stack(model)), gradients=not separate)
-    if doubt.values:
-        doubt.compare_values()
-    return doubt
+    checks: list[Check] = [] if separate else [partial(_check_weights, plan)]
+    if apart and separate and is_stack(model):
+        return checks
+    for one, together in zip(examples.singly(), plan.values.detach(), strict=True):
+        alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
+        if not bool(((alone - together).abs() <= _slack(plan).value * (1 + together.abs())).all()):
+            raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
+    return [*checks, partial(_check_last, plan, examples)]
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What is not known of a batch before its backward pass.
+def _check_last(plan: Plan, examples: Examples, squares: Tensor) -> None:
+    """The last example, of which a full batch has no room left, has the same gradient alone.
 
-    `values`: the model's class does not say that examples keep apart. `gradients`: the graph does not prove whose each
-    gradient is.
+    A branch whose value is zero may have one.
     """
-
-    plan: Plan
-    examples: Examples
-    values: bool
-    gradients: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether `settle` needs the graph after the backward pass."""
-        return self.values or self.gradients
-
-    def compare_values(self) -> None:
-        """Raise Meeting unless each example has the same value alone."""
-        slack = _slack(self.plan).value
-        for one, together in zip(self.examples.singly(), self.plan.values.detach(), strict=True):
-            alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
-            if not bool(((alone - together).abs() <= slack * (1 + together.abs())).all()):
-                raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
-
-    def settle(self, squares: Tensor) -> None:
-        """Raise Meeting unless the gradients are those of each example alone. `squares` (example, param): of column 0.
-
-        The last example, of which a full batch has no room left, is differentiated alone: a branch whose value is zero
-        may have a gradient. The plan's graph is used up.
-        """
-        if self.gradients:
-            _check_weights(self.plan, squares)
-        if self.values:
-            alone = Plan(self.examples.singly()[-1].values(), self.plan.tracked, 1)
-            _check_equal(alone.squares(alone.values[:, 0].sum(), retain=False), squares[-1:], self.plan, "norm")
+    alone = Plan(examples.singly()[-1].values(), plan.tracked, 1)
+    _check_equal(alone.squares(alone.values[:, 0].sum(), retain=False), squares[-1:], plan, _slack(plan).norm)
 
 
 def _check_weights(plan: Plan, squares: Tensor) -> None:
@@ -111,15 +89,13 @@ def _check_weights(plan: Plan, squares: Tensor) -> None:
     if n_columns > 1:
         column = plan.values @ (torch.rand(n_columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(column)
         squares = plan.squares(column.sum(), retain=True)
-    bases = [radix**k for k in range(n) if radix**k < n]
-    for base in bases:
+    for base in (radix**k for k in range(n) if radix**k < n):
         weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
-        scaled = plan.squares(column @ weights.to(column), retain=base < bases[-1])
-        _check_equal(scaled / weights.double().square()[:, None], squares, plan, "scaled")
+        scaled = plan.squares(column @ weights.to(column), retain=True)
+        _check_equal(scaled / weights.double().square()[:, None], squares, plan, _slack(plan).scaled)
 
 
-def _check_equal(other: Tensor, squares: Tensor, plan: Plan, which: str) -> None:
-    slack = getattr(_slack(plan), which)
+def _check_equal(other: Tensor, squares: Tensor, plan: Plan, slack: float) -> None:
     wrong = (other - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
     if bool(wrong.any()):
         name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
@@ -179,10 +155,6 @@ FAMILIAR = (  # what the decoders' graphs are made of: an operation besides thes
 )
 
 
-def _is_familiar(graph: Graph) -> bool:
-    return all(operation(node) in FAMILIAR for node in graph.order)
-
-
 def is_decoder(model: nn.Module) -> bool:
     """Whether the model is one of transformers' DECODERS, as installed."""
     config = getattr(model, "config", None)
@@ -204,19 +176,13 @@ def is_stack(model: nn.Module) -> bool:
 
 
 def _as_installed(model: nn.Module, *homes: str) -> bool:
-    return not any(forward_hooks(None)) and all(_untouched(module, homes) for module in model.modules())
+    def untouched(module: nn.Module) -> bool:
+        kind, own = type(module), vars(module)
+        moved = type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # moves values between devices only
+        in_place = kind.__module__.startswith(homes) and kind.forward.__module__.startswith(homes)
+        return in_place and ("forward" not in own or moved) and not module.training and not any(forward_hooks(module))
 
-
-def _untouched(module: nn.Module, homes: tuple[str, ...]) -> bool:
-    own = vars(module)
-    moved = "forward" in own and type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # moves weights only
-    return (
-        type(module).__module__.startswith(homes)
-        and type(module).forward.__module__.startswith(homes)
-        and ("forward" not in own or moved)
-        and not module.training
-        and not any(forward_hooks(module))
-    )
+    return not any(forward_hooks(None)) and all(map(untouched, model.modules()))
 
 
 # ── By the graph ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from isouq.gradients.autograd import Examples
 from isouq.gradients.factors import Factor, NoRule, Outer, Picked
 from isouq.gradients.graph import Graph, Layout
 from isouq.gradients.model import Tracked, differentiable
-from isouq.gradients.rules import RULES, SharedGrams, Step, Use, step
+from isouq.gradients.rules import RULES, Step, Use, step
 from isouq.gradients.torch_contract import Grads, Node, NotCovered, is_custom, output_shape
 
 Visit = Callable[[Use, list[Factor]], None]
@@ -37,20 +36,14 @@ def planned(model: nn.Module, examples: Examples, parameters: dict[str, nn.Param
             raise NotCovered("an activation", why) from error
 
 
-@dataclass
 class Plan:
     """All uses of the parameters in one batch's graph, and the backward pass that visits them."""
 
-    values: Tensor
-    tracked: Tracked
-    n_examples: int
-    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    by_node: dict[Node, list[Use]] = field(default_factory=lambda: defaultdict(list))
-
-    def __post_init__(self) -> None:
-        self.graph = Graph(self.values)
-        self.grams = SharedGrams()
-        self.layout = Layout(self.n_examples)
+    def __init__(self, values: Tensor, tracked: Tracked, n_examples: int) -> None:
+        self.values, self.tracked, self.n_examples = values, tracked, n_examples
+        self.graph, self.layout = Graph(values), Layout(n_examples)
+        self.uses: dict[str, list[Use]] = defaultdict(list)
+        self.by_node: dict[Node, list[Use]] = defaultdict(list)
         for leaf, tensor in self.graph.leaves():
             name = self.tracked.names.get(id(tensor))
             if name is None:
@@ -58,8 +51,11 @@ class Plan:
             if name in self.tracked.parameters:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
-        self._check_custom_functions()
-        self.grams.announce([use for uses in self.by_node.values() for use in uses])
+        # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
+        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
+        for node in self.custom:
+            if not watches_all or "checkpoint" in node.name().lower():
+                raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
         self.roots = self.graph.roots(set(self.by_node))
 
     def _follow(self, node: Node, name: str, shape: tuple[int, ...], steps: tuple[Step, ...]) -> None:
@@ -68,26 +64,40 @@ class Plan:
             if back is not None:
                 self._follow(consumer, name, output_shape(consumer), (back, *steps))
                 continue
-            use = Use(name, consumer, slot, steps, shape, self.layout, self.grams)
+            use = Use(name, consumer, slot, steps, shape, self.layout)
             if use.rule is None:
                 raise NotCovered(name, f"is used by {consumer.name()}, which no rule covers")
             self.uses[name].append(use)
             self.by_node[consumer].append(use)
 
-    def _check_custom_functions(self) -> None:
-        """A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that."""
-        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
-        for node in self.custom:
-            if not watches_all or "checkpoint" in node.name().lower():
-                raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
-
     def squares(self, seed: Tensor, *, retain: bool) -> Tensor:
-        """‖∇‖² of each example's part of `seed`, a sum over examples, by parameter: (example, param) float64."""
-        collector = Collector(self)
-        self.backward(seed, collector, retain=retain)
-        nothing = torch.zeros(self.n_examples, dtype=torch.float64)
-        columns = [collector.squares.get(name, nothing) for name in self.tracked.parameters]
-        return torch.stack([column.to(self.values.device) for column in columns], 1).cpu()  # waits for a card once
+        """‖∇‖² of each example's part of `seed`, a sum over examples, by parameter: (example, param) float64.
+
+        ‖Σ_uses g_use‖² = Σ ‖g_use‖² + 2 Σ_{u<v} ⟨g_u, g_v⟩, added up as the backward pass meets the uses.
+        """
+        nothing = self.values.new_zeros(self.n_examples, dtype=torch.float64)
+        squares = dict.fromkeys(self.tracked.parameters, nothing)
+        earlier: dict[str, list[Factor]] = defaultdict(list)
+
+        def add(use: Use, factors: list[Factor]) -> None:
+            name = use.parameter
+            for factor in factors:
+                square = factor.squared_norm() + sum(2 * factor.inner(other) for other in earlier[name])
+                squares[name] = squares[name] + square.to(nothing.device)
+            if len(self.uses[name]) > 1:
+                earlier[name] += [self._shrunk(use, factor) for factor in factors]
+
+        self.backward(seed, add, retain=retain)
+        return torch.stack(list(squares.values()), 1).cpu()  # waits for a card once
+
+    def _shrunk(self, use: Use, factor: Factor) -> Factor:
+        """Of a head's (token, vocab) gradient, only the columns that the tied embedding's tokens will ask for."""
+        others = [u for u in self.uses[use.parameter] if u is not use]
+        look_up = len(others) == 1 and others[0].rule is RULES["Embedding"] and not others[0].steps
+        if isinstance(factor, Outer) and look_up:
+            index = others[0].saved("indices").reshape(self.n_examples, -1)
+            return Picked(factor.columns(index), factor.right)
+        return factor
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
         """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it.
@@ -124,31 +134,3 @@ class Plan:
                     raise NotCovered(use.parameter, str(error)) from None
 
         return hook
-
-
-@dataclass
-class Collector:
-    """Adds up ‖Σ_uses g_use‖² = Σ ‖g_use‖² + 2 Σ_{u<v} ⟨g_u, g_v⟩ for each parameter, (example,) float64."""
-
-    plan: Plan
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    pending: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
-
-    def __call__(self, use: Use, factors: list[Factor]) -> None:
-        """Take the factors of one use."""
-        name = use.parameter
-        for factor in factors:
-            square = factor.squared_norm() + sum(2 * factor.inner(other) for other in self.pending[name])
-            earlier = self.squares.get(name)
-            self.squares[name] = square if earlier is None else earlier + square.to(earlier.device)
-        if len(self.plan.uses[name]) > 1:
-            self.pending[name].extend([self._shrink(use, factor) for factor in factors])
-
-    def _shrink(self, use: Use, factor: Factor) -> Factor:
-        """Of a head's (token, vocab) gradient, keep only the columns that the tied embedding's tokens will ask for."""
-        others = [u for u in self.plan.uses[use.parameter] if u is not use]
-        look_up = len(others) == 1 and others[0].rule is RULES["Embedding"] and not others[0].steps
-        if isinstance(factor, Outer) and look_up:
-            index = others[0].saved("indices").reshape(self.plan.n_examples, -1)
-            return Picked(factor.columns(index), factor.right)
-        return factor

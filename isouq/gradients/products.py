@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from isouq.gradients import isolation
 from isouq.gradients.autograd import Examples, Objective, gradient
-from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Part, Tokens
+from isouq.gradients.factors import Dense, Factor, Outer, Part
 from isouq.gradients.model import differentiable, select_parameters
 from isouq.gradients.plan import Visit, planned
 from isouq.gradients.rules import Use
@@ -60,115 +60,102 @@ class Gram:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: batches of `n_rows` examples, then those of `n_others`, and the memory for it in bytes."""
+    """What is asked for: batches of rows and of others, and the memory for it in bytes."""
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
-    batches: Sequence[Examples]
-    n_rows: int
-    n_others: int
+    rows: list[Examples]
+    others: list[Examples]
     memory: float
     in_pass: float
     progress: bool
     checkpoint: Checkpoint | None
 
-    @property
-    def buffer_bytes(self) -> float:
-        """How many bytes of explicit gradients are formed at a time."""
-        return min(float(BUFFER_BYTES), self.memory / 8)
+    def singly(self) -> Work:
+        """The same in batches of one example."""
+        rows, others = ([one for batch in part for one in batch.singly()] for part in (self.rows, self.others))
+        return replace(self, rows=rows, others=others)
 
     def visit(self, examples: Examples, parameters: dict[str, nn.Parameter], visit: Visit) -> None:
         """One batch's pass, checked as the norms are."""
         with planned(self.model, examples, parameters) as plan:
-            doubt = isolation.examine(self.model, plan, examples, apart=True)
+            checks = isolation.examine(self.model, plan, examples, apart=True)
             seed = plan.values[:, 0].sum()
-            plan.backward(seed, visit, retain=doubt.any)
-            if doubt.any:
-                doubt.settle(plan.squares(seed, retain=True))
+            plan.backward(seed, visit, retain=bool(checks))
+            if checks:
+                squares = plan.squares(seed, retain=True)
+                for check in checks:
+                    check(squares)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The factor of one batch for one use of a parameter; `start` is the batch's first row among all examples."""
+class Piece(NamedTuple):
+    """The factor of one batch for one use of a parameter, and the batch's place among all examples."""
 
-    start: int
-    factor: Factor
-
-    @property
-    def rows(self) -> slice:
-        """The batch's place among all examples."""
-        return slice(self.start, self.start + len(self.factor))
+    rows: slice
+    factor: Any  # Outer, Rows, or Dense
 
 
-@dataclass
 class Sums:
     """The products while they are added up, parameter by parameter: rows come first, then the others."""
 
-    n_rows: int
-    n_others: int
-    buffer: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.block = torch.zeros(self.n_rows, len(self), dtype=torch.float64)
-        self.squares = torch.zeros(self.n_others, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        """All examples."""
-        return self.n_rows + self.n_others
+    def __init__(self, work: Work) -> None:
+        n_rows, n_others = (sum(batch.n for batch in part) for part in (work.rows, work.others))
+        self.n_rows, self.n_examples = n_rows, n_rows + n_others
+        self.numbers = torch.zeros(n_rows * self.n_examples + n_others, dtype=torch.float64)
+        block, self.squares = self.numbers.split([n_rows * self.n_examples, n_others])
+        self.block = block.view(n_rows, self.n_examples)
+        self.n_bytes = min(float(BUFFER_BYTES), work.memory / 8)  # of explicit gradients that are formed at a time
+        self.buffer = torch.empty(0)
 
     def gram(self) -> Gram:
         """What has been added up."""
-        n = self.n_rows
-        return Gram(self.block[:, :n], self.block[:, n:], self.squares)
+        return Gram(self.block[:, : self.n_rows], self.block[:, self.n_rows :], self.squares)
 
     def add_gradients(self, matrix: Tensor) -> None:
         """Add the products of explicit gradients (example, number); float32 sums over no more than 65,536 numbers."""
         n = self.n_rows
         for part in matrix.split(1 << 16, dim=1):
             self.block += (part[:n] @ part.T).double()
-            if self.n_others:
-                norms = torch.linalg.vector_norm(part[n:], dim=1, dtype=torch.promote_types(part.dtype, torch.float32))
-                self.squares += norms.double().square()
+            norms = torch.linalg.vector_norm(part[n:], dim=1, dtype=torch.promote_types(part.dtype, torch.float32))
+            self.squares += norms.double().square()
 
     def add_pair(self, p: Piece, q: Piece) -> None:
         """Add the products of all examples of p with all of q, and of q with p, by token×token products.
 
         Of two pieces of other examples only the products of an example with itself are wanted.
         """
-        n, one, other = self.n_rows, p.factor, q.factor
-        if p.start < n or q.start < n:
-            assert isinstance(one, Tokens)
-            assert isinstance(other, Tokens)
-            block = one.across(other)
-            if p.start < n:
+        n = self.n_rows
+        if p.rows.start < n or q.rows.start < n:
+            block = p.factor.across(q.factor)
+            if p.rows.start < n:
                 self.block[p.rows, q.rows] += block
-            if q.start < n and p is not q:
+            if q.rows.start < n and p is not q:
                 self.block[q.rows, p.rows] += block.T
-        elif p.start == q.start:
-            self.squares[p.start - n : p.rows.stop - n] += one.inner(other) * (1 if p is q else 2)
+        elif p.rows == q.rows:
+            self.squares[p.rows.start - n : p.rows.stop - n] += p.factor.inner(q.factor) * (1 if p is q else 2)
 
-    def add_explicit(self, pieces: list[Piece], n_bytes: float) -> None:
-        """Add explicit gradients: as many of the weight's rows at a time as `n_bytes` hold for all examples."""
-        factors = [piece.factor for piece in pieces if isinstance(piece.factor, Outer)]
-        n_rows, width = factors[0].size
-        dtype = torch.promote_types(factors[0].left.dtype, torch.float32)
-        step = max(1, min(n_rows, int(n_bytes / (len(self) * width * dtype.itemsize))))
-        once = len({piece.start for piece in pieces}) == len(pieces) and sum(map(len, factors)) == len(self)
+    def add_explicit(self, pieces: list[Piece]) -> None:
+        """Add explicit gradients: as many of the weight's rows at a time as the buffer holds for all examples."""
+        n_rows, width = pieces[0].factor.size
+        dtype = torch.promote_types(pieces[0].factor.left.dtype, torch.float32)
+        step = max(1, int(self.n_bytes / (self.n_examples * width * dtype.itemsize)))
+        starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
+        once = len(starts) == len(pieces) and n_held == self.n_examples
         for low in range(0, n_rows, step):
             rows = slice(low, min(low + step, n_rows))
             matrix = self._matrix(rows.stop - low, width, dtype)
             if not once:  # an example has no piece, or several
                 matrix.zero_()
-            for piece, factor in zip(pieces, factors, strict=True):
-                factor.write(matrix[piece.rows], rows, add=not once)
+            for piece in pieces:
+                piece.factor.write(matrix[piece.rows], rows, add=not once)
             self.add_gradients(matrix.flatten(1))
 
     def _matrix(self, n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """(example, row, width) to be written over: one allocation serves a group of parameters."""
-        size = len(self) * n_rows * width
-        if self.buffer is None or self.buffer.numel() < size or self.buffer.dtype != dtype:
+        size = self.n_examples * n_rows * width
+        if self.buffer.numel() < size or self.buffer.dtype != dtype:
             self.buffer = torch.empty(size, dtype=dtype)
-        return self.buffer[:size].view(len(self), n_rows, width)
+        return self.buffer[:size].view(self.n_examples, n_rows, width)
 
 
 def inner_products(
@@ -177,7 +164,6 @@ def inner_products(
     others: Sequence[tuple[Objective, int]] = (),
     *,
     engine: str = "auto",
-    parameters: Sequence[str] | None = None,
     memory: float = 4e9,
     in_pass: float = 0.0,
     progress: bool = False,
@@ -193,14 +179,12 @@ def inner_products(
     Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
     NotCovered as `ghost.squared_norms`, but with engine "auto" the reference then does the work.
     """
-    chosen = select_parameters(model, parameters)
-    n_rows, n_others = (sum(size for _, size in part) for part in (batches, others))
-    if n_rows == 0:
+    if not any(size for _, size in batches):
         raise ValueError("batches: no example given, at least one wanted")
-    all_examples = [Examples(*batch) for batch in (*batches, *others)]
-    work = Work(model, chosen, all_examples, n_rows, n_others, memory, in_pass, progress, checkpoint)
-    one_at_a_time = replace(work, batches=[one for examples in all_examples for one in examples.singly()])
-    for attempt in (work, one_at_a_time) if engine != "autograd" else ():
+    rows, columns = ([Examples(*batch) for batch in part] for part in (batches, others))
+    work = Work(model, select_parameters(model), rows, columns, memory, in_pass, progress, checkpoint)
+    alone = work.singly()
+    for attempt in (work, alone) if engine != "autograd" else ():
         try:
             return _by_factors(attempt)
         except isolation.Meeting:
@@ -209,7 +193,7 @@ def inner_products(
             if engine == "ghost":
                 raise
             break
-    return _by_gradients(work)
+    return _by_gradients(alone)
 
 
 # ── By factors, a group of parameters at a time ──────────────────────────────────────────────────────────────────────
@@ -223,24 +207,22 @@ class Group(NamedTuple):
 
 
 def _by_factors(work: Work) -> Gram:
-    sums = Sums(work.n_rows, work.n_others)
+    sums = Sums(work)
     # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
-    taken = work.in_pass + max(work.in_pass, work.buffer_bytes) + sums.block.nbytes
+    taken = work.in_pass + max(work.in_pass, sums.n_bytes) + sums.block.nbytes
     plan = groups(_factor_bytes(work), work.memory, taken)
     n_done = _resume(work.checkpoint, plan, sums)
     n_names = [len(group.names) for group in plan]
     with tqdm(total=sum(n_names), initial=sum(n_names[:n_done]), desc="parameters", disable=not work.progress) as bar:
         for number, group in enumerate(plan[n_done:], n_done + 1):
             kept = _gather(work, group)
-            while kept:
-                key = next(iter(kept))
-                try:
-                    _add(sums, kept.pop(key), work)  # no name for it here, which would keep it during the next passes
-                except NoRule as error:
-                    raise NotCovered(key[0], str(error)) from error
-            sums.buffer = None
+            while kept:  # no name for what is popped, which would keep it during the next passes
+                _add(sums, *kept.popitem())
+            sums.buffer = torch.empty(0)
             bar.update(len(group.names))
-            _keep(work.checkpoint, plan, number, sums)
+            if work.checkpoint is not None:
+                record = {"progress": {"groups": str(plan), "done": number}, "sums": sums.numbers.numpy().tobytes()}
+                work.checkpoint.put("sums", record, replace=True)
     return sums.gram()
 
 
@@ -250,20 +232,17 @@ def _factor_bytes(work: Work) -> Sizes:
     One batch of rows and one of the others tell.
     """
     sizes = dict.fromkeys(work.parameters, (0.0, 0.0))
-    starts = {0: work.n_rows, work.n_rows: work.n_others}  # where rows and others begin → how many they are
-    place = 0
-    for examples in work.batches:
+    for batches in (work.rows, work.others):
 
-        def visit(use: Use, factors: list[Factor], share: float = starts.get(place, 0) / examples.n) -> None:
+        def visit(use: Use, factors: list[Factor], n: int = sum(examples.n for examples in batches)) -> None:
             shape = work.parameters[use.parameter].shape
             for factor in factors:
                 all_bytes, fixed = sizes[use.parameter]
-                smallest = factor.cut(Part(0, 1 << 62), shape)
+                smallest, share = factor.cut(Part(0, 1 << 62), shape), n / len(factor)
                 sizes[use.parameter] = all_bytes + share * factor.n_bytes, fixed + share * smallest.n_bytes
 
-        if place in starts:
+        for examples in batches[:1]:
             work.visit(examples, work.parameters, visit)
-        place += examples.n
     return sizes
 
 
@@ -278,16 +257,13 @@ def groups(sizes: Sizes, memory: float, taken: float) -> list[Group]:
     left = -1.0
     for name in reversed(sizes):
         size, fixed = sizes[name]
-        if size > free:
-            count = math.ceil((size - fixed) / (free - fixed))
+        if size <= left:
+            together[-1].names.append(name)
+            left -= size
+        else:
+            count = math.ceil((size - fixed) / (free - fixed)) if size > free else 1
             together += [Group([name], Part(number, count)) for number in range(count)]
-            left = -1.0
-            continue
-        if size > left:
-            together.append(Group([], Part(0, 1)))
-            left = free
-        together[-1].names.append(name)
-        left -= size
+            left = free - size
     return together
 
 
@@ -309,48 +285,39 @@ def _resume(checkpoint: Checkpoint | None, plan: list[Group], sums: Sums) -> int
     progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
     if checkpoint is None or progress.get("groups") != str(plan):
         return 0
-    for name in ("block", "squares"):
-        flat = torch.tensor(np.frombuffer(checkpoint.get(name)["sums"]))
-        getattr(sums, name).copy_(flat.view_as(getattr(sums, name)))
+    sums.numbers.copy_(torch.tensor(np.frombuffer(checkpoint.get("sums")["sums"])))
     return progress["done"]
-
-
-def _keep(checkpoint: Checkpoint | None, plan: list[Group], done: int, sums: Sums) -> None:
-    if checkpoint is not None:
-        arrays = {name: getattr(sums, name).numpy().tobytes() for name in ("block", "squares")}
-        progress = {"groups": str(plan), "done": done}
-        checkpoint.put("sums", {"progress": progress, **arrays}, replace=True)
 
 
 def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
     """One sweep: every batch's factors of the group's parameters, or the part of them."""
     chosen = {name: work.parameters[name] for name in group.names}
     kept: dict[Key, list[Piece]] = defaultdict(list)
-    start = 0
-    for examples in work.batches:
+    end = 0
+    for examples in (*work.rows, *work.others):
+        end += examples.n
 
-        def visit(use: Use, factors: list[Factor], start: int = start) -> None:
+        def visit(use: Use, factors: list[Factor], rows: slice = slice(end - examples.n, end)) -> None:
             for factor in factors:
                 piece = factor.cut(group.part, chosen[use.parameter].shape).detached()
-                kept[use.parameter, getattr(factor, "slot", None)].append(Piece(start, piece))
+                kept[use.parameter, getattr(factor, "slot", None)].append(Piece(rows, piece))
 
         work.visit(examples, chosen, visit)
-        start += examples.n
     for name in {name for name, slot in kept if slot is not None}:
         if (name, None) in kept:
             raise NotCovered(name, "is used both whole and by slices, which has no inner product here")
     return kept
 
 
-def _add(sums: Sums, pieces: list[Piece], work: Work) -> None:
-    """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i. Raises NoRule."""
+def _add(sums: Sums, key: Key, pieces: list[Piece]) -> None:
+    """Add one parameter's ⟨g_i, g_j⟩, where g_i is the sum of the pieces that hold example i. Raises NotCovered."""
     forms = {type(piece.factor) for piece in pieces}
+    if forms > {Dense}:
+        raise NotCovered(key[0], "is used both as a matrix and by broadcasting, which has no inner product here")
     if forms == {Dense}:
-        pieces = [Piece(piece.start, piece.factor.as_outer()) for piece in pieces]  # type: ignore[attr-defined]
-    if forms == {Dense} or (forms == {Outer} and not _by_tokens(pieces)):
-        sums.add_explicit(pieces, work.buffer_bytes)
-    elif Dense in forms:
-        raise NoRule("is used both as a matrix and by broadcasting, which has no inner product here")
+        pieces, forms = [Piece(rows, factor.as_outer()) for rows, factor in pieces], {Outer}
+    if forms == {Outer} and not _by_tokens(pieces):
+        sums.add_explicit(pieces)
     else:
         for i, p in enumerate(pieces):
             for q in pieces[: i + 1]:
@@ -358,7 +325,8 @@ def _add(sums: Sums, pieces: list[Piece], work: Work) -> None:
 
 
 def _by_tokens(outer: list[Piece]) -> bool:
-    (a, b), n_tokens = outer[0].factor.size, outer[0].factor.left.shape[1]  # type: ignore[attr-defined]
+    """Whether token×token products cost fewer multiplications than explicit gradients."""
+    (a, b), n_tokens = outer[0].factor.size, outer[0].factor.left.shape[1]
     return n_tokens * n_tokens * (a + b) < a * b
 
 
@@ -366,15 +334,15 @@ def _by_tokens(outer: list[Piece]) -> bool:
 
 
 def _by_gradients(work: Work) -> Gram:
-    """A backward pass per example, anew for every slice of the gradients that fits the memory."""
-    sums, parameters = Sums(work.n_rows, work.n_others), work.parameters.values()
+    """A backward pass per batch of one example, anew for every slice of the gradients that fits the memory."""
+    sums, parameters = Sums(work), work.parameters.values()
     n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
-    size = 2.0 * len(sums) * max(4, *(p.element_size() for p in parameters))  # of one number, and once more
+    size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number, and once more
     left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
     width = min(n_numbers, int(left / size))
     for low in tqdm(range(0, n_numbers, width), desc="slices of gradients", disable=not work.progress):
         rows: list[Tensor] = []
-        for example in (one for examples in work.batches for one in examples.singly()):
+        for example in (*work.rows, *work.others):
             with differentiable(work.model, work.parameters) as tracked:
                 rows.append(gradient(example.values()[0, 0], tracked)[low : low + width].clone())
         sums.add_gradients(torch.stack(rows))

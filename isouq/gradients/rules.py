@@ -7,67 +7,26 @@ parameter alone (a transpose, a cast, 1 + w). To cover a new layer, add one func
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, gram, wide
+from isouq.gradients.factors import Dense, Factor, NoRule, Outer, Rows, wide
 from isouq.gradients.graph import DATA_INPUT, Layout
-from isouq.gradients.torch_contract import RESHAPES, Grads, Node, operation, output_shape, saved, saved_axes, signed
+from isouq.gradients.torch_contract import RESHAPES, Grads, Node, operation, output_shape, saved, saved_axes
 
 Step = Callable[[Factor], Factor]
-
-
-@dataclass
-class SharedGrams:
-    """x·xᵀ of activations that several weights multiply (query, key, value).
-
-    A backward pass meets these weights one right after the other, so the latest product is all that is kept.
-    """
-
-    users: Counter[tuple[Any, ...]] = field(default_factory=Counter)
-    latest: tuple[tuple[Any, ...], Tensor] | None = None
-
-    @staticmethod
-    def key(x: Tensor) -> tuple[Any, ...]:
-        """Saved tensors are alive together, so equal storage and shape mean the same activation."""
-        return x.device, x.data_ptr(), x.shape, x.stride()
-
-    def announce(self, uses: Iterable[Use]) -> None:
-        """Count the users of each activation; none where saved tensors are unpacked anew, as then keys say nothing."""
-        users: Counter[tuple[Any, ...]] = Counter()
-        for use in uses:
-            x, again = use.activation(), use.activation()
-            if x is not None and again is not None:
-                if x.data_ptr() != again.data_ptr():
-                    return
-                users[self.key(x)] += 1
-        self.users = users
-
-    def get(self, x: Tensor, split: Tensor) -> Callable[[], Tensor] | None:
-        """A function giving split·splitᵀ, or None where nobody shares it."""
-        key = self.key(x)
-        if self.users[key] < 2:
-            return None
-
-        def product() -> Tensor:
-            if self.latest is None or self.latest[0] != key:
-                self.latest = key, gram(split)
-            return self.latest[1]
-
-        return product
 
 
 @dataclass(frozen=True, eq=False)
 class Use:
     """One use of one parameter: `node` takes it at input `slot` after the parameter-only `steps`, last one first.
 
-    `shape` is the parameter's where it enters. `layout` and `grams` belong to the batch.
+    `shape` is the parameter's where it enters, `layout` the batch's.
     """
 
     parameter: str
@@ -76,7 +35,6 @@ class Use:
     steps: tuple[Step, ...]
     shape: tuple[int, ...]
     layout: Layout
-    grams: SharedGrams
 
     @property
     def rule(self) -> Rule | None:
@@ -92,13 +50,6 @@ class Use:
     def saved(self, name: str) -> Any:
         """What the operation kept under `name`."""
         return saved(self.node, name)
-
-    def activation(self) -> Tensor | None:
-        """The activation (row, feature) that a matrix product takes beside its weight, None for other uses."""
-        name = operation(self.node)
-        if DATA_INPUT.get(name) != self.slot - 1:
-            return None
-        return self.saved("mat1" if name == "Addmm" else "self")
 
     def factors(self, grads: Grads) -> list[Factor]:
         """The parameter's gradient through this use, from the gradient at the node's output. Raises NoRule."""
@@ -117,25 +68,22 @@ class Use:
 
 def _matmul(use: Use, grads: Grads) -> Factor:
     """out = x @ W, or βb + αx @ W: the gradient of W (in, out) is α xᵀ·grad per example."""
-    layout, grad = use.layout, grads[0]
-    if operation(use.node) == "Addmm" and use.slot == 0:
-        owner = layout.owner_of_input(use.node, 1, len(grad))
-        return Dense(layout.split(grad, owner).sum(1) * use.saved("beta"))
-    x = use.activation()
-    if x is None:
+    name, layout, grad = operation(use.node), use.layout, grads[0]
+    if use.slot == DATA_INPUT[name]:
         raise NoRule(f"is the left factor of a matrix product ({use.node.name()})")
-    owner = layout.owner_of_input(use.node, use.slot - 1, len(x))
-    rows, grad = layout.split(x, owner), layout.split(grad, owner)
-    alpha = use.saved("alpha") if operation(use.node) == "Addmm" else 1
-    return Outer(left=rows, right=grad if alpha == 1 else grad * alpha, left_gram=use.grams.get(x, rows))
+    owner = layout.owner(use.node, DATA_INPUT[name], len(grad))
+    if use.slot < DATA_INPUT[name]:
+        return Dense(layout.split(grad, owner).sum(1) * use.saved("beta"))
+    x, alpha = (use.saved("mat1"), use.saved("alpha")) if name == "Addmm" else (use.saved("self"), 1)
+    return Outer(layout.split(x, owner), layout.split(grad if alpha == 1 else grad * alpha, owner))
 
 
 def _grouped_matmul(use: Use, grads: Grads) -> list[Factor]:
     """out[rows of e] = x[rows of e] @ W[e], the experts of a mixture; `offs` are the ends of each expert's rows."""
-    x, grad, split = use.activation(), grads[0], use.layout.split
-    if x is None or use.saved("offs") is None or x.dim() != 2:
+    x, grad, split = use.saved("self"), grads[0], use.layout.split
+    if use.slot == 0 or use.saved("offs") is None or x.dim() != 2:
         raise NoRule(f"enters {use.node.name()} in a form that has no rule")
-    owner = use.layout.owner_of_input(use.node, 0, len(x))
+    owner = use.layout.owner(use.node, 0, len(x))
     if owner is None:
         owner = torch.arange(len(x), device=x.device) // (len(x) // use.n_examples)
     factors: list[Factor] = []
@@ -167,22 +115,13 @@ def per_example_sum(use: Use, grad: Tensor) -> Dense:
     """
     n, shape = use.n_examples, use.shape
     if grad.dim() == 2 and len(shape) == 1:
-        grad = use.layout.split(grad, use.layout.owner_of_output(use.node, len(grad)))
+        grad = use.layout.split(grad, use.layout.owner(use.node, None, len(grad)))
     if grad.dim() == 0 or grad.shape[0] != n or len(shape) > grad.dim():
         raise NoRule(f"meets a value of shape {tuple(grad.shape)} that is not laid out by example")
-    if len(shape) == grad.dim():
-        if shape[0] != 1:
-            raise NoRule(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
-        return Dense(_sum_to(grad, shape[1:]).reshape(n, *shape))
-    return Dense(_sum_to(grad, shape))
-
-
-def _sum_to(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-    extra = grad.dim() - 1 - len(shape)
-    if extra:
-        grad = grad.flatten(1, extra).sum(1)
-    narrow = [i + 1 for i, size in enumerate(shape) if size == 1 and grad.shape[i + 1] != 1]
-    return grad.sum(narrow, keepdim=True) if narrow else grad
+    if len(shape) == grad.dim() and shape[0] != 1:
+        raise NoRule(f"of shape {shape} is not shared by the examples of {tuple(grad.shape)}")
+    shared = (1,) * (grad.dim() - len(shape)) + shape  # the axis of the examples is the first
+    return Dense(grad.sum_to_size(n, *shared[1:]).reshape(n, *shape))
 
 
 def _per_channel_sum(grad: Tensor) -> Dense:
@@ -196,14 +135,9 @@ def _multiply(use: Use, grads: Grads) -> Dense:
 
 
 def _add(use: Use, grads: Grads) -> Dense:
-    """out = x + αw, among others a bias or a position's embedding."""
+    """out = x + αw, among others a bias or a position's embedding; or w repeated for every example, a class token."""
     summed = per_example_sum(use, wide(grads[0]))
     return Dense(summed.grad * use.saved("alpha")) if use.slot == 1 else summed
-
-
-def _expand(use: Use, grads: Grads) -> Dense:
-    """out = w repeated for every example, such as a class token."""
-    return per_example_sum(use, wide(grads[0]))
 
 
 def _layer_norm(use: Use, grads: Grads) -> Dense:
@@ -223,11 +157,10 @@ def _batch_norm(use: Use, grads: Grads) -> Dense:
     """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode is an example's output its own."""
     if use.saved("training"):
         raise NoRule("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
-    grad, x = wide(grads[0]), use.saved("input")
+    grad = wide(grads[0])
     if use.slot == 1:
-        by_channel = (1, -1) + (1,) * (x.dim() - 2)
-        scale = (use.saved("running_var") + use.saved("eps")).rsqrt().view(by_channel)
-        grad = grad * ((x - use.saved("running_mean").view(by_channel)) * scale)
+        x, mean, variance = (wide(use.saved(name)) for name in ("input", "running_mean", "running_var"))
+        grad = grad * F.batch_norm(x, mean, variance, eps=use.saved("eps"))
     return _per_channel_sum(grad)
 
 
@@ -270,7 +203,7 @@ RULES: dict[str, Rule] = {
     "Embedding": _embedding,
     "Mul": _multiply,
     "Add": _add,
-    "Expand": _expand,
+    "Expand": _add,
     "NativeLayerNorm": _layer_norm,
     "FusedRmsNorm": _rms_norm,
     "NativeBatchNorm": _batch_norm,
@@ -297,13 +230,12 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
         return lambda factor: factor.reshaped(shape)
     if name == "Embedding":
         return _look_up(node, n_examples)
+    index = None
     if name == "Select" and saved_axes(node, n_axes, "dim") == {0}:
-        return _take_slice(signed(saved(node, "index")), shape)
-    if name == "Index":
-        index = saved(node, "indices")
-        if len(index) == 1 and index[0] is not None and index[0].dim() == 0:
-            return _take_slice(int(index[0]), shape)
-    return None
+        index = saved(node, "index")
+    if name == "Index" and [None if i is None else i.dim() for i in saved(node, "indices")] == [0]:
+        index = int(saved(node, "indices")[0])
+    return None if index is None else lambda factor: factor.of_slice(index % shape[0])
 
 
 def _look_up(node: Node, n_examples: int) -> Step | None:
@@ -312,7 +244,3 @@ def _look_up(node: Node, n_examples: int) -> Step | None:
     if index.shape[:1] == (n_examples,) or saved(node, "scale_grad_by_freq"):
         return None
     return lambda factor: factor.dense("is looked up before a use with").looked_up(index, padding)
-
-
-def _take_slice(place: int, shape: tuple[int, ...]) -> Step:
-    return lambda factor: factor.of_slice(place % shape[0])

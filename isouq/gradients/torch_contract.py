@@ -78,27 +78,28 @@ def _operation(name: str) -> str:
 def saved(node: Node, name: str) -> Any:
     """What the operation at `node` kept under `name`, which SAVED has to list.
 
-    Raises NotCovered where this version of torch keeps nothing by that name.
+    Integers come with their sign. Raises NotCovered where this version of torch keeps nothing by that name.
     """
     if name not in SAVED[operation(node)]:
         raise LookupError(f"name: {operation(node)} and {name} are no entry of SAVED, which a test compares with torch")
     try:
-        return getattr(node, f"_saved_{name}")
+        return _signed(getattr(node, f"_saved_{name}"))
     except AttributeError:
         why = f"goes through {node.name()}, which has no _saved_{name} in torch {torch.__version__}"
         raise NotCovered("a tensor", why) from None
 
 
+def _signed(value: Any) -> Any:
+    """Torch keeps integers as unsigned numbers of 64 bits."""
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
 def saved_axes(node: Node, n_axes: int, *names: str) -> set[int]:
     """The axes, counted from the first, that the operation kept under `names`, of a value with `n_axes`."""
     kept = [saved(node, name) for name in names]
-    axes = [axis for value in kept for axis in (value if isinstance(value, tuple) else (value,))]
-    return {signed(axis) % n_axes for axis in axes}
-
-
-def signed(number: int) -> int:
-    """The integer that torch keeps as an unsigned number of 64 bits."""
-    return number - 2**64 if number >= 2**63 else number
+    return {axis % n_axes for value in kept for axis in (value if isinstance(value, tuple) else (value,))}
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:

@@ -1,15 +1,11 @@
 """Each form of a gradient per example, beside the gradient written out."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from closeness import assert_close
 
 from isouq.gradients import factors
 from isouq.gradients.factors import Dense, NoRule, Outer, Picked, Rows
-from isouq.gradients.graph import Layout
-from isouq.gradients.rules import SharedGrams, Use
 
 N, VOCAB, WIDTH = 3, 7, 5
 
@@ -110,46 +106,3 @@ def test_gradients_of_different_slices_are_orthogonal():
 def test_forms_without_a_common_rule_are_refused(f, g):
     with pytest.raises(NoRule, match="dense"):
         f.inner(g)
-
-
-def uses(*tensors: torch.Tensor, fresh: bool) -> list[Use]:
-    """Stand-ins for matrix products that saved these activations; `fresh` ones unpack a copy at each access."""
-
-    class Node:
-        def __init__(self, x):
-            self.x = x
-
-        def name(self):
-            return "MmBackward0"
-
-        @property
-        def _saved_self(self):
-            return self.x.clone() if fresh else self.x
-
-    return [Use("weight", Node(x), 1, (), (4, 4), Layout(1), SharedGrams()) for x in tensors]
-
-
-def test_an_activation_that_several_weights_multiply_is_multiplied_with_itself_once(monkeypatch):
-    shared, single = torch.randn(2, 6, 4, dtype=torch.float64)
-    grams = SharedGrams()
-    grams.announce(uses(shared, shared, single, fresh=False))
-    assert grams.get(single, single[None]) is None
-    products = [grams.get(shared, shared[None]) for _ in range(2)]
-    calls = SimpleNamespace(n=0)
-
-    def counted(x):
-        calls.n += 1
-        return factors.gram(x)
-
-    monkeypatch.setattr("isouq.gradients.rules.gram", counted)
-    assert_close(products[0](), shared[None] @ shared.T)
-    assert_close(products[1](), shared[None] @ shared.T)
-    assert calls.n == 1
-
-
-def test_activations_that_are_unpacked_anew_are_never_taken_for_each_other():
-    """Their addresses are those of copies: one may stand where another stood."""
-    x = torch.randn(6, 4)
-    grams = SharedGrams()
-    grams.announce(uses(x, x, x, fresh=True))
-    assert grams.get(x, x[None]) is None
