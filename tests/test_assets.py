@@ -450,7 +450,7 @@ def test_a_file_that_holds_embedding_and_head_apart_needs_a_word_which_is_meant(
     monkeypatch.setattr(
         transformers.AutoTokenizer, "from_pretrained", lambda *a, **o: tokenizer if "gguf_file" in o else real(*a, **o)
     )
-    with pytest.raises(assets.AssetError, match=r"two\.gguf: embedding and head are stored apart; `tied` in assets\.toml"):
+    with pytest.raises(assets.AssetError, match=r"two\.gguf: embedding and head are stored apart; `tied` in"):
         assets._dequantise(tmp_path, "two.gguf", tmp_path / "apart")
     assert not (tmp_path / "apart").exists()
     loaded.config.quantization_config = None

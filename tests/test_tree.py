@@ -51,7 +51,7 @@ ONLY_IN = {
 }
 FILE_LINES = 400
 WALLS = {"library": 3300, "studies": 4500}  # physical lines, as planned
-TODAY = {"library": 4300, "studies": 7100}  # what there is, above the plan: to be lowered, never raised
+TODAY = {"library": 4098, "studies": 7047}  # what there is, above the plan: to be lowered, never raised
 
 
 def room_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps elsewhere, and loads for each module's forward pass, as device_map="auto" does."""
+"""Models whose weights accelerate keeps elsewhere and loads for each forward pass, as device_map="auto" does."""
 
 import accelerate
 import pytest
