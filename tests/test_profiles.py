@@ -138,7 +138,9 @@ def test_a_pair_is_asked_as_many_questions_as_its_tightest_limit():
     models = ["smollm2-135m-instruct", "gemma-3-270m"]
     limits = {"wikidata": 90, "gemma-3-270m": 40, "gemma-3-270m triviaqa": 0}
     given = QA | {"models": models, "data_sets": ["triviaqa", "wikidata"], "n_questions": 99, "at_most": limits}
+    given |= {"n_token_mean": {"wikidata": 7}}
     section = schemas.LlmQa(**given)
+    assert [section.scoring(*pair)["n_token_mean"] for pair in section.pairs()] == [0, 7, 7]
     sizes = {pair: section.scoring(*pair)["n_questions"] for pair in section.pairs()}
     assert sizes == {(models[0], "triviaqa"): 99, (models[0], "wikidata"): 90, (models[1], "wikidata"): 40}
 
@@ -182,7 +184,7 @@ def senseless(name: str, value):
         yield from ([], value[:1] * 2, [*value, value[0]], [value], [None], tuple(value))
         yield from ([*value[1:], bad] for bad in senseless("", value[0]))
     elif isinstance(value, dict):
-        yield from ({1: 9}, {" ": 9} | {2: 1}, [*value], None, dict.fromkeys(value, True), dict.fromkeys(value, 1.5))
+        yield from ({1: 9}, {2: -1}, [*value], None, dict.fromkeys(value, True), dict.fromkeys(value, 1.5))
     elif value is None:
         yield from ("", "  ", " smoke", 3, ["smoke"])
     elif isinstance(value, float):

@@ -174,7 +174,8 @@ class LlmQa(Parameters):
     """Real language models on real questions.
 
     Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
-    of both ("MODEL DATA_SET"); 0 leaves a pair out.
+    of both ("MODEL DATA_SET"); 0 leaves a pair out. `n_token_mean`: of how many of a data set's questions the answers
+    are also scored by "token_mean", which costs a backward pass per token.
     """
 
     chapter = "04_llm_qa"
@@ -187,7 +188,7 @@ class LlmQa(Parameters):
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
     nli: str | None
-    n_token_mean: Annotated[int, Field(ge=0)]
+    n_token_mean: dict[DataSet, Count]
     engine: Engine
     batch_size: Count
     max_new_tokens: Count
@@ -208,12 +209,12 @@ class LlmQa(Parameters):
             raise ValueError("at_most: leaves no model and data set; wanted one")
         return self
 
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[tuple[str, DataSet]]:
         """Return each model with each data set that it is asked."""
         pairs = [(model, data_set) for model in self.models for data_set in self.data_sets]
         return [pair for pair in pairs if self._size(*pair)]
 
-    def _size(self, model: str, data_set: str) -> int:
+    def _size(self, model: str, data_set: DataSet) -> int:
         names = (model, data_set, f"{model} {data_set}")
         return min([self.n_questions, *(self.at_most[name] for name in names if name in self.at_most)])
 
@@ -226,10 +227,11 @@ class LlmQa(Parameters):
             used.add("triviaqa")
         return sorted({*super().assets(), *used})
 
-    def scoring(self, model: str, data_set: str) -> dict[str, Any]:
+    def scoring(self, model: str, data_set: DataSet) -> dict[str, Any]:
         """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
         left_out = SET_BY_PIPELINE | {"models", "data_sets", "at_most", "n_resamples", "n_folds"}
-        return self.model_dump(exclude=left_out) | {"n_questions": self._size(model, data_set)}
+        sizes = {"n_questions": self._size(model, data_set), "n_token_mean": self.n_token_mean.get(data_set, 0)}
+        return self.model_dump(exclude=left_out) | sizes
 
 
 class Cost(Parameters):
