@@ -146,7 +146,7 @@ ROWS_OF = {
     spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
     spectra.hessian_in_prior_units: AT,
     spectra.count_outliers: AT | {"start": (4, "count")},
-    tables.compare: {"found": ({}, ""), "column": ("value", "name")},
+    tables.compare: {"tables": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
         "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")
@@ -277,7 +277,7 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
         (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),
-        (lambda: tables.compare({}), "found: no table"),
+        (lambda: tables.compare({}), "tables: no table"),
     ],
 )
 def test_what_is_not_defined_is_refused_in_words(call, message):

@@ -32,12 +32,12 @@ def answers() -> dict[str, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def found(answers) -> dict[str, dict[str, dict[str, evaluation.Ranking]]]:
+def ranked(answers) -> dict[str, dict[str, dict[str, evaluation.Ranking]]]:
     return {model: analysis.rank(table, QUICK) for model, table in answers.items()}
 
 
-def test_a_mean_over_models_is_the_mean_of_values_and_of_draws(found) -> None:
-    parts = [found[model]["sequence"]["p_true"] for model in MODELS]
+def test_a_mean_over_models_is_the_mean_of_values_and_of_draws(ranked) -> None:
+    parts = [ranked[model]["sequence"]["p_true"] for model in MODELS]
     whole = across.mean(parts)
     assert whole.value == pytest.approx(np.mean([one.value for one in parts]))
     interval = whole.interval()
@@ -47,8 +47,8 @@ def test_a_mean_over_models_is_the_mean_of_values_and_of_draws(found) -> None:
         across.mean([])
 
 
-def test_a_rival_that_knows_more_is_ahead_and_one_that_knows_nothing_behind(answers, found) -> None:
-    results = across.named_results(answers, found, "triviaqa", QUICK)
+def test_a_rival_that_knows_more_is_ahead_and_one_that_knows_nothing_behind(answers, ranked) -> None:
+    results = across.named_results(answers, ranked, "triviaqa", QUICK)
     assert results["qa.mean.triviaqa.combined.auroc_over_p_true"].high < 0
     assert results["qa.mean.triviaqa.p_true.auroc_over_combined"].low > 0
     assert results["qa.mean.triviaqa.combined.auroc_over_semantic_entropy"].low > 0
@@ -64,8 +64,8 @@ def test_agreement_is_with_p_true_itself_not_with_its_complement(answers) -> Non
         assert one.interval().low > 0
 
 
-def test_preference_holds_for_all_models_at_once(found) -> None:
-    headline = {model: of["sequence"] for model, of in found.items()}
+def test_preference_holds_for_all_models_at_once(ranked) -> None:
+    headline = {model: of["sequence"] for model, of in ranked.items()}
     for model, interval in across.preference(headline).items():
         gap = headline[model]["epistemic"].minus(headline[model]["aleatoric"])
         assert interval.value == gap.value
@@ -90,17 +90,17 @@ def test_standardising_takes_a_models_own_scale_away(answers) -> None:
     assert plain != pytest.approx(standard)
 
 
-def test_one_model_with_enough_answers_says_nothing_about_several(answers, found) -> None:
-    alone = {"small": found["small"], "large": {"sequence": {}}}
+def test_one_model_with_enough_answers_says_nothing_about_several(answers, ranked) -> None:
+    alone = {"small": ranked["small"], "large": {"sequence": {}}}
     assert across.named_results({m: answers[m] for m in alone}, alone, "triviaqa", QUICK) == {}
 
 
-def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(found) -> None:
-    table = tables.table_2(found | {"silent": {"sequence": {}}}, "triviaqa")
+def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(ranked) -> None:
+    table = tables.table_2(ranked | {"silent": {"sequence": {}}}, "triviaqa")
     assert table.loc["p_true", "paper"] == "0.69\u00a0±\u00a00.06"
     assert list(table.columns) == [*MODELS, "silent", "mean", "paper"]
     assert (table["silent"] == "").all()
-    mean = across.mean([found[model]["sequence"]["p_true"] for model in MODELS]).value
+    mean = across.mean([ranked[model]["sequence"]["p_true"] for model in MODELS]).value
     assert table.loc["p_true", "mean"].startswith(f"{mean:.2f} [")
 
 
@@ -135,8 +135,8 @@ def test_a_true_choice_is_ranked_by_its_own_verdict() -> None:
     assert details.choice(table, QUICK) == {}
 
 
-def test_costs_add_up_the_stages_that_a_score_needs(answers, found) -> None:
-    costs = details.costs(answers["small"], found["small"]["sequence"]).set_index("method")
+def test_costs_add_up_the_stages_that_a_score_needs(answers, ranked) -> None:
+    costs = details.costs(answers["small"], ranked["small"]["sequence"]).set_index("method")
     assert costs["seconds"]["epistemic"] == 2
     assert costs["seconds"]["semantic_entropy"] == costs["seconds"]["p_true"] == 4
-    assert costs["value"]["p_true"] == found["small"]["sequence"]["p_true"].value
+    assert costs["value"]["p_true"] == ranked["small"]["sequence"]["p_true"].value

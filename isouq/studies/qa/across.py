@@ -34,15 +34,15 @@ def mean(rankings: Sequence[Ranking]) -> Ranking:
     return Ranking(float(np.mean([one.value for one in rankings])), draws, draws, None, n, n_units)
 
 
-def advantage(found: Mapping[str, Rankings]) -> dict[str, Ranking]:
+def advantage(ranked: Mapping[str, Rankings]) -> dict[str, Ranking]:
     """Return, for each of RIVALS that all models have, the mean over models of combined minus rival, paired."""
-    names = [name for name in RIVALS if all(name in of_model for of_model in found.values())]
-    return {name: mean([of_model["combined"].minus(of_model[name]) for of_model in found.values()]) for name in names}
+    names = [name for name in RIVALS if all(name in of_model for of_model in ranked.values())]
+    return {name: mean([of_model["combined"].minus(of_model[name]) for of_model in ranked.values()]) for name in names}
 
 
-def preference(found: Mapping[str, Rankings]) -> dict[str, Interval]:
+def preference(ranked: Mapping[str, Rankings]) -> dict[str, Interval]:
     """Return each model's AUROC of U_E minus that of U_A, paired, with intervals that hold for all models at once."""
-    gaps = {model: of_model["epistemic"].minus(of_model["aleatoric"]) for model, of_model in found.items()}
+    gaps = {model: of_model["epistemic"].minus(of_model["aleatoric"]) for model, of_model in ranked.items()}
     reach = evaluation.max_t(list(gaps.values()))
     intervals = {}
     for model, gap in gaps.items():
@@ -92,7 +92,7 @@ def transfer(
         features = {model: (x - x.mean(axis=0)) / x.std(axis=0) for model, x in features.items()}
     wrong = {model: table["wrong"].to_numpy(dtype=bool) for model, table in parts.items()}
     plans = {model: analysis.resamples(table) for model, table in parts.items()}
-    found = {}
+    of_held_out = {}
     for model in tables:
         others = [other for other in tables if other != model]
         x, y = np.concatenate([features[o] for o in others]), np.concatenate([wrong[o] for o in others])
@@ -102,18 +102,18 @@ def transfer(
         weights = np.vstack([np.ones(len(wrong[model])), plans[model].counts])
         value, *draws = evaluation.weighted_auroc(scores, wrong[model], weights)
         n_units = min(int(wrong[model].sum()), int((~wrong[model]).sum()))
-        found[model] = Ranking(float(value), np.array(draws), np.array(draws), None, len(wrong[model]), n_units)
-    return found
+        of_held_out[model] = Ranking(float(value), np.array(draws), np.array(draws), None, len(wrong[model]), n_units)
+    return of_held_out
 
 
 def named_results(
-    tables: Mapping[str, pd.DataFrame], found: Mapping[str, Mapping[str, Rankings]], data_set: str, analysis: Analysis
+    tables: Mapping[str, pd.DataFrame], ranked: Mapping[str, Mapping[str, Rankings]], data_set: str, analysis: Analysis
 ) -> dict[str, Result]:
     """Return the results of several models on one data set; models with too few right or wrong answers are left out.
 
-    `tables` and `found` (what `analysis.rank` makes of each table) are keyed by the model's name in a key.
+    `tables` and `ranked` (what `analysis.rank` makes of each table) are keyed by the model's name in a key.
     """
-    headline = {model: rankings[HEADLINE] for model, rankings in found.items() if rankings.get(HEADLINE)}
+    headline = {model: rankings[HEADLINE] for model, rankings in ranked.items() if rankings.get(HEADLINE)}
     if len(headline) < 2:
         return {}
     tables, prefix = {model: tables[model] for model in headline}, f"qa.mean.{data_set}"

@@ -111,8 +111,8 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
         raw |= {name: require.numbers(name, table[name]) for name in (*RIVALS, *CHEAP) if name in table}
         if any(str(name).startswith("layer:") for name in table):
             raw["last_layers"] = last_layers(table) - 2 * table["log_prob"].to_numpy()
-    found = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
-    return found | {
+    ranked = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
+    return ranked | {
         name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
     }
 
@@ -130,26 +130,26 @@ def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:
 
 def rank(table: pd.DataFrame, analysis: Analysis) -> dict[str, dict[str, Ranking]]:
     """Return the `rankings` of each aggregation that has answers; none where too few of them are right or wrong."""
-    found: dict[str, dict[str, Ranking]] = {}
+    ranked: dict[str, dict[str, Ranking]] = {}
     for aggregation in AGGREGATIONS:
         used = scored(table, aggregation)
         if len(used):  # token_mean may have been asked of no question
             enough = evaluation.enough_of_both(used["wrong"])
-            found[aggregation] = rankings(used, aggregation, analysis) if enough else {}
-    return found
+            ranked[aggregation] = rankings(used, aggregation, analysis) if enough else {}
+    return ranked
 
 
-def auroc_table(table: pd.DataFrame, found: Mapping[str, Mapping[str, Ranking]]) -> pd.DataFrame:
+def auroc_table(table: pd.DataFrame, ranked: Mapping[str, Mapping[str, Ranking]]) -> pd.DataFrame:
     """Return the AUROC for "the answer is wrong" of every score, one row each, with its interval.
 
-    `found` is what `rank` makes of the table.
+    `ranked` is what `rank` makes of the table.
 
     Columns: method, aggregation, value, low, high, n, n_wrong, note, and versus_likelihood(_low, _high), the paired
     difference to the likelihood on the same questions: raw scores against −S, fitted ones against a fit on log p. Where
     right or wrong answers are fewer than `evaluation.MIN_PER_CLASS` the numbers are NaN and `note` says so.
     """
     rows = []
-    for aggregation, of_scores in found.items():
+    for aggregation, of_scores in ranked.items():
         wrong = require.labels("wrong", scored(table, aggregation)["wrong"])
         row = {"aggregation": aggregation, "n": len(wrong), "n_wrong": int(wrong.sum()), "note": ""}
         if not of_scores:
@@ -268,13 +268,13 @@ def _share(table: pd.DataFrame, chosen: Any) -> Interval:
 
 
 def named_results(
-    table: pd.DataFrame, found: Mapping[str, Mapping[str, Ranking]], subject: str, analysis: Analysis
+    table: pd.DataFrame, ranked: Mapping[str, Mapping[str, Ranking]], subject: str, analysis: Analysis
 ) -> dict[str, Result]:
     """Return the named results of one `subject`, "<model>.<data set>"; what is undefined has no key.
 
-    `found` is what `rank` makes of the table.
+    `ranked` is what `rank` makes of the table.
     """
-    prefix, aurocs = f"qa.{subject}", auroc_table(table, found)
+    prefix, aurocs = f"qa.{subject}", auroc_table(table, ranked)
     results = {f"{prefix}.accuracy": _result(accuracy(table), note=_SHARE)}
     if "right_by_mean" in table:
         results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note=_SHARE)
@@ -301,7 +301,7 @@ def named_results(
             ends = {end: row[f"{name}_{end}"] for end in ("low", "high")}
             key = f"{prefix}.epistemic_{row['aggregation']}.{metric}"
             results[key] = Result(value=row[name], **ends, n=row["n"], note="refitted in every resample")
-    results |= _compared(table, prefix, found.get(HEADLINE, {}))
+    results |= _compared(table, prefix, ranked.get(HEADLINE, {}))
     for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
@@ -309,18 +309,18 @@ def named_results(
     return results
 
 
-def _compared(table: pd.DataFrame, prefix: str, found: Mapping[str, Ranking]) -> dict[str, Result]:
+def _compared(table: pd.DataFrame, prefix: str, ranked: Mapping[str, Ranking]) -> dict[str, Result]:
     """Return the combined estimate minus each rival and control, paired, with max-t and the questions they take."""
-    if not found:
+    if not ranked:
         return {}
     used = scored(table)
-    gaps = {name: found["combined"].minus(found[name]) for name in (*RIVALS, *CONTROLS) if name in found}
+    gaps = {name: ranked["combined"].minus(ranked[name]) for name in (*RIVALS, *CONTROLS) if name in ranked}
     n, note = len(used), "paired, refitted in every resample"
     results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
     results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
     # Where P(True) is not run log G stands in for it, a score of another kind than the combined one.
-    rival = found.get("p_true", found["log_gradient"])
-    spread = float(np.nanstd(found["combined"].minus(rival).draws) * np.sqrt(n))
+    rival = ranked.get("p_true", ranked["log_gradient"])
+    spread = float(np.nanstd(ranked["combined"].minus(rival).draws) * np.sqrt(n))
     alone = fits.auroc_spread(0.575, float(used["wrong"].mean()))
     results[f"{prefix}.power.paired_008"] = Result(value=fits.questions_needed(0.08, spread), unit="questions")
     results[f"{prefix}.power.chance_060_055"] = Result(value=fits.questions_needed(0.05, alone), unit="questions")

@@ -17,14 +17,14 @@ SHOWN = (
 )
 
 
-def table_2(found: Mapping[str, Mapping[str, Mapping[str, Ranking]]], data_set: str) -> pd.DataFrame:
+def table_2(ranked: Mapping[str, Mapping[str, Mapping[str, Ranking]]], data_set: str) -> pd.DataFrame:
     """Return one data set's AUROCs as text: a row per method of SHOWN, a column per model, their mean, the paper's.
 
-    `found` is what `analysis.rank` makes of each model's table. A model with too few right or wrong answers has no
+    `ranked` is what `analysis.rank` makes of each model's table. A model with too few right or wrong answers has no
     numbers and no part in the mean.
     """
-    headline = {model: of_model[HEADLINE] for model, of_model in found.items() if of_model.get(HEADLINE)}
-    columns = {model: _texts({name: headline.get(model, {}).get(name) for name in SHOWN}) for model in found}
+    headline = {model: of_model[HEADLINE] for model, of_model in ranked.items() if of_model.get(HEADLINE)}
+    columns = {model: _texts({name: headline.get(model, {}).get(name) for name in SHOWN}) for model in ranked}
     if len(headline) > 1:
         shared = [name for name in SHOWN if all(name in of_model for of_model in headline.values())]
         means = {name: across.mean([of_model[name] for of_model in headline.values()]) for name in shared}
@@ -52,17 +52,17 @@ def _published(data_set: str) -> Mapping[str, list[float]]:
     return claims.paper()["table_2"].get(data_set.removesuffix("_choose"), {})
 
 
-def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
+def compare(tables: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
     """Return one model's `auroc_table`s, keyed by data set, as text: a row per score, a column per data set.
 
     `column`: "value", with the paper's Table 2 beside it at the headline's rows (what its p(y|x) is, we do not
     know), or "versus_likelihood". Where right or wrong answers are too few the text says how many there are.
     """
     require.one_of("column", column, ("value", "versus_likelihood"))
-    if not found:
-        raise ValueError("found: no table given, at least one wanted")
+    if not tables:
+        raise ValueError("tables: no table given, at least one wanted")
     columns = {}
-    for data_set, aurocs in found.items():
+    for data_set, aurocs in tables.items():
         rows = aurocs.set_index(["aggregation", "method"])
         columns[data_set] = rows.apply(_as_text, axis=1, column=column)
         published = _published(data_set)
@@ -71,7 +71,7 @@ def compare(found: Mapping[str, pd.DataFrame], column: str = "value") -> pd.Data
                 (HEADLINE, method): f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for method, (mean, std) in published.items()
             }
             columns[f"paper, {data_set}"] = rows.index.to_series().map(text)
-    order = max(found.values(), key=len).set_index(["aggregation", "method"]).index
+    order = max(tables.values(), key=len).set_index(["aggregation", "method"]).index
     return pd.DataFrame(columns).reindex(order).fillna("")
 
 
