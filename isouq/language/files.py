@@ -162,9 +162,9 @@ class _Subject:
         for rows in (todo[start : start + size] for start in range(0, len(todo), size)):
             errors = {row: questions[row].error for row in rows if questions[row].error}
             asked = {row: questions[row] for row in rows if row not in errors}
-            answered = _each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
-            answered |= _each(self._generated, {row: x for row, x in asked.items() if not x.answer}, errors)
-            scores = _each(self._score, {row: pair for row, (pair, _) in answered.items()}, errors)
+            answered = each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
+            answered |= each(self._generated, {row: x for row, x in asked.items() if not x.answer}, errors)
+            scores = each(self._score, {row: pair for row, (pair, _) in answered.items()}, errors)
             for row in rows:
                 record = {"row": row, "answer": answered[row][1] if row in answered else None}
                 yield record | dict.fromkeys(COLUMNS) | scores.get(row, {}) | {"error": errors.get(row)}
@@ -193,7 +193,7 @@ class _Subject:
         ]
 
 
-def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
+def each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
     """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
     if not items:
         return {}
@@ -201,7 +201,7 @@ def _each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors:
         return dict(zip(items, work(list(items.values())), strict=True))
     except ROW_ERRORS as error:
         if len(items) > 1:
-            return {k: v for row, item in items.items() for k, v in _each(work, {row: item}, errors).items()}
+            return {k: v for row, item in items.items() for k, v in each(work, {row: item}, errors).items()}
         kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
         text = error.about("the row") if isinstance(error, ExampleError) else str(error)
         errors[next(iter(items))] = kind + " ".join(text.split())

@@ -105,6 +105,49 @@ def test_an_empty_answer_is_wrong_unscored_and_counted(tmp_path: Path, llama, to
     assert table[~table["empty"]]["log_prob"].notna().all()
 
 
+def test_a_question_that_fails_says_why_and_the_others_go_on(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
+    """Two questions fail where they are scored, and one where samples are drawn."""
+    plain_score, plain_draw = scoring.score, generation.draw
+
+    def score(model, examples, how):
+        if any(len(example) == sizes[0] for example in examples):
+            raise ValueError("too long, say")
+        return plain_score(model, examples, how)
+
+    def draw(model, tokenizer, prompts, numbers, **options):
+        if any(list(prompt) == unlucky for prompt in prompts):
+            raise RuntimeError("no memory, say")
+        return plain_draw(model, tokenizer, prompts, numbers, **options)
+
+    whole = run_small(tmp_path / "whole.sqlite", llama, tokenizer)
+    subject = study.prepare(llama, tokenizer, small_set(40), Settings(n_questions=12, n_shots=2, n_samples=3))
+    lengths = [len(p) + n for p, n in zip(subject.prompts, whole["n_tokens"], strict=True)]
+    sizes = [max(lengths)]
+    unlucky = list(subject.prompts[int(np.argmin(lengths))])
+    monkeypatch.setattr(scoring, "score", score)
+    monkeypatch.setattr(generation, "draw", draw)
+    table = run_small(tmp_path / "s.sqlite", llama, tokenizer)
+    gone = {subject.questions[i].item_id for i, n in enumerate(lengths) if n == sizes[0]}
+    assert {k for k, v in table.attrs["failed"].items() if v == "estimate: too long, say"} == gone
+    other = subject.questions[int(np.argmin(lengths))].item_id
+    assert table.attrs["failed"][other] == "sample: RuntimeError: no memory, say"
+    kept = whole[~whole["item_id"].isin(table.attrs["failed"])].reset_index(drop=True)
+    times = [name for name in whole if name.startswith("seconds_")]
+    pd.testing.assert_frame_equal(table.drop(columns=times), kept.drop(columns=times), rtol=1e-4)
+    monkeypatch.undo()
+    again = run_small(tmp_path / "s.sqlite", llama, tokenizer)  # what failed is not tried again
+    assert again.attrs["failed"] == table.attrs["failed"]
+
+
+def test_a_study_of_which_all_fails_is_an_error(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
+    def fail(*args, **options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    with pytest.raises(ValueError, match="all 12 questions failed; the first at answer: no such thing"):
+        run_small(tmp_path / "s.sqlite", llama, tokenizer)
+
+
 def test_in_a_choice_the_answer_is_the_candidate_of_highest_log_p(tmp_path: Path, llama, tokenizer) -> None:
     table = run_small(tmp_path / "c.sqlite", llama, tokenizer, choose=True)
     assert set(table["ended_by"]) == {"given"}

@@ -281,6 +281,7 @@ def named_results(
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
         results |= _committed_results(table, prefix, analysis)
+    results[f"{prefix}.failed.count"] = Result(value=float(len(table.attrs.get("failed", ()))), n=len(table))
     results[f"{prefix}.empty.count"] = Result(value=float(table["empty"].sum()), n=len(table))
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
         suffix = "" if row["aggregation"] == HEADLINE else f"_{row['aggregation']}"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from isouq.estimate import Aggregation, Estimate
 from isouq.language import scoring
 from isouq.language.examples import from_pairs
+from isouq.language.files import each
 from isouq.studies.qa import rivals, sampling
 from isouq.studies.qa.answers import answer, choice, verdict
 from isouq.studies.qa.subject import Settings, Subject
@@ -46,7 +47,7 @@ def complete(store: Store, subject: Subject, settings: Settings, *, progress: bo
     fill("verdict", lambda rows: [verdict(subject, row, answers[row]) for row in rows], read)
 
     # Answers without text are wrong, and have no scores.
-    ids = [answer["token_ids"] if answer["text"] else [] for answer in answers]
+    ids = [answer["token_ids"] if answer.get("text") else [] for answer in answers]
     lengths = [n + len(answer) if answer else 0 for n, answer in zip(read, ids, strict=True)]
     fill("estimate", lambda rows: _estimate(subject, rows, ids, settings, "sequence", "geometric"), lengths)
     # Its cost is the longest answer of a batch, so here answers of like length go together.
@@ -76,7 +77,7 @@ def _sample_all(
     fill("meaning", lambda rows: [sampling.meaning(subject, row, texts[row]) for row in rows], lengths)
     shots = store.get("shot")
     solved = sampling.solved_examples([(question, shots[question.item_id]["text"]) for question, _ in subject.shots])
-    answers = [record["text"] for record in _by_row(store, subject, "answer")]
+    answers = [record.get("text", "") for record in _by_row(store, subject, "answer")]
     possible = list(zip(subject.questions, texts, answers, strict=True))
     fill("p_true", lambda rows: sampling.p_true(subject, solved, [possible[row] for row in rows]), lengths)
 
@@ -133,7 +134,11 @@ def by_layer(estimate: Estimate) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class _Batches:
-    """Fills a stage of the store: batches of similar length, longest first, one transaction a question."""
+    """Fills a stage of the store: batches of similar length, longest first, one transaction a question.
+
+    A question at which a stage fails (a prompt beyond the model's context) has the reason under `failed`, and no later
+    stage tries it; the others go on.
+    """
 
     store: Store
     subject: Subject
@@ -143,7 +148,7 @@ class _Batches:
     def fill(self, stage: str, work: Callable[[list[int]], list[Record]], lengths: Sequence[int]) -> None:
         """Call `work` on the rows that lack a record of `stage`; rows of length 0 are left out."""
         item_ids = [question.item_id for question in self.subject.questions]
-        missing = set(self.store.missing(stage, item_ids))
+        missing = set(self.store.missing(stage, item_ids)) - self.store.get("failed").keys()
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
         rows.sort(key=lambda row: -lengths[row])
         n_all, size = sum(map(bool, lengths)), self.settings.batch_size
@@ -152,10 +157,13 @@ class _Batches:
         with tqdm(total=n_all, initial=n_all - len(rows), desc=stage, unit="question", disable=hide) as bar:
             for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
                 start = time.perf_counter()
-                records = work(batch)
+                reasons: dict[int, str] = {}
+                records = each(work, {row: row for row in batch}, reasons)
                 seconds = (time.perf_counter() - start) / len(batch)
-                for row, record in zip(batch, records, strict=True):
+                for row, record in records.items():
                     self.store.put(item_ids[row], {stage: {**record, "seconds": seconds}})
+                for row, reason in reasons.items():
+                    self.store.put(item_ids[row], {"failed": {"stage": stage, "reason": reason}})
                 bar.update(len(batch))
                 folder = self.settings.records_dir
                 if folder and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):

@@ -74,14 +74,23 @@ def load_questions(asset: str) -> data.DataSet:
 
 
 def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
-    """Return one row per question, in the order of the draw.
+    """Return one row per question, in the order of the draw; those that failed are in `attrs["failed"]` by item_id.
 
     Columns: item_id, question, reference (an accepted answer), answer, right, wrong, right_by_… (other judges), empty,
     ended_by, n_tokens; log_prob (nats), likelihood (its negative), log_gradient (log G); for A = sequence, geometric,
     token_mean: probability_A, aleatoric_A, log_aleatoric_A, log_epistemic_A; layer:BLOCK.KIND, log U_E by
     `stages.by_layer`; the rivals and cheap scores of `_rival_columns`; in a choice those of `_choice_columns`;
     seconds_STAGE. An empty answer is wrong and has no scores (NaN); nor has token_mean where it was not asked for.
+
+    Raises ValueError, with the first reason, where every question failed.
     """
+    asked, failed = {question.item_id for question in questions}, store.get("failed")
+    failed = {
+        item_id: f"{record['stage']}: {record['reason']}" for item_id, record in failed.items() if item_id in asked
+    }
+    questions = [question for question in questions if question.item_id not in failed]
+    if not questions:
+        raise ValueError(f"all {len(failed)} questions failed; the first at {next(iter(failed.values()))}")
     names = ("answer", "verdict", "estimate", "token_mean", "cheap", "choice", "sample", "meaning", "p_true")
     records = {stage: store.get(stage) for stage in names}
     rows = []
@@ -107,7 +116,9 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in of.items()},
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["failed"] = failed
+    return table
 
 
 def _rival_columns(
