@@ -415,7 +415,6 @@ def test_the_manifest_pins_every_byte():
         "triviaqa",
         "truthfulqa",
         "wikidata",
-        "truthfulqa-817",
         "all-minilm-l6-v2",
     ]
     for asset in found.values():
