@@ -66,7 +66,7 @@ def _list(_: argparse.Namespace) -> int:
     for asset in assets.list_assets():
         state = "in the cache" if assets.is_cached(asset.name) else "not in the cache"
         size = f"{tqdm.format_sizeof(asset.size)}B"
-        print(f"{asset.name:23}{asset.kind:11}{size:>7}  {asset.licence:19} {state}")
+        print(f"{asset.name:25}{asset.kind:11}{size:>7}  {asset.licence:19} {state}")
         print(f"    {asset.title}")
         print(f"    for {asset.used_for}")
         print(f"    from {asset.version}" + (f"; on the Hub: {asset.hub}" if asset.hub else ""))
@@ -90,7 +90,7 @@ def _verify(args: argparse.Namespace) -> int:
         except assets.AssetError as error:
             print(f"isouq: {error}", file=sys.stderr)
             state = "FAILED"
-        print(f"{name:23}{state}")
+        print(f"{name:25}{state}")
         failed |= state == "FAILED" or (state == "absent" and bool(args.names))
     return int(failed)
 
