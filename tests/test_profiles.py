@@ -162,6 +162,23 @@ def test_a_size_that_means_nothing_is_refused_by_name(change, expected):
         schemas.LlmQa(**QA | change)
 
 
+def test_a_file_of_questions_is_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    given = QA | {"models": ["gemma-3-270m"], "data_sets": ["mine.jsonl"], "at_most": {}, "n_token_mean": {}}
+    section = schemas.LlmQa(**given)
+    assert section.pairs() == [("gemma-3-270m", "mine.jsonl")]
+    assert section.assets() == ["all-minilm-l6-v2", "gemma-3-270m"]
+    with pytest.raises(ValueError, match=r"'other\.jsonl': there is no such file"):
+        schemas.LlmQa(**given | {"data_sets": ["other.jsonl"]})
+    with pytest.raises(ValueError, match=r"'wikidat' is no data set .*; did you mean 'wikidata'"):
+        schemas.LlmQa(**given | {"data_sets": ["wikidat"]})
+    Path("sub").mkdir()
+    Path("sub/mine.jsonl").write_text("")
+    with pytest.raises(ValueError, match="would name their results alike"):
+        schemas.LlmQa(**given | {"data_sets": ["mine.jsonl", "sub/mine.jsonl"]})
+
+
 def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
     models = ["gemma-3-270m", "Qwen/Qwen3-0.6B"]
     given = QA | {"models": models, "data_sets": ["truthfulqa_choose"], "at_most": {}}

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from isouq.pipeline import profiles, schemas
 from isouq.pipeline.profiles import ProfileError
 from isouq.studies import assets
 from isouq.studies.identity import module_files
+from isouq.studies.qa.data import key_part
 from isouq.studies.results import key_of
 
 
@@ -41,7 +43,7 @@ class Graph:
         """Job name → (model, data set): what 04_llm_qa has scored before it starts."""
         section: Any = self.sections.get("04_llm_qa")
         pairs = section.pairs() if section else []
-        return {f"qa-{key_of(model)}-{data_set}": (model, data_set) for model, data_set in pairs}
+        return {f"qa-{key_of(model)}-{key_part(data_set)}": (model, data_set) for model, data_set in pairs}
 
     @property
     def problems(self) -> list[str]:
@@ -68,9 +70,11 @@ class Graph:
         return {name: functools.partial(line, name) for name in names}
 
     def scoring(self, shard: str) -> list[str]:
-        """Return a line per parameter that the scores of a shard of 04_llm_qa depend on."""
+        """Return a line per parameter that the scores of a shard of 04_llm_qa depend on, and one for a file's bytes."""
         section: Any = self.sections["04_llm_qa"]
-        return lines(section.scoring(*self.shards[shard]))
+        model, data_set = self.shards[shard]
+        file = {data_set: hashlib.sha256(Path(data_set).read_bytes()).hexdigest()} if Path(data_set).is_file() else {}
+        return lines(section.scoring(model, data_set) | file)
 
     def sampling(self) -> list[str]:
         """Return a line per parameter of 03_mcmc."""

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--profile", default="embedded", help="name or path of a profile")
         add[job] = command.add_argument
     add[score]("--model", required=True, help="asset name, Hub id or folder")
-    add[score]("--data-set", required=True, choices=get_args(schemas.DataSet))
+    add[score]("--data-set", required=True, help=f"{', '.join(schemas.DATA_SETS)}, or a file of questions")
     add[sample]("--problem", choices=get_args(schemas.SyntheticProblem), help="only this problem")
     add[sample]("--seed", type=int, help="only this data seed")
     add[sample]("--workers", type=int, help="processes (default: as the profile says)")

@@ -12,16 +12,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from isouq.models import HUB_ID
 from isouq.studies import assets
+from isouq.studies.qa.data import is_file, key_part
 from isouq.studies.results import key_of
 
 CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
+DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")  # of the last, the model picks a reference
 SET_BY_PIPELINE = {"profile", "results_path"}
 _TAKEN = {"machine", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
 Engine = Literal["auto", "ghost", "autograd"]
-DataSet = Literal["triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
 IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
 SyntheticProblem = Literal[
@@ -72,6 +73,16 @@ def _known_models(models: list[str]) -> list[str]:
     return models
 
 
+def _known_data_set(name: str) -> str:
+    if name not in DATA_SETS and not is_file(name):
+        advice = nearest(name, DATA_SETS) or f"; sets: {', '.join(DATA_SETS)}"
+        raise ValueError(f"{name!r} is no data set of the manifest and no file of questions{advice}")
+    if is_file(name) and "://" not in name and not Path(name).is_file():
+        raise ValueError(f"{name!r}: there is no such file")
+    return name
+
+
+DataSet = Annotated[str, AfterValidator(_known_data_set)]
 Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
 
 
@@ -197,6 +208,9 @@ class LlmQa(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _makes_sense(self) -> "LlmQa":
+        keys = [key_part(name) for name in self.data_sets]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"data_sets: {self.data_sets} would name their results alike; rename a file")
         if self.n_samples == 1:
             raise ValueError("n_samples: 1 given, which has no entropy; wanted 0 or at least 2")
         pairs = [f"{model} {data_set}" for model in self.models for data_set in self.data_sets]
@@ -220,8 +234,8 @@ class LlmQa(Parameters):
 
     def assets(self) -> list[str]:
         """Return the manifest's names among the models, the data sets', and what judges and rivals need."""
-        used = {name.removesuffix("_choose") for name in self.data_sets}
-        if self.n_samples or "truthfulqa" in self.data_sets:
+        used = {name.removesuffix("_choose") for name in self.data_sets if not is_file(name)}
+        if self.n_samples or len(used) < len(self.data_sets) or "truthfulqa" in self.data_sets:
             used.add("all-minilm-l6-v2")
         if self.n_samples and "truthfulqa" in used:  # its questions are all asked: examples come from elsewhere
             used.add("triviaqa")

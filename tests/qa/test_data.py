@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -89,3 +90,55 @@ def test_the_real_sets_are_whole_and_answerable(name: str, n: int) -> None:
     assert all(q.question and q.answers and all(q.answers) for q in questions)
     assert all(bool(q.false_answers) == (name == "truthfulqa") for q in questions)
     assert not any(set(q.answers) & set(q.false_answers) for q in questions)
+
+
+ROWS = [
+    {"question": "Who wrote Faust?", "answer": ["Goethe", "J. W. Goethe"], "false_answers": ["Schiller"]},
+    {"question": " Capital of Peru? ", "answer": ["Lima"], "false_answers": ["Cusco", "Quito"]},
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_questions_of_a_file(tmp_path, ending: str) -> None:
+    file = tmp_path / f"My questions.{ending}"
+    if ending == "csv":
+        file.write_text("id,question,answer\n7,Who wrote Faust?,Goethe\n08,Capital of Peru?,NA\n")
+    elif ending == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        pd.DataFrame(ROWS).to_parquet(file)
+    assert data.is_file(str(file))
+    assert data.key_part(str(file)) == "my-questions"
+    one, two = data.read_file(str(file)).questions
+    if ending == "csv":
+        assert (one.item_id, one.answers) == ("7", ("Goethe",))
+        assert (two.item_id, two.answers, two.false_answers) == ("08", ("NA",), ())
+    else:
+        assert one.answers == ("Goethe", "J. W. Goethe")
+        assert (two.question, two.false_answers) == ("Capital of Peru?", ("Cusco", "Quito"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,reply\na,b\n", "columns question, reply given, 'answer' wanted"),
+        ("question,answer\na,b\n,c\n", "row 2: question '' given, a text wanted"),
+        ("question,answer\na,b\nc,\n", "row 2: answer '' given, a text wanted"),
+        ("question,answer\na,b\na,c\n", "two rows of one question or id"),
+        ("", "cannot be read: No columns to parse"),
+        (None, "cannot be read: .*No such file"),
+    ],
+)
+def test_a_file_that_is_not_of_questions_is_refused_by_name(tmp_path, text: str | None, message: str) -> None:
+    file = tmp_path / "q.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=f"q.csv: {message}"):
+        data.read_file(str(file))
+
+
+def test_a_row_without_an_answer_is_refused(tmp_path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "a", "answer": ["b"]}\n{"question": "c", "answer": []}\n')
+    with pytest.raises(ValueError, match="row 2: one question and at least one answer wanted"):
+        data.read_file(str(file))

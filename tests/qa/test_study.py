@@ -251,3 +251,14 @@ def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:
     assert models.weights(llama, tokenizer) != before
     weight.data[3, 4] = with_change
     assert models.weights(llama, tokenizer) == before
+
+
+def test_a_file_of_questions_is_asked_like_any_set(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, models.weights(llama, tokenizer)))
+    file = tmp_path / "mine.csv"
+    file.write_text("question,answer\n" + "".join(f"what is {i}?,x{i}\n" for i in range(12)))
+    settings = Settings(n_questions=6, n_shots=2, n_samples=0, max_new_tokens=3, store_dir=str(tmp_path / "store"))
+    table = study.run("tiny", str(file), settings, progress=False)
+    assert len(table) == 6
+    assert set(table["question"]) <= {f"what is {i}?" for i in range(12)}
+    assert [path.name[:11] for path in (tmp_path / "store").iterdir()] == ["tiny--mine-"]

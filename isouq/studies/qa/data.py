@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+
+from isouq.studies.results import key_of
 
 SHOT_CHARACTERS = 80  # question and answer together
 
@@ -49,6 +53,60 @@ def load(name: str, path: Path) -> DataSet:
     if name not in readers:
         raise ValueError(f"name must be one of {', '.join(readers)}, got {name!r}")
     return readers[name](path)
+
+
+def is_file(name: str) -> bool:
+    """Return whether a data set's name is that of a file of questions, by its ending."""
+    return Path(name).suffix in _READERS
+
+
+def key_part(name: str) -> str:
+    """Return a data set's name as a part of a result's key; of a file that is its stem."""
+    return key_of(Path(name).stem) if is_file(name) else name
+
+
+def read_file(name: str) -> DataSet:
+    """Return the questions of a CSV, JSON Lines or Parquet file, on this machine or on the Hub (`hf://datasets/…`).
+
+    Columns: question; answer, a text or, except in CSV, a list of accepted ones; optionally false_answers, a list of
+    known wrong ones, which makes the contrast of embeddings the judge; optionally id.
+
+    Raises ValueError for a file that cannot be read, a column or text that is missing, and a question asked twice.
+    """
+    try:
+        table = _READERS[Path(name).suffix](name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from error
+    for column in ("question", "answer"):
+        if column not in table:
+            raise ValueError(f"{name}: columns {', '.join(map(str, table))} given, {column!r} wanted among them")
+    questions = [_row(name, number, row) for number, row in enumerate(table.to_dict("records"), 1)]
+    ids = [question.item_id for question in questions]
+    if twice := next((i for i in ids if ids.count(i) > 1), None):
+        raise ValueError(f"{name}: two rows of one question or id ({twice}); each only once wanted")
+    return DataSet(name, tuple(questions), "Q: {question}\nA:{answer}\n\n")
+
+
+def _row(name: str, number: int, row: dict[Any, Any]) -> Question:
+    texts = {}
+    for column in ("question", "answer", "false_answers"):
+        cell = row.get(column)
+        several = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [] if cell is None else [cell]
+        if not all(isinstance(text, str) and text.strip() for text in several):
+            raise ValueError(f"{name}: row {number}: {column} {cell!r} given, a text wanted")
+        texts[column] = tuple(text.strip() for text in several)
+    if len(texts["question"]) != 1 or not texts["answer"]:
+        raise ValueError(f"{name}: row {number}: one question and at least one answer wanted")
+    item_id = row.get("id")
+    identifier = _identify(texts["question"][0]) if item_id is None else str(item_id)
+    return Question(identifier, texts["question"][0], texts["answer"], texts["false_answers"])
+
+
+_READERS: dict[str, Callable[[str], pd.DataFrame]] = {
+    ".csv": lambda name: pd.read_csv(name, dtype=str, keep_default_na=False),
+    ".jsonl": lambda name: pd.read_json(name, lines=True, dtype=False, convert_dates=False),
+    ".parquet": pd.read_parquet,
+}
 
 
 def sample(data_set: DataSet, n_questions: int, *, n_shots: int, seed: int) -> tuple[list[Question], list[Question]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,37 @@ DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")
 def run(model: str, data_set: str, settings: Settings, *, progress: bool | None = None) -> pd.DataFrame:
     """Answer, judge and score what the store does not hold yet, and return one row per question.
 
-    `model` is an asset's name, a Hub id or a folder; `data_set` one of DATA_SETS. Columns: see `tabulate`.
+    `model` is an asset's name, a Hub id or a folder; `data_set` one of DATA_SETS or a file (`data.read_file`). Columns:
+    see `tabulate`.
     `progress`: True or False, None shows bars at a terminal only.
 
     The store serves only what agrees in the model's content (and commit, of a Hub id), the data's, settings, libraries
     and the version of the study's code. Raises ValueError on an unknown data set, on too few questions in it, and
     StoreError as `Store` does.
     """
-    if data_set not in DATA_SETS:
-        raise ValueError(f"data_set must be one of {', '.join(DATA_SETS)}, got {data_set!r}")
+    if data_set not in DATA_SETS and not data.is_file(data_set):
+        raise ValueError(f"data_set must be a file or one of {', '.join(DATA_SETS)}, got {data_set!r}")
+    source, choose = data_set.removesuffix("_choose"), data_set.endswith("_choose")
+    questions = load_questions(source)
     lm, tokenizer, fingerprint = _load_model(model)
-    asset, choose = data_set.removesuffix("_choose"), data_set.endswith("_choose")
     nli = rivals.Entailment(settings.nli) if settings.nli else None
     # All of TruthfulQA is asked, so the solved examples of P(True) are questions of TriviaQA there.
-    others = load_questions("triviaqa") if asset == "truthfulqa" and settings.n_samples else None
-    subject = prepare(lm, tokenizer, load_questions(asset), settings, choose=choose, others=others, nli=nli)
-    used = [asset, *(["triviaqa"] if others else [])]
+    others = load_questions("triviaqa") if source == "truthfulqa" and settings.n_samples else None
+    subject = prepare(lm, tokenizer, questions, settings, choose=choose, others=others, nli=nli)
+    used = [source, *(["triviaqa"] if others else [])]
     wanted = {
         "model": model,
         "commit": getattr(lm.config, "_commit_hash", None),
         "weights": fingerprint,
         "data_set": data_set,
-        "data": [hashlib.sha256(assets.path(name, FILES[name]).read_bytes()).hexdigest()[:12] for name in used],
+        "data": [_digest(name) for name in used],
         "encoder": assets.content(ENCODER),
         "choose": choose,
         "settings": settings.identity(),
         "code": stages.VERSION,
         "versions": identity.versions("tokenizers", "torch", "transformers"),
     }
-    path = store_path(Path(settings.store_dir), f"{model}--{data_set}", wanted)
+    path = store_path(Path(settings.store_dir), f"{model}--{data.key_part(data_set)}", wanted)
     with Store(path, wanted) as store:
         if settings.records_dir and (kept := stages.records_path(store, settings.records_dir)).exists():
             store.restore(kept)
@@ -68,9 +71,16 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         return tabulate(store, subject.questions)
 
 
-def load_questions(asset: str) -> data.DataSet:
-    """Return all questions of an asset: triviaqa, wikidata or truthfulqa."""
-    return data.load(asset, assets.path(asset, FILES[asset]))
+def load_questions(name: str) -> data.DataSet:
+    """Return all questions of an asset (triviaqa, wikidata, truthfulqa) or of a file."""
+    return data.read_file(name) if data.is_file(name) else data.load(name, assets.path(name, FILES[name]))
+
+
+def _digest(name: str) -> str:
+    """12 hex digits of an asset's bytes, or of what the questions of a file say."""
+    if data.is_file(name):
+        return identity.digest([asdict(question) for question in data.read_file(name).questions])
+    return hashlib.sha256(assets.path(name, FILES[name]).read_bytes()).hexdigest()[:12]
 
 
 def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
