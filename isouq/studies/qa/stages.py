@@ -152,7 +152,7 @@ class _Batches:
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
         rows.sort(key=lambda row: -lengths[row])
         n_all, size = sum(map(bool, lengths)), self.settings.batch_size
-        hide = None if self.progress is None else not self.progress
+        hide = True if not n_all else None if self.progress is None else not self.progress
         exported = time.monotonic()
         with tqdm(total=n_all, initial=n_all - len(rows), desc=stage, unit="question", disable=hide) as bar:
             for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
