@@ -206,6 +206,8 @@ def senseless(name: str, value):
         yield from ("", "  ", " smoke", 3, ["smoke"])
     elif isinstance(value, float):
         yield from (math.inf, -math.inf, math.nan, True, "1.5", 10**400, -1.0)
+    elif isinstance(value, bool):
+        yield from (1, "yes", None, math.nan)
     elif isinstance(value, int):
         yield from (True, math.inf, math.nan, 1.5, 2**63, -1)
     elif isinstance(value, str):

@@ -199,6 +199,7 @@ class LlmQa(Parameters):
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
     nli: str | None
+    chat: bool
     n_token_mean: dict[DataSet, Count]
     engine: Engine
     batch_size: Count

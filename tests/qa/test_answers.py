@@ -1,5 +1,7 @@
 """A true choice against a gradient of the softmax itself, and what a layer's share is."""
 
+import copy
+
 import pytest
 import torch
 
@@ -71,3 +73,21 @@ def test_a_free_answer_is_judged_by_embeddings_and_words(asked) -> None:
     assert not verdict["right"]  # as near to "w3" in these two dimensions, and right is nearer
     assert verdict["rouge_contrast"] == 1
     assert answers.verdict(free, row, {"text": ""})["embedding_contrast"] == -1
+
+
+TEMPLATE = "{% for m in messages %}Q:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+
+
+def test_a_chat_asks_in_turns_and_answers_without_a_space(asked, llama, tokenizer) -> None:
+    settings = subject.Settings(n_questions=10, n_samples=0, n_shots=0, chat=True)
+    with pytest.raises(ValueError, match="chat: the model's tokenizer has no chat template"):
+        subject.prepare(llama, tokenizer, asked.data_set, settings, choose=True)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = TEMPLATE
+    turned = subject.prepare(llama, chatty, asked.data_set, settings, choose=True)
+    text = asked.data_set.prompt(turned.questions[0])
+    assert turned.prompts[0] == tokenizer(f"Q:{text}\nA:")["input_ids"]
+    plain, chat = (s.reference_ids(s.questions[0])[0] for s in (asked, turned))
+    assert plain == tokenizer(" " + turned.questions[0].answers[0])["input_ids"]
+    assert chat == tokenizer(turned.questions[0].answers[0])["input_ids"]
+    assert settings.identity() != subject.Settings(n_questions=10, n_samples=0, n_shots=0).identity()

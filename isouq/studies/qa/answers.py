@@ -26,19 +26,13 @@ def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[R
     """
     questions, prompts = [subject.questions[row] for row in rows], [subject.prompts[row] for row in rows]
     if subject.choose:
-        ids = [_references(subject, question) for question in questions]
+        ids = [subject.reference_ids(question) for question in questions]
         log_probs = candidates.candidate_log_probs(subject.model, prompts, ids)
         return [_chosen(*row) for row in zip(questions, ids, (s.tolist() for s in log_probs), strict=True)]
     answers = generation.generate(
         subject.model, subject.tokenizer, prompts, stops=subject.stops, max_new_tokens=max_new_tokens
     )
     return [asdict(answer) for answer in answers]
-
-
-def _references(subject: Subject, question: Question) -> list[list[int]]:
-    """The ids of a question's reference answers, true ones first."""
-    texts = [*question.answers, *question.false_answers]
-    return [generation.encode_answer(subject.tokenizer, text) for text in texts]
 
 
 def _chosen(question: Question, ids: Sequence[Sequence[int]], log_probs: Sequence[float]) -> Record:
@@ -90,7 +84,7 @@ def choice(subject: Subject, row: int, engine: Engine) -> Record:
     float32's digits, so vᵀKv is set to at least 1e-7 of the sum of its terms' sizes.
     """
     question = subject.questions[row]
-    ids = _references(subject, question)
+    ids = subject.reference_ids(question)
     examples = from_pairs((subject.bare_prompt(question), answer) for answer in ids)
     S = scoring.log_probs(subject.model, examples)[0]
     K = scoring.gram(subject.model, examples, engine=engine).rows

@@ -26,12 +26,18 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return [encoding.prompt_ids(tokenizer, prompt) for prompt in prompts]
 
 
-def encode_answer(tokenizer: Any, answer: str) -> list[int]:
-    """Return the ids of a given answer as they follow a prompt: one leading space, no special tokens.
+def encode_turns(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text as a user's turn, up to where the model's turn begins, by the chat template."""
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return [list(tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)) for text in texts]
+
+
+def encode_answer(tokenizer: Any, answer: str, before: str = " ") -> list[int]:
+    """Return the ids of a given answer as they follow a prompt: after one space, or `before`; no special tokens.
 
     It is encoded apart from its prompt, so that prompt and answer never merge into one token.
     """
-    return encoding.answer_ids(tokenizer, f" {answer}")
+    return encoding.answer_ids(tokenizer, f"{before}{answer}")
 
 
 @torch.inference_mode()

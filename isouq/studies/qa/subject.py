@@ -25,8 +25,8 @@ class Settings:
     """How a study asks and scores.
 
     Those of `identity` decide which numbers result, the others how much is computed and where it is kept. `nli` is the
-    Hub id of a model that judges by entailment whether samples mean the same; without one their embeddings do. No
-    samples, no rivals that need them.
+    Hub id of a model that judges by entailment whether samples mean the same; without one their embeddings do. `chat`
+    asks through the tokenizer's chat template, except for P(True). No samples, no rivals that need them.
 
     Raises ValueError for a single sample, which has no entropy.
     """
@@ -37,6 +37,7 @@ class Settings:
     engine: Engine = "auto"
     n_samples: int = 10
     nli: str | None = None
+    chat: bool = False
     n_questions: int = 120
     n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
@@ -50,7 +51,8 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
         names = ("seed", "n_shots", "max_new_tokens", "engine", "n_samples")
-        return {name: getattr(self, name) for name in names} | {"nli": self.nli or ""}
+        chat = {"chat": True} if self.chat else {}
+        return {name: getattr(self, name) for name in names} | {"nli": self.nli or ""} | chat
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Subject:
     prompts: Sequence[Sequence[int]]
     shots: Sequence[tuple[Question, Sequence[int]]] = ()
     choose: bool = False
+    chat: bool = False
     nli: Entailment | None = None
     encoder: Callable[[Sequence[str]], Tensor] | None = None
 
@@ -83,7 +86,13 @@ class Subject:
 
     def bare_prompt(self, question: Question) -> list[int]:
         """Return a question's prompt without prefix and examples."""
-        return generation.encode_prompts(self.tokenizer, [replace(self.data_set, prefix="").prompt(question)])[0]
+        encode = generation.encode_turns if self.chat else generation.encode_prompts
+        return encode(self.tokenizer, [replace(self.data_set, prefix="").prompt(question)])[0]
+
+    def reference_ids(self, question: Question) -> list[list[int]]:
+        """Return the ids of a question's reference answers, true ones first, as they follow a prompt."""
+        texts, before = [*question.answers, *question.false_answers], "" if self.chat else " "
+        return [generation.encode_answer(self.tokenizer, text, before) for text in texts]
 
 
 def prepare(
@@ -99,8 +108,11 @@ def prepare(
 ) -> Subject:
     """Draw the questions and write their prompts; a set with an official prefix is asked without examples.
 
-    The solved examples of P(True) come from the set too, or from `others` where all of it is to be asked.
+    The solved examples of P(True) come from the set too, or from `others` where all of it is to be asked. Raises
+    ValueError for `chat` with a tokenizer that has no chat template.
     """
+    if settings.chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: the model's tokenizer has no chat template; leave it False, or take an instruct model")
     n_shots, n_true = 0 if data_set.prefix else settings.n_shots, N_TRUE_SHOTS if settings.n_samples else 0
     n_held_out = n_shots + (n_true if others is None else 0)
     questions, held_out = data.sample(data_set, settings.n_questions, n_shots=n_held_out, seed=settings.seed)
@@ -108,6 +120,7 @@ def prepare(
     if others is not None and n_true:
         true_shots = data.sample(others, 1, n_shots=n_true, seed=settings.seed)[1]
     texts = [data_set.prompt(question, shots) for question in [*questions, *true_shots]]
-    prompts = generation.encode_prompts(tokenizer, texts)
+    prompts = (generation.encode_turns if settings.chat else generation.encode_prompts)(tokenizer, texts)
     solved = list(zip(true_shots, prompts[len(questions) :], strict=True))
-    return Subject(model, tokenizer, data_set, questions, prompts[: len(questions)], solved, choose, nli, encoder)
+    asked = prompts[: len(questions)]
+    return Subject(model, tokenizer, data_set, questions, asked, solved, choose, settings.chat, nli, encoder)
