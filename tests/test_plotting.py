@@ -75,3 +75,16 @@ def test_the_same_figure_gives_the_same_bytes(table, tmp_path):
         figure.savefig(file, metadata={"Date": None})
     assert files[0].read_bytes() == files[1].read_bytes()
     assert b"<text" not in files[0].read_bytes(), "letters are paths: no reader's fonts are needed"
+
+
+def test_worth_draws_every_method_of_the_chapter_where_its_cost_and_value_are():
+    from isouq.studies.qa.details import STAGES
+
+    rows = [(name, 10.0**i, 0.6, 0.5, 0.7) for i, name in enumerate(STAGES)]
+    table = pd.DataFrame(rows, columns=["method", "seconds", "value", "low", "high"])
+    figure, ax = plt.subplots()
+    plotting.worth(table, ax, xlabel="seconds", ylabel="AUROC")
+    points = [line for line in ax.lines if line.get_label() in {METHODS[name].label for name in STAGES}]
+    assert [line.get_xdata()[0] for line in points] == [row[1] for row in rows]
+    assert ax.get_xscale() == "log"
+    figure.canvas.draw()

@@ -56,8 +56,6 @@ METHODS: dict[str, Method] = {
     "backward": Method("#C2506A", "+", "plain backward"),
     "vmap": Method("#5F7D00", "1", "torch.func vmap(grad)"),
     "opacus": Method("#A8409A", "2", "Opacus"),
-    "backpack": Method("#946B00", "3", "BackPACK BatchL2Grad"),
-    "backpack_grad": Method("#6B4F00", "4", "BackPACK BatchGrad"),
 }
 
 
@@ -298,6 +296,17 @@ def against(table: pd.DataFrame, ax: Axes, *, x: str, xlabel: str, ylabel: str) 
     ax.set_xticks(ticks, ticks)
     ax.set_xticks([], minor=True)
     _round_numbers(ax.yaxis)
+    return ax
+
+
+def worth(table: pd.DataFrame, ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
+    """Draw a point per method and a bar to its interval, over a logarithmic cost: method, seconds, value, low, high."""
+    for row in table.to_dict("records"):
+        colour, marker, label = METHODS[str(row["method"])]
+        ax.vlines(row["seconds"], row["low"], row["high"], color=colour, linewidth=0.7)
+        ax.plot(row["seconds"], row["value"], color=colour, marker=marker, linestyle="none", label=label)
+    ax.axhline(0.5, **GUIDE)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
     return ax
 
 
