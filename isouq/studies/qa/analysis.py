@@ -234,7 +234,7 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         for name, one in (("coefficient", large.coefficient(2)), ("gain", gain)):
             row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
         rows.append(row)
-    return pd.DataFrame(rows, columns=["aggregation", "n", *_ADDED])
+    return pd.DataFrame(rows, columns=["aggregation", "n", *_ADDED]).astype(dict.fromkeys(_ADDED, float))
 
 
 _ADDED = tuple(f"{name}{end}" for name in ("coefficient", "gain") for end in ("", "_low", "_high"))

@@ -43,7 +43,10 @@ def judges(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     for name in names:
         used = scored(table)
         right = used[name].astype(bool).to_numpy()
-        row: dict[str, Any] = {"judge": name.removeprefix("right_by_"), "right": accuracy(table, name).value}
+        row: dict[str, Any] = {
+            "judge": name.removeprefix("right_by_").replace("right", "own"),
+            "right": accuracy(table, name).value,
+        }
         row["kappa"] = cohen_kappa_score(table["right"].astype(bool), table[name].astype(bool))
         row["length"] = _defined(evaluation.spearman, right.astype(float), used["n_tokens"])
         for score, column in JUDGED.items():

@@ -126,7 +126,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in of.items()},
             }
         )
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).copy()  # in one piece: a column by itself for each layer would be slow
     table.attrs["failed"] = failed
     return table
 
