@@ -2,8 +2,8 @@
 
     python book/readme.py build/embedded/results.json
 
-No number of ours is typed into the README: what stands between its two markers is written here, from the kept runs. A
-run with question answering becomes the one that is quoted; the posteriors are quoted from `published` if that is kept.
+No number of ours is typed into the README: what stands between its two markers is written here, from the largest kept
+run that has question answering; the posteriors are quoted from `published` if that is kept.
 """
 
 from __future__ import annotations
@@ -48,19 +48,21 @@ def measured(folder: str) -> str:
     study = results.load(largest) if largest.is_file() and largest.parent != ROOT / folder else run
     entries = run.entries
     model = model_of(run)
+    asked = {d: title for d, title in DATA_SETS.items() if f"qa.{model}.{d}.accuracy" in entries}
     lines = [
         f"![How well each score tells wrong answers of {MODELS[model]} from right ones]({folder}/overview.svg)",
         "",
         f"AUROC for “the answer is wrong” of {MODELS[model]} (4-bit checkpoint, in float32), high = wrong, with 95 %",
         "bootstrap intervals over questions. ½ is chance; below ½ a score points the wrong way.",
         "",
-        "| | " + " | ".join(DATA_SETS.values()) + " |",
-        "| --- |" + " --- |" * len(DATA_SETS),
-        "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in DATA_SETS) + " |",
+        "| | " + " | ".join(asked.values()) + " |",
+        "| --- |" + " --- |" * len(asked),
+        "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked) + " |",
     ]
     for method, label in METHODS.items():
-        cells = [_cell(entries, f"qa.{model}.{d}.{method}.auroc") for d in DATA_SETS]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        keys = [f"qa.{model}.{d}.{method}.auroc" for d in asked]
+        if any(key in entries for key in keys):
+            lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
     lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
     lines += [] if study is run else [_run(run.meta), ""]
     return "\n".join([*lines, *_posteriors(study), _run(study.meta)])
@@ -178,9 +180,12 @@ def quoted(readme: str) -> str:
 
 def draw_overview(run: Results, target: Path) -> None:
     """The figure of the README: AUROC by data set and score. Raises ValueError when the run has none."""
-    patterns = [f"qa.{model_of(run)}.{data_set}.{{method}}.auroc" for data_set in DATA_SETS]
-    panels = figure.read_panels(patterns, list(DATA_SETS.values()), list(METHODS), run.entries)
-    figure.draw(panels, list(METHODS), target, xlabel="AUROC, wrong answers", reference=0.5)
+    model = model_of(run)
+    asked = {d: title for d, title in DATA_SETS.items() if f"qa.{model}.{d}.accuracy" in run.entries}
+    methods = [m for m in METHODS if any(f"qa.{model}.{d}.{m}.auroc" in run.entries for d in asked)]
+    patterns = [f"qa.{model}.{data_set}.{{method}}.auroc" for data_set in asked]
+    panels = figure.read_panels(patterns, list(asked.values()), methods, run.entries)
+    figure.draw(panels, methods, target, xlabel="AUROC, wrong answers", reference=0.5)
 
 
 def main(path: str) -> None:
@@ -191,9 +196,8 @@ def main(path: str) -> None:
     shutil.copyfile(path, ROOT / folder / "results.json")
     if any(key.startswith("qa.") for key in run.entries):
         draw_overview(run, ROOT / folder / "overview.svg")
-        source = folder
-    else:
-        source = quoted(text)
+    drawn = (f"results/{name}" for name in ("published", "embedded", run.meta["profile"]))
+    source = next((kept for kept in drawn if (ROOT / kept / "overview.svg").is_file()), None) or quoted(text)
     readme.write_text(with_block(text, measured(source)), encoding="utf-8")
     print(f"{folder} and README.md: written")
 
