@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -165,6 +166,8 @@ def interval_grid(
         ax.label_outer()
         if (legend := ax.get_legend()) is not None:
             legend.remove()
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        axes[i, j].set_visible((rows[i], columns[j]) in tables)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower right")
