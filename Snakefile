@@ -83,7 +83,7 @@ rule score:
     output:
         f"{BUILD}/qa/{{shard}}.done",
     params:
-        scoring=lambda wildcards: RUN.scoring(wildcards.shard),
+        **RUN.scoring(),
         model=lambda wildcards: RUN.shards[wildcards.shard][0],
         data_set=lambda wildcards: RUN.shards[wildcards.shard][1],
         content=lambda wildcards: RUN.contents([RUN.shards[wildcards.shard][0]]),

@@ -41,7 +41,7 @@ def test_verify_tells_the_corrupt_from_the_good(index, capsys):
     capsys.readouterr()
     assert cli.main(["assets", "verify"]) == 1
     shown = capsys.readouterr()
-    assert "notes                  verified\nhalf                   FAILED\n" in shown.out
+    assert "notes                    verified\nhalf                     FAILED\n" in shown.out
     assert "isouq: half: " in shown.err
     assert "is corrupt: expected" in shown.err
 

@@ -45,9 +45,11 @@ def test_each_parameter_of_a_notebook_is_a_line_of_its_own():
     assert values["n_questions"] == "n_questions: 8"
     assert values["data_sets"] == 'data_sets: ["triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose"]'
     assert values["size_depths"] == "", "a parameter of another notebook"
-    scoring = run.scoring("qa-smollm2-135m-instruct-wikidata")
-    assert "n_questions: 8" in scoring
-    assert not [line for line in scoring if line.startswith("n_folds")]
+    shard = SimpleNamespace(shard="qa-smollm2-135m-instruct-wikidata")
+    scoring = {name: line(shard) for name, line in run.scoring().items()}
+    assert scoring["n_questions"] == "n_questions: 8"
+    assert scoring["file"] == ""
+    assert "n_folds" not in scoring
     assert "n_draws: 400" in run.sampling()
 
 

@@ -69,12 +69,24 @@ class Graph:
 
         return {name: functools.partial(line, name) for name in names}
 
-    def scoring(self, shard: str) -> list[str]:
-        """Return a line per parameter that the scores of a shard of 04_llm_qa depend on, and one for a file's bytes."""
-        section: Any = self.sections["04_llm_qa"]
-        model, data_set = self.shards[shard]
-        file = {data_set: hashlib.sha256(Path(data_set).read_bytes()).hexdigest()} if Path(data_set).is_file() else {}
-        return lines(section.scoring(model, data_set) | file)
+    def scoring(self) -> dict[str, Callable[[Any], str]]:
+        """Return a function of a rule's wildcards per parameter that a shard of 04_llm_qa depends on, as `parameters`.
+
+        `file` is the SHA-256 of a file of questions.
+        """
+        section: Any = self.sections.get("04_llm_qa")
+        if not section:
+            return {}
+
+        def line(name: str, wildcards: Any) -> str:
+            return "".join(lines({name: section.scoring(*self.shards[wildcards.shard])[name]}))
+
+        def file(wildcards: Any) -> str:
+            path = Path(self.shards[wildcards.shard][1])
+            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+        names = section.scoring(*section.pairs()[0])
+        return {name: functools.partial(line, name) for name in names} | {"file": file}
 
     def sampling(self) -> list[str]:
         """Return a line per parameter of 03_mcmc."""

@@ -2,7 +2,7 @@
 
 answer → verdict, estimate, token_mean, cheap and, in a choice, choice; sample → meaning, p_true. A stage reads records
 of earlier ones and never edits them. What is stored costs hours, so code enters a store's identity as VERSION, raised
-by hand where a stored number changes; tests/qa/test_golden.py holds numbers that notice.
+by hand where a stored number changes; tests/qa/test_golden_answers.py holds numbers that notice.
 """
 
 from __future__ import annotations

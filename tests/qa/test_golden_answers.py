@@ -1,6 +1,6 @@
 """Golden values of a small study: they fail where a number changed and `stages.VERSION` was not raised.
 
-After a change of numbers that is meant: raise the version, then ``python tests/qa/test_golden.py`` writes
+After a change of numbers that is meant: raise the version, then ``python tests/qa/test_golden_answers.py`` writes
 tests/data/golden_answers.json anew, and the committed records have to be computed again.
 """
 
