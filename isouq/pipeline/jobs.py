@@ -60,7 +60,8 @@ def notebook(profile: str, chapter: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece, since other processes write here, too
+    sys.stderr.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
