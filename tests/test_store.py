@@ -205,3 +205,6 @@ def test_exported_records_are_taken_over_by_the_same_run_only(tmp_path: Path) ->
             store.restore(file)
         assert store.get("answer") == {}
     assert [path.name for path in file.parent.iterdir()] == ["s.parquet"]
+    file.write_bytes(file.read_bytes()[:-20])
+    with Store(tmp_path / "four.sqlite", RUN) as store, pytest.raises(StoreError, match=r"s\.parquet cannot be read"):
+        store.restore(file)

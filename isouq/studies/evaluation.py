@@ -9,6 +9,7 @@ resample. A `Ranking` holds either, so that any two can be compared on the same 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -124,9 +125,19 @@ class Resamples:
 
     @classmethod
     def of(
-        cls, rows: ArrayLike, *, clusters: ArrayLike | None = None, n_resamples: int = N_RESAMPLES, seed: int = 0
+        cls,
+        rows: ArrayLike,
+        *,
+        clusters: ArrayLike | None = None,
+        by_name: bool = False,
+        n_resamples: int = N_RESAMPLES,
+        seed: int = 0,
     ) -> Resamples:
         """Draw `n_resamples` resamples of `rows`; `clusters` (row,) are drawn as wholes.
+
+        `by_name`: how often a cluster is drawn hangs on its name and the seed alone, so that tables of other rows are
+        resampled together with this one where they share names: a Poisson bootstrap, whose counts are Poisson with
+        mean 1 (Chamandy et al. 2012).
 
         Raises ValueError for fewer than 40 resamples, fewer than two clusters, and rows without a cluster;
         UndefinedStatisticError for so few rows or clusters that a 95 % interval has no different resamples (four have
@@ -142,8 +153,14 @@ class Resamples:
             raise UndefinedStatisticError(f"clusters: {n_clusters} given, at least 2 wanted")
         if n_clusters < 5:
             raise UndefinedStatisticError(f"columns: {n_clusters} rows given, too few for 40 different resamples")
-        drawn = np.random.default_rng(seed).integers(0, n_clusters, (n_resamples, n_clusters))
-        counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n_clusters).astype(float)
+        if by_name and clusters is not None:
+            names = [str(name).encode() for name in np.unique(require.array_of("clusters", clusters))]
+            numbers = [int.from_bytes(hashlib.sha256(name).digest()[:8]) for name in names]
+            columns = [np.random.default_rng([seed, number]).poisson(1.0, n_resamples) for number in numbers]
+            counts = np.stack(columns, axis=1).astype(float)
+        else:
+            drawn = np.random.default_rng(seed).integers(0, n_clusters, (n_resamples, n_clusters))
+            counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n_clusters).astype(float)
         return cls(counts[:, codes], 1.0 - np.eye(n_clusters)[:, codes], seed)
 
 

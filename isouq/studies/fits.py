@@ -45,13 +45,14 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Column) ->
     x = np.column_stack([np.ones(len(features)), features])
     products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
     n_fits, size = len(weights), x.shape[1]
-    mean = weights @ features / weights.sum(axis=1, keepdims=True)
-    variance = np.maximum(weights @ features**2 / weights.sum(axis=1, keepdims=True) - mean**2, 0)
+    defined = (weights @ wrong > 0) & (weights @ ~wrong > 0)
+    used = np.where(defined[:, None], weights, 1.0)
+    mean = used @ features / used.sum(axis=1, keepdims=True)
+    variance = np.maximum(used @ features**2 / used.sum(axis=1, keepdims=True) - mean**2, 0)
     # β of a standardised feature is β·s of the plain one, so the penalty β² becomes s²β². A constant one is left alone.
     constant = variance <= (CONSTANT * np.abs(features).max(axis=0)) ** 2
     penalty = np.column_stack([np.zeros(n_fits), np.where(constant, 1.0, variance)])
-    defined = (weights @ wrong > 0) & (weights @ ~wrong > 0)
-    beta, used = np.zeros((n_fits, size)), np.where(defined[:, None], weights, 1.0)
+    beta = np.zeros((n_fits, size))
     for _ in range(50):
         p = special.expit(beta @ x.T)
         gradient = (used * (wrong - p)) @ x - penalty * beta

@@ -128,10 +128,15 @@ class Store:
     def restore(self, path: Path) -> int:
         """Take over the records of a file that `export` wrote, where this store has none; return how many were new.
 
-        Raises StoreError for the records of another run.
+        Raises StoreError for the records of another run, and for a file that is damaged.
         """
-        table = pq.read_table(path)
-        there = json.loads((table.schema.metadata or {}).get(b"identity", b"null"))
+        try:
+            table = pq.read_table(path, columns=["stage", "item_id", "record"])
+            there = json.loads((table.schema.metadata or {}).get(b"identity", b"null"))
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}); remove it, and what it held is computed anew"
+            ) from error
         if there != self.identity:
             raise StoreError(f"{path} holds the records of another run; move it away")
         with self._transaction("IMMEDIATE"):

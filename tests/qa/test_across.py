@@ -47,6 +47,21 @@ def test_a_mean_over_models_is_the_mean_of_values_and_of_draws(ranked) -> None:
         across.mean([])
 
 
+def test_models_are_resampled_together_whatever_else_each_was_asked(answers) -> None:
+    """The same answers by two models, of which one was asked fewer questions and left some empty."""
+    whole = answers["small"]
+    part = whole.drop(index=[3, 50, 51]).iloc[:150]
+    counts = {name: QUICK.resamples(table).counts for name, table in (("whole", whole), ("part", part))}
+    assert np.array_equal(counts["whole"][:, part.index], counts["part"])
+    assert counts["whole"].mean() == pytest.approx(1, abs=0.05)
+    assert counts["whole"].var() == pytest.approx(1, abs=0.1)
+    one, two = (analysis.rank(table, QUICK)["sequence"]["likelihood"] for table in (whole, part))
+    assert np.corrcoef(one.draws, two.draws)[0, 1] > 0.6
+    kinds = whole.assign(cluster=[f"k{i % 9}" for i in range(len(whole))])
+    drawn = QUICK.resamples(kinds).counts
+    assert np.array_equal(drawn[:, 0], drawn[:, 9])
+
+
 def test_a_rival_that_knows_more_is_ahead_and_one_that_knows_nothing_behind(answers, ranked) -> None:
     results = across.named_results(answers, ranked, "triviaqa", QUICK)
     assert results["qa.mean.triviaqa.combined.auroc_over_p_true"].high < 0
@@ -105,7 +120,7 @@ def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(
 
 
 def test_another_judge_is_compared_with_the_studys_own(answers) -> None:
-    rows = details.judges(answers["small"], QUICK).set_index("judge")
+    rows = details.judges(answers["small"]).set_index("judge")
     assert list(rows.index) == ["own", "f1"]
     assert rows["kappa"]["own"] == 1
     assert 0.7 < rows["kappa"]["f1"] < 1
@@ -126,6 +141,7 @@ def test_a_true_choice_is_ranked_by_its_own_verdict() -> None:
     rng = np.random.default_rng(0)
     log_p = np.log(rng.uniform(0.3, 0.99, 200))
     table = pd.DataFrame({"log_p_choice": log_p, "right_as_choice": rng.random(200) < np.exp(log_p)})
+    table = table.assign(item_id=[f"q{i}" for i in range(200)], wrong=~table["right_as_choice"])
     table["log_aleatoric_choice"] = log_p + np.log(-np.expm1(log_p))
     table["log_epistemic_choice"] = table["log_aleatoric_choice"] + rng.normal(size=200)
     ranked = details.choice(table, QUICK)

@@ -19,7 +19,7 @@ def made_up(n: int = 240, *, signal: float = 1.0, seed: int = 0) -> pd.DataFrame
     wrong = rng.random(n) < 1 / (1 + np.exp(signal * (log_prob + 6)))
     log_gradient = 10 + 0.2 * rng.normal(size=n)
     table = pd.DataFrame({"log_prob": log_prob, "likelihood": -log_prob, "n_tokens": n_tokens, "wrong": wrong})
-    table = table.assign(right=~wrong, empty=False, log_gradient=log_gradient)
+    table = table.assign(item_id=[f"q{i}" for i in range(n)], right=~wrong, empty=False, log_gradient=log_gradient)
     for name, log_p in (("sequence", log_prob), ("geometric", log_prob / n_tokens), ("token_mean", log_prob / 9)):
         table[f"probability_{name}"] = np.exp(log_p)
         table[f"log_aleatoric_{name}"] = log_p + np.log(-np.expm1(log_p))

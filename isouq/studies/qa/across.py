@@ -1,7 +1,7 @@
 """What several models say together: means over models, which estimate each prefers, and whether a scale carries over.
 
-Claims C6 to C10 are about these. Resamples are of questions, the same for all models that were asked the same ones;
-the models themselves are taken as given.
+Claims C6 to C10 are about these. A question is drawn as often for one model as for another (`Analysis.resamples`), also
+where one was asked more of them; the models themselves are taken as given.
 """
 
 from __future__ import annotations

@@ -53,9 +53,13 @@ class Analysis:
         require.count("n_folds", self.n_folds, 2, evaluation.MIN_PER_CLASS)
 
     def resamples(self, table: pd.DataFrame) -> Resamples:
-        """Draw resamples of the table's questions, by `cluster` where it has such a column."""
+        """Draw resamples of the table's questions, by `cluster` where it has such a column.
+
+        They go by the questions' ids, or the clusters' names, so that several models' answers are resampled together,
+        whatever other questions each was asked or left empty.
+        """
         options = {"n_resamples": self.n_resamples, "seed": self.seed}
-        return Resamples.of(table["wrong"], clusters=table.get("cluster"), **options)
+        return Resamples.of(table["wrong"], clusters=table.get("cluster", table["item_id"]), by_name=True, **options)
 
     def correlation(self, table: pd.DataFrame, a: str, b: str) -> Interval | None:
         """Return Spearman's ρ of two columns with its interval over questions, None where it is undefined."""

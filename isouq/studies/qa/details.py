@@ -32,13 +32,13 @@ STAGES = {  # what has to be computed for each score, after the answer itself
 }
 
 
-def judges(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
-    """Return one row for each verdict on the same answers: the study's own, and every `right_by_…` that judges answers.
+def judges(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each verdict on the same answers: the study's own, by token F1, by ROUGE-L, where it has them.
 
     Columns: judge; right, the share; kappa, Cohen's κ with the study's own verdict; length, Spearman's ρ of "right"
     with the answer's number of tokens; auroc_S for each S of JUDGED that the table has. NaN where it is not defined.
     """
-    names = ["right", *(name for name in map(str, table) if re.fullmatch("right_by_(f1|rouge|mean)", name))]
+    names = ["right", *(name for name in map(str, table) if re.fullmatch("right_by_(f1|rouge)", name))]
     rows = []
     for name in names:
         used = scored(table)
@@ -74,13 +74,11 @@ def choice(table: pd.DataFrame, analysis: Analysis) -> dict[str, Ranking]:
     wrong = ~used["right_as_choice"].astype(bool).to_numpy()
     if not evaluation.enough_of_both(wrong):
         return {}
-    plan, features = (
-        analysis.resamples(used.assign(wrong=wrong)),
-        used[["log_epistemic_choice", "log_aleatoric_choice"]],
-    )
+    plan = analysis.resamples(used)
+    features = used[["log_epistemic_choice", "log_aleatoric_choice"]]
     raw = {"epistemic": features.iloc[:, 0], "aleatoric": features.iloc[:, 1], "minus_log_p": -used["log_p_choice"]}
-    found = {name: evaluation.ranking(score.to_numpy(), wrong, plan) for name, score in raw.items()}
-    return found | {"combined": Fit.of(features.to_numpy(), wrong, plan, n_folds=analysis.n_folds).ranking()}
+    ranked = {name: evaluation.ranking(score.to_numpy(), wrong, plan) for name, score in raw.items()}
+    return ranked | {"combined": Fit.of(features.to_numpy(), wrong, plan, n_folds=analysis.n_folds).ranking()}
 
 
 def layers(table: pd.DataFrame, analysis: Analysis) -> tuple[pd.DataFrame, Interval | None]:
@@ -114,15 +112,8 @@ def costs(table: pd.DataFrame, rankings: Mapping[str, Ranking]) -> pd.DataFrame:
         if name in rankings:
             interval = rankings[name].interval()
             seconds = sum(float(table[f"seconds_{stage}"].mean()) for stage in stages)
-            rows.append(
-                {
-                    "method": name,
-                    "seconds": seconds,
-                    "value": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                }
-            )
+            ends = {"value": interval.value, "low": interval.low, "high": interval.high}
+            rows.append({"method": name, "seconds": seconds, **ends})
     return pd.DataFrame(rows)
 
 
@@ -130,7 +121,7 @@ def named_results(table: pd.DataFrame, subject: str, analysis: Analysis) -> dict
     """Return the named results of one `subject`, "<model>.<data set>", about judges, layers, cost and a true choice."""
     prefix = f"qa.{subject}"
     results: dict[str, Result] = {}
-    for row in judges(table, analysis).iloc[1:].to_dict("records"):
+    for row in judges(table).iloc[1:].to_dict("records"):
         for metric in ("right", "kappa", "auroc_likelihood", "auroc_epistemic"):
             if not np.isnan(row.get(metric, np.nan)):
                 results[f"{prefix}.judge.{row['judge']}.{metric}"] = Result(value=row[metric], n=len(table))

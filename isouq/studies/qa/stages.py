@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ _KINDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "norm": "
 
 def complete(store: Store, subject: Subject, settings: Settings, *, progress: bool | None = None) -> None:
     """Compute every record that the store lacks."""
-    for question in subject.questions:
-        if store.missing("question", [question.item_id]):
-            store.put(question.item_id, {"question": asdict(question)})
+    questions = {question.item_id: question for question in subject.questions}
+    for item_id in store.missing("question", questions):
+        store.put(item_id, {"question": asdict(questions[item_id])})
     fill = _Batches(store, subject, settings, progress).fill
     most = settings.max_new_tokens * (2 if subject.data_set.sentences else 1)
     read = [len(prompt) for prompt in subject.prompts]
@@ -137,18 +137,19 @@ class _Batches:
     """Fills a stage of the store: batches of similar length, longest first, one transaction a question.
 
     A question at which a stage fails (a prompt beyond the model's context) has the reason under `failed`, and no later
-    stage tries it; the others go on.
+    stage of this run tries it; the others go on. The next run tries it again.
     """
 
     store: Store
     subject: Subject
     settings: Settings
     progress: bool | None
+    failed: set[str] = field(default_factory=set)
 
     def fill(self, stage: str, work: Callable[[list[int]], list[Record]], lengths: Sequence[int]) -> None:
         """Call `work` on the rows that lack a record of `stage`; rows of length 0 are left out."""
         item_ids = [question.item_id for question in self.subject.questions]
-        missing = set(self.store.missing(stage, item_ids)) - self.store.get("failed").keys()
+        missing = set(self.store.missing(stage, item_ids)) - self.failed
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
         rows.sort(key=lambda row: -lengths[row])
         n_all, size = sum(map(bool, lengths)), self.settings.batch_size
@@ -163,7 +164,8 @@ class _Batches:
                 for row, record in records.items():
                     self.store.put(item_ids[row], {stage: {**record, "seconds": seconds}})
                 for row, reason in reasons.items():
-                    self.store.put(item_ids[row], {"failed": {"stage": stage, "reason": reason}})
+                    self.store.put(item_ids[row], {"failed": {"stage": stage, "reason": reason}}, replace=True)
+                    self.failed.add(item_ids[row])
                 bar.update(len(batch))
                 folder = self.settings.records_dir
                 if folder and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):

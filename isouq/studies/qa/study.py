@@ -94,10 +94,10 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
 
     Raises ValueError, with the first reason, where every question failed.
     """
-    asked, failed = {question.item_id for question in questions}, store.get("failed")
-    failed = {
-        item_id: f"{record['stage']}: {record['reason']}" for item_id, record in failed.items() if item_id in asked
-    }
+    failed = {}
+    for item_id, record in store.get("failed").items():  # unless a later run went past that stage
+        if item_id in {question.item_id for question in questions} and store.missing(record["stage"], [item_id]):
+            failed[item_id] = f"{record['stage']}: {record['reason']}"
     questions = [question for question in questions if question.item_id not in failed]
     if not questions:
         raise ValueError(f"all {len(failed)} questions failed; the first at {next(iter(failed.values()))}")

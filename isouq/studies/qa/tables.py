@@ -34,7 +34,7 @@ def table_2(ranked: Mapping[str, Mapping[str, Mapping[str, Ranking]]], data_set:
 
 
 def _texts(rankings: Mapping[str, Ranking | None]) -> pd.Series:
-    return pd.Series({name: str(one.interval()).partition(",  n")[0] if one else "" for name, one in rankings.items()})
+    return pd.Series({name: str(one.interval()).partition(", n =")[0] if one else "" for name, one in rankings.items()})
 
 
 def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
