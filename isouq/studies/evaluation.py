@@ -9,7 +9,6 @@ resample. A `Ranking` holds either, so that any two can be compared on the same 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from isouq.studies import require
+from isouq.studies.resamples import N_RESAMPLES as N_RESAMPLES
+from isouq.studies.resamples import Column as Column
+from isouq.studies.resamples import Resamples as Resamples
+from isouq.studies.resamples import UndefinedStatisticError as UndefinedStatisticError
 
-N_RESAMPLES = 2000
 MIN_PER_CLASS = 10  # with fewer right or fewer wrong answers than this, an AUROC is not reported
 CONSTANT = 1e-9  # of a column's largest absolute value; what varies by less is rounding
-
-Column = NDArray[np.float64]
-
-
-class UndefinedStatisticError(ValueError):
-    """The statistic has no value on this sample (one class only, or a constant column)."""
 
 
 @dataclass(frozen=True)
@@ -109,59 +105,6 @@ def n_pairs(wrong: ArrayLike, stratum: ArrayLike) -> int:
     return int(
         np.bincount(codes[wrong], minlength=codes.max() + 1) @ np.bincount(codes[~wrong], minlength=codes.max() + 1)
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Resamples:
-    """Bootstrap resamples of the rows, the same for every statistic that is computed on them.
-
-    counts: (resample, row), how often each row was drawn. left_out: (cluster, row), ones but for one cluster's rows,
-    for the jackknife.
-    """
-
-    counts: Column
-    left_out: Column
-    seed: int
-
-    @classmethod
-    def of(
-        cls,
-        rows: ArrayLike,
-        *,
-        clusters: ArrayLike | None = None,
-        by_name: bool = False,
-        n_resamples: int = N_RESAMPLES,
-        seed: int = 0,
-    ) -> Resamples:
-        """Draw `n_resamples` resamples of `rows`; `clusters` (row,) are drawn as wholes.
-
-        `by_name`: how often a cluster is drawn hangs on its name and the seed alone, so that tables of other rows are
-        resampled together with this one where they share names: a Poisson bootstrap, whose counts are Poisson with
-        mean 1 (Chamandy et al. 2012).
-
-        Raises ValueError for fewer than 40 resamples, fewer than two clusters, and rows without a cluster;
-        UndefinedStatisticError for so few rows or clusters that a 95 % interval has no different resamples (four have
-        35, and 40 are needed).
-        """
-        n = len(require.array_of("rows", rows))
-        codes = np.arange(n) if clusters is None else require.groups("clusters", clusters)
-        if clusters is not None:
-            require.same_rows(rows=rows, clusters=clusters)
-        n_resamples, seed = require.count("n_resamples", n_resamples, 40), require.seed("seed", seed)
-        n_clusters = int(codes.max(initial=-1)) + 1
-        if clusters is not None and n_clusters < 2:
-            raise UndefinedStatisticError(f"clusters: {n_clusters} given, at least 2 wanted")
-        if n_clusters < 5:
-            raise UndefinedStatisticError(f"columns: {n_clusters} rows given, too few for 40 different resamples")
-        if by_name and clusters is not None:
-            names = [str(name).encode() for name in np.unique(require.array_of("clusters", clusters))]
-            numbers = [int.from_bytes(hashlib.sha256(name).digest()[:8]) for name in names]
-            columns = [np.random.default_rng([seed, number]).poisson(1.0, n_resamples) for number in numbers]
-            counts = np.stack(columns, axis=1).astype(float)
-        else:
-            drawn = np.random.default_rng(seed).integers(0, n_clusters, (n_resamples, n_clusters))
-            counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n_clusters).astype(float)
-        return cls(counts[:, codes], 1.0 - np.eye(n_clusters)[:, codes], seed)
 
 
 def bca(value: float, draws: Column, jackknife: Column, n: int, *, n_units: int, level: float = 0.95) -> Interval:
