@@ -20,7 +20,8 @@ from isouq.studies.cost.methods import METHODS
 
 def language(seed: int = 0) -> Texts:
     ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(seed))
-    return Texts(model=build("llama", tied=True).float(), ids=ids, n_answer=3)
+    words = SimpleNamespace(decode=lambda ids, **options: " ".join(map(str, ids)))
+    return Texts(model=build("llama", tied=True).float(), ids=ids, n_answer=3, tokenizer=words)
 
 
 def squared_norms(case) -> torch.Tensor:
@@ -78,7 +79,9 @@ def test_an_absent_peer_is_named_with_the_way_out(monkeypatch):
 
 def test_sampled_answers_have_the_log_p_that_a_whole_forward_pass_gives():
     case = language()
-    ids, log_p = methods.sampled(case, 4, seed=1)
+    samples = [answer for answers in methods.sampled(case, 4, seed=1) for answer in answers]
+    ids = torch.tensor([answer.token_ids for answer in samples]).unflatten(0, (3, 4))
+    log_p = torch.tensor([answer.log_prob for answer in samples])
     assert ids.shape == (3, 4, 3)
     assert len({tuple(row) for row in ids[0].tolist()}) > 1, "samples differ"
     prompts = case.ids[:, :-3].repeat_interleave(4, 0)

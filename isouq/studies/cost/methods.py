@@ -12,17 +12,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from isouq.gradients.model import differentiable, select_parameters
 from isouq.studies.cost.cases import Texts
+from isouq.studies.qa import rivals
+from isouq.studies.qa.generation import Sample, draw, next_log_probs
 from isouq.studies.qa.sentences import SentenceEncoder
 
 Run = Callable[[], Tensor | None]
 Method = Callable[[Any], AbstractContextManager[Run]]
 
-SAME_MEANING = 0.8  # cosine similarity from which two answers count as one; it does not change the cost
 N_SAMPLES = 10  # answers drawn per question for the entropies
 
 
@@ -132,56 +134,39 @@ def _opacus(case: Texts, *, ghost: bool = False) -> Iterator[Run]:
 # ── Rivals: other uncertainties of the same answer ─────────────────────────────────────────────────────────────
 
 
-@torch.no_grad()
-def sampled(case: Texts, n_samples: int = N_SAMPLES, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw answers as long as the case's own at temperature 1, reading each prompt once for all its samples.
-
-    Returns ids (example, sample, token) and log p in nats (example, sample).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    out = case.model(case.ids[:, : -case.n_answer], use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n_samples, 0)
-    cache.batch_repeat_interleave(n_samples)
-    chosen, log_p = [], torch.zeros(len(logits))
-    for step in range(case.n_answer):
-        log_probs = logits.log_softmax(-1)
-        chosen.append(log_probs.exp().multinomial(1, generator=generator))
-        log_p += log_probs.gather(1, chosen[-1]).squeeze(1)
-        if step + 1 < case.n_answer:
-            logits = case.model(chosen[-1], past_key_values=cache, use_cache=True).logits[:, -1]
-    return torch.cat(chosen, 1).unflatten(0, (-1, n_samples)), log_p.unflatten(0, (-1, n_samples))
+def sampled(case: Texts, n_samples: int = N_SAMPLES, *, seed: int = 0) -> list[list[Sample]]:
+    """Draw answers as long as the case's own at temperature 1, as chapter 04 does: (example, sample)."""
+    numbers = np.random.default_rng(seed).random((len(case), n_samples, case.n_answer))
+    prompts, no_stop = case.ids[:, : -case.n_answer].tolist(), (frozenset[int](), frozenset[int]())
+    return draw(case.model, case.tokenizer, prompts, numbers, stops=no_stop)
 
 
 def _naive_entropy(case: Texts) -> None:
-    """Compute −(1/n) Σ log p of n sampled answers."""
-    sampled(case)[1].mean(1).neg()
+    for answers in sampled(case):
+        rivals.naive_entropy([a.log_prob for a in answers], [a.n_steps for a in answers])
 
 
 @contextmanager
 def _semantic_entropy(case: Texts) -> Iterator[Run]:
-    """Compute the entropy over meanings, groups of samples whose sentence embeddings are similar.
-
-    This is the cheap variant: the original asks an entailment model about each pair of answers.
-    """
+    """By embeddings, the cheap variant: the original asks an entailment model about each pair of answers."""
     encode = SentenceEncoder()
 
     def run() -> None:
-        for answers in sampled(case)[0]:
-            directions = encode(case.tokenizer.batch_decode(answers))
-            meaning = ((directions @ directions.T) >= SAME_MEANING).to(torch.int8).argmax(1)  # the first alike
-            shares = meaning.unique(return_counts=True)[1] / len(answers)
-            torch.special.entr(shares).sum()
+        for answers in sampled(case):
+            meanings = rivals.meanings(
+                [a.text for a in answers], rivals.by_embedding(encode([a.text for a in answers]))
+            )
+            rivals.semantic_entropy([a.log_prob for a in answers], [a.n_steps for a in answers], meanings)
 
     yield run
 
 
-@torch.no_grad()
 def _p_true(case: Texts) -> None:
-    """Run one more forward pass, over question, answer and the question whether the answer is true; one logit row."""
-    question = case.tokenizer("\nIs this answer true? Answer yes or no:", add_special_tokens=False)["input_ids"]
-    ids = torch.cat([case.ids, torch.tensor(question).expand(len(case), -1)], 1)
-    words = [case.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" yes", " no")]
-    case.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, words].softmax(-1)
+    """One more pass over question and answer, with the question whether the answer is true; no samples, no examples."""
+    asked = rivals.p_true_prompt("", [], "")
+    question, *labels = (case.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (asked, *rivals.LABELS))
+    prompts = [[*row, *question] for row in case.ids.tolist()]
+    next_log_probs(case.model, prompts, [label[0] for label in labels])
 
 
 METHODS: dict[str, Method] = {
