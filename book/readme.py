@@ -1,9 +1,9 @@
-"""Keep a run and quote it in the README: results/PROFILE/{results.json,overview.svg} and the README's measured block.
+"""Keep a run and quote it in the README: results/PROFILE/{results.json,overview.svg} and the README's two blocks.
 
     python book/readme.py build/embedded/results.json
 
-No number of ours is typed into the README: what stands between its two markers is written here, from the largest kept
-run that has question answering; the posteriors are quoted from `published` if that is kept.
+No number of ours is typed into the README: what stands between its markers is written here, from the largest kept run
+that has question answering; the posteriors are quoted from `published` if that is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
-from isouq_book import figure, results  # noqa: E402
+from isouq_book import figure, findings, results  # noqa: E402
 from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
 
-from isouq.studies import claims  # noqa: E402
+from isouq.studies import claims, verdicts  # noqa: E402
 
-BEGIN, END = "<!-- measured: written by book/readme.py -->", "<!-- end of what was measured -->"
+BLOCKS = ("found", "measured")  # in the order of the page
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
 DATA_SETS = {
     "truthfulqa": "TruthfulQA (writing)",
@@ -41,8 +41,19 @@ METHODS = {
 }
 
 
+def found(folder: str) -> str:
+    """The README's findings: a sentence for each claim that has one, chosen by the verdict on that run."""
+    entries = results.load(ROOT / folder / "results.json").entries
+    stated = claims.load(ROOT / "book" / "claims.yml")
+    judged = verdicts.judge(stated, entries)
+    return "\n".join(
+        f"- {text} ({claim.id}: {judged[claim.id].outcome})"
+        for claim, text in findings.sentences(stated, judged, entries)
+    )
+
+
 def measured(folder: str) -> str:
-    """The README's block: the figure, the table behind it, what a score costs, and which run it was."""
+    """The README's numbers: the figure, the table behind it, what a score costs, and which run it was."""
     run = results.load(ROOT / folder / "results.json")
     largest = ROOT / "results" / "published" / "results.json"
     study = results.load(largest) if largest.is_file() and largest.parent != ROOT / folder else run
@@ -94,16 +105,16 @@ def _cell(entries: Mapping[str, Entry], key: str) -> str:
 
 
 def _cost(entries: Mapping[str, Entry]) -> list[str]:
-    found = []
+    costs = []
     for model, label in MODELS.items():
         keys = [f"cost.{model}.ghost.relative_to_forward", f"cost.{model}.ghost.speedup_over_autograd"]
         if all(key in entries for key in keys):
             ratio, speedup = (format_number(entries[key].value, ".1f") for key in keys)
-            found.append(
+            costs.append(
                 f"{label}: {ratio} × its plain forward pass, {speedup} × faster than a backward pass per example"
             )
     head = "Cost of the exact norm over all parameters, batches of 8 at 64 tokens: "
-    return [head + "; ".join(found) + ".", ""] if found else []
+    return [head + "; ".join(costs) + ".", ""] if costs else []
 
 
 def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
@@ -162,20 +173,25 @@ def _run(meta: Mapping[str, object]) -> str:
     return f"Profile `{meta.get('profile')}`, {created}, commit {commit}{machine}."
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README's text with the block between its markers. Raises ValueError when a marker is missing."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", readme)
+def with_blocks(readme: str, folder: str) -> str:
+    """The README's text with the blocks of a run between their markers. Raises ValueError when a marker is missing."""
+    texts = (found(folder), measured(folder))
+    for name, text in zip(BLOCKS, texts, strict=True):
+        begin, end = f"<!-- {name}: written by book/readme.py -->", f"<!-- end of what was {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(readme):
+            raise ValueError(f"README.md lacks the markers {begin} and {end}")
+        block = f"{begin}\n{text}\n{end}"
+        readme = pattern.sub(lambda _, block=block: block, readme)
+    return readme
 
 
 def quoted(readme: str) -> str:
     """The folder of the run that a README quotes. Raises ValueError when it quotes none."""
-    found = re.search(r"\((results/[\w-]+)/overview\.svg\)", readme)
-    if not found:
+    shown = re.search(r"\((results/[\w-]+)/overview\.svg\)", readme)
+    if not shown:
         raise ValueError("README.md shows no figure made from results")
-    return found[1]
+    return shown[1]
 
 
 def draw_overview(run: Results, target: Path) -> None:
@@ -189,16 +205,17 @@ def draw_overview(run: Results, target: Path) -> None:
 
 
 def main(path: str) -> None:
-    """Keep the results, draw the overview where they have one, and rewrite the README's block."""
+    """Keep the results, draw the overview where they have one, and rewrite the README's blocks."""
     run, readme = results.load(path), ROOT / "README.md"
     text, folder = readme.read_text(encoding="utf-8"), f"results/{run.meta['profile']}"
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, ROOT / folder / "results.json")
+    if (kept := ROOT / folder / "results.json") != Path(path).resolve():
+        shutil.copyfile(path, kept)
     if any(key.startswith("qa.") for key in run.entries):
         draw_overview(run, ROOT / folder / "overview.svg")
     drawn = (f"results/{name}" for name in ("published", "embedded", run.meta["profile"]))
     source = next((kept for kept in drawn if (ROOT / kept / "overview.svg").is_file()), None) or quoted(text)
-    readme.write_text(with_block(text, measured(source)), encoding="utf-8")
+    readme.write_text(with_blocks(text, source), encoding="utf-8")
     print(f"{folder} and README.md: written")
 
 

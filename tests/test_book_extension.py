@@ -164,6 +164,32 @@ def test_the_claims_table_shows_rules_values_and_generated_verdicts(small_book):
     assert "not run (no result for 1 core check)" in text
 
 
+def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
+    finding = {
+        "holds": "It is {qa.a.auroc:.3f}.",
+        "partly": "Half.",
+        "does not hold": "It is not.",
+        "undecided": "Open.",
+    }
+    claim = {"id": "C1", "claim": "It is so.", "short": "it is so", "paper": "0.52", "written": "before"}
+    check = {"label": "AUROC", "key": "qa.a.auroc", "rule": {"above": 0.5}, "core": True}
+    page = "```{findings} claims.yml\n```\n\n```{claims-summary} claims.yml\n```\n"
+    written = yaml.safe_dump([claim | {"finding": finding, "checks": [check]}])
+    for value, sentence in ((0.7, "It is 0.700. (C1: holds)"), (0.3, "It is not. (C1: does not hold)")):
+        code, text, warnings = small_book(page, {"qa.a.auroc": auroc(value)}, claims=written)
+        assert code == 0, warnings
+        words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", text))
+        assert sentence in words
+        assert f"AUROC: {value:.2f} [" in words
+    code, text, _ = small_book(page, {"other.key": auroc(0.3)}, claims=written)
+    assert "No answer yet to whether it is so. (C1: not run)" in re.sub("<[^>]+>", "", text)
+    del finding["partly"]
+    written = yaml.safe_dump([claim | {"finding": finding, "checks": [check]}])
+    code, _, warnings = small_book(page, {"qa.a.auroc": auroc(0.7)}, claims=written)
+    assert code != 0
+    assert "C1: finding" in warnings
+
+
 def test_a_figure_is_drawn_from_results_and_says_in_words_what_it_shows(small_book):
     page = (
         "```{interval-figure} qa.one.{method}.auroc qa.two.{method}.auroc\n:name: fig-one\n:titles: One | Two\n"

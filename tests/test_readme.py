@@ -28,11 +28,11 @@ def test_there_are_snippets_for_every_public_function():
         assert any(f".{name}(" in snippet for snippet in SNIPPETS), name
 
 
-def test_the_measured_block_is_that_of_the_kept_results():
+def test_the_findings_and_numbers_are_those_of_the_kept_results():
     kept = sorted((ROOT / "results").glob("*/results.json"))
     assert kept, "no results are kept: python book/readme.py build/PROFILE/results.json"
     folder = readme.quoted(TEXT)
-    assert readme.with_block(TEXT, readme.measured(folder)) == TEXT
+    assert readme.with_blocks(TEXT, folder) == TEXT
     assert (ROOT / folder / "overview.svg").is_file()
     runs = [line for line in TEXT.splitlines() if line.startswith("Profile `")]
     assert len(runs) == len(set(runs)) > 0, "each run is named once"
@@ -40,7 +40,7 @@ def test_the_measured_block_is_that_of_the_kept_results():
 
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="lacks the markers"):
-        readme.with_block("nothing", "block")
+        readme.with_blocks("nothing", readme.quoted(TEXT))
 
 
 def test_a_run_without_posteriors_is_not_said_to_have_failed_the_gate():

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from isouq.studies.results import check_key
 
 Outcome = Literal["holds", "partly", "does not hold", "undecided", "not run"]
 INTERVALS = ("bootstrap", "t", "exact")
-_CLAIM_FIELDS = {"id", "claim", "chapter", "paper", "note", "written", "joint", "each", "checks"}
+OUTCOMES: tuple[Outcome, ...] = ("holds", "partly", "does not hold", "undecided")  # of a claim that was run
+_CLAIM_FIELDS = {"id", "claim", "short", "finding", "chapter", "paper", "note", "written", "joint", "each", "checks"}
 _CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper"}
 WRITTEN = {
     "before": "Its rules were written before any of these numbers was seen.",
@@ -112,7 +113,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper. `joint` are the keys of max-t critical values that cover all its checks, if any."""
+    """One claim of the paper.
+
+    `short` is the claim as a clause of about ten words. `finding` has a sentence for each of OUTCOMES, written before
+    the outcome is known; it may quote results as {key:format}. `joint` are the keys of max-t critical values that cover
+    all its checks, if any.
+    """
 
     id: str
     claim: str
@@ -121,6 +127,8 @@ class Claim:
     checks: tuple[Check, ...]
     chapter: str = ""
     note: str = ""
+    short: str = ""
+    finding: Mapping[Outcome, str] = field(default_factory=dict)
     joint: tuple[str, ...] = ()
 
 
@@ -174,7 +182,11 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     if not any(check.core for check in checks):
         raise ValueError(f"{name}: {len(checks)} checks given, none of them core; at least one core check wanted")
     joint = [entry["joint"].format(**_parts(values, 0)) for values in products] if "joint" in entry else []
-    plain = {key: entry[key] for key in ("id", "claim", "paper", "written", "chapter", "note") if key in entry}
+    finding = entry.get("finding", dict.fromkeys(OUTCOMES, ""))
+    if set(finding) != set(OUTCOMES):
+        raise ValueError(f"{name}: finding: {', '.join(finding)} given, a sentence for each of {OUTCOMES} wanted")
+    names = ("id", "claim", "short", "finding", "paper", "written", "chapter", "note")
+    plain = {key: entry[key] for key in names if key in entry}
     plain["paper"] = re.sub(r"\{([\w.]+)\}", lambda path: str(printed(path[1])), entry["paper"])
     return Claim(**plain, checks=tuple(checks), joint=tuple(dict.fromkeys(joint)))
 

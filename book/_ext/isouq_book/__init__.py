@@ -8,7 +8,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from . import provenance
-from .directives import ClaimsTable, IntervalFigure, Provenance, PublicNames
+from .directives import ClaimsSummary, ClaimsTable, Findings, IntervalFigure, Provenance, PublicNames
 from .roles import IntervalRole, ResultRole, load_results
 
 
@@ -21,6 +21,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("result", ResultRole())
     app.add_role("interval", IntervalRole())
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("claims-summary", ClaimsSummary)
+    app.add_directive("findings", Findings)
     app.add_directive("provenance", Provenance)
     app.add_directive("interval-figure", IntervalFigure)
     app.add_directive("public-names", PublicNames)

@@ -1,10 +1,12 @@
-"""The directives {claims-table}, {provenance}, {interval-figure} and {public-names}: what pages are made from."""
+"""The directives that pages are made from: {claims-table}, {claims-summary}, {findings}, {provenance} and others."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,31 +21,70 @@ from isouq.studies import claims, verdicts
 from isouq.studies.claims import Claim
 from isouq.studies.verdicts import CheckVerdict, Verdict
 
-from . import provenance
+from . import findings, provenance
 from .results import Entry, format_interval, format_number
 from .roles import quote
 
 _LOGGER = logging.getLogger(__name__)
-_COLUMNS = (("Claim", 30), ("Here", 34), ("In the paper", 16), ("Verdict", 20))
 
 
-class ClaimsTable(SphinxDirective):
-    """{claims-table} FILE: every claim with its chapter, the values here, the paper's, and a verdict."""
+class _OfClaims(SphinxDirective):
+    """A directive that judges a file of claims by this run's results."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Build the table, or warn that the file of claims is not in order."""
+        """Build the nodes, or warn that the file of claims is not in order."""
         _, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(path)
         try:
             stated = claims.load(path)
-            judged = verdicts.judge(stated, self.env.app.isouq_results.entries)
-            rows = [self._row(claim, judged[claim.id]) for claim in stated]
+            return [self.build(stated, verdicts.judge(stated, self.env.app.isouq_results.entries))]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _LOGGER.warning("claims-table: %s", error, location=self.get_location())
+            _LOGGER.warning("%s: %s", self.name, error, location=self.get_location())
             return []
-        return [_table([name for name, _ in _COLUMNS], [width for _, width in _COLUMNS], rows)]
+
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+        """Return what stands in the page."""
+        raise NotImplementedError
+
+
+class Findings(_OfClaims):
+    """{findings} FILE: a sentence for each claim that has one, chosen by its verdict."""
+
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+        """Return a list of sentences, each with its claim and verdict."""
+        listing = nodes.bullet_list(classes=["findings"])
+        for claim, text in findings.sentences(stated, judged, self.env.app.isouq_results.entries):
+            outcome = _outcome(replace(judged[claim.id], reason=""))
+            words = [nodes.Text(f"{text} ({claim.id}: "), outcome, nodes.Text(")")]
+            listing += nodes.list_item("", nodes.paragraph("", "", *words))
+        return listing
+
+
+class ClaimsSummary(_OfClaims):
+    """{claims-summary} FILE: a row for each claim: its words, the verdict, one number here and in the paper."""
+
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+        """Return the table."""
+        rows = []
+        for claim in stated:
+            label, here, paper = findings.row(claim, self.env.app.isouq_results.entries)
+            name = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(f" {claim.short}"))
+            verdict = nodes.paragraph("", "", _outcome(judged[claim.id]))
+            rows.append([[name], [verdict], [_paragraph(f"{label}: {here}")], [_paragraph(paper)]])
+        columns = {"Claim": 34, "Verdict": 18, "One number": 34, "In the paper": 14}
+        return _table(list(columns), list(columns.values()), rows, "summary")
+
+
+class ClaimsTable(_OfClaims):
+    """{claims-table} FILE: every claim with its chapter, the values here, the paper's, and a verdict."""
+
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+        """Return the table."""
+        columns = {"Claim": 30, "Here": 34, "In the paper": 16, "Verdict": 20}
+        rows = [self._row(claim, judged[claim.id]) for claim in stated]
+        return _table(list(columns), list(columns.values()), rows, "claims")
 
     def _row(self, claim: Claim, verdict: Verdict) -> list[list[nodes.Node]]:
         target = nodes.target("", "", ids=[f"claim-{claim.id.lower()}"])
@@ -83,7 +124,7 @@ class Provenance(SphinxDirective):
         """Build the box from the record in results.json."""
         rows = provenance.rows(self.env.app.isouq_results.meta)
         cells = [[[_paragraph(name)], [_paragraph(text)]] for name, text in rows]
-        return [_table(["Record", "This book"], [25, 75], cells)]
+        return [_table(["Record", "This book"], [25, 75], cells, "provenance")]
 
 
 class IntervalFigure(SphinxDirective):
@@ -182,11 +223,10 @@ def _paragraph(text: str, classes: list[str] | None = None) -> nodes.paragraph:
     return nodes.paragraph("", text, classes=classes or [])
 
 
-def _table(header: list[str], widths: list[int], rows: list[list[list[nodes.Node]]]) -> nodes.table:
+def _table(header: list[str], widths: list[int], rows: list[list[list[nodes.Node]]], style: str) -> nodes.table:
     group = nodes.tgroup("", cols=len(header))
     group += [nodes.colspec(colwidth=width) for width in widths]
     top = nodes.row("", *[nodes.entry("", _paragraph(name)) for name in header])
     body = nodes.tbody("", *[nodes.row("", *[nodes.entry("", *cell) for cell in row]) for row in rows])
     group += [nodes.thead("", top), body]
-    style = "claims" if len(header) > 2 else "provenance"
     return nodes.table("", group, classes=[f"{style}-table", "colwidths-given"])

@@ -1,0 +1,31 @@
+"""The verdicts in words: a sentence for each claim that has one, and a row for each claim."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from isouq.studies.claims import Claim
+from isouq.studies.verdicts import Verdict
+
+from .results import Entry, format_interval, format_number
+
+_QUOTED = re.compile(r"\{([a-z0-9_.\-]+)(?::([^}]+))?\}")
+
+
+def sentences(
+    stated: Sequence[Claim], judged: Mapping[str, Verdict], entries: Mapping[str, Entry]
+) -> Iterator[tuple[Claim, str]]:
+    """Yield each claim that has a finding, with the sentence that its verdict chose, results filled in."""
+    for claim in stated:
+        if claim.finding:
+            outcome = judged[claim.id].outcome
+            text = f"No answer yet to whether {claim.short}." if outcome == "not run" else claim.finding[outcome]
+            yield claim, _QUOTED.sub(lambda found: format_number(entries[found[1]].value, found[2] or ""), text)
+
+
+def row(claim: Claim, entries: Mapping[str, Entry]) -> tuple[str, str, str]:
+    """Return what a claim's first core check asks, its value here, and the paper's number."""
+    first = next(check for check in claim.checks if check.core)
+    here = format_interval(entries[first.key]) if first.key in entries else "no result"
+    return first.label, here, str(first.paper or "no number")
