@@ -43,7 +43,7 @@ class Printed:
     sd: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
+        return f"{self.value:.2f}".replace("-", "−") + ("" if self.sd is None else f" ± {self.sd:.2f}")
 
 
 @dataclass(frozen=True)

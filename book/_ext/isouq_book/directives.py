@@ -71,7 +71,7 @@ class ClaimsSummary(_OfClaims):
         for claim in stated:
             label, here, paper = findings.row(claim, self.env.app.isouq_results.entries)
             name = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(f" {claim.short}"))
-            verdict = nodes.paragraph("", "", _outcome(judged[claim.id]))
+            verdict = nodes.paragraph("", "", _outcome(replace(judged[claim.id], reason="")))
             rows.append([[name], [verdict], [_paragraph(f"{label}: {here}")], [_paragraph(paper)]])
         columns = {"Claim": 34, "Verdict": 18, "One number": 34, "In the paper": 14}
         return _table(list(columns), list(columns.values()), rows, "summary")
