@@ -82,7 +82,14 @@ def _known_data_set(name: str) -> str:
     return name
 
 
+def _on_hub_or_here(name: str) -> str:
+    if not (("/" in name and HUB_ID.fullmatch(name)) or Path(name).expanduser().is_dir()):
+        raise ValueError(f"{name!r} is no Hub id (owner/name or owner/name@revision) and no folder")
+    return name
+
+
 DataSet = Annotated[str, AfterValidator(_known_data_set)]
+Reader = Annotated[str, AfterValidator(_on_hub_or_here)]  # a classifier for natural language inference
 Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
 
 
@@ -186,7 +193,9 @@ class LlmQa(Parameters):
 
     Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
     of both ("MODEL DATA_SET"); 0 leaves a pair out. `n_token_mean`: of how many of a data set's questions the answers
-    are also scored by "token_mean", which costs a backward pass per token.
+    are also scored by "token_mean", which costs a backward pass per token. `nli` and `judge`: classifiers for natural
+    language inference, by which samples are grouped and free answers are judged, too. `device_map`: "auto" fills the
+    GPUs, None is the CPU.
     """
 
     chapter = "04_llm_qa"
@@ -198,8 +207,11 @@ class LlmQa(Parameters):
     at_most: dict[str, Annotated[int, Field(ge=0)]]
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
-    nli: str | None
+    nli: Reader | None
+    judge: Reader | None
     chat: bool
+    dtype: Literal["float32", "bfloat16"]
+    device_map: Literal["auto"] | None
     n_token_mean: dict[DataSet, Count]
     engine: Engine
     batch_size: Count
@@ -222,6 +234,10 @@ class LlmQa(Parameters):
                 raise ValueError(f"at_most: {name!r} has {most}; wanted at least 4, or 0 to leave it out")
         if not self.pairs():
             raise ValueError("at_most: leaves no model and data set; wanted one")
+        if (fewest := min(self._size(*pair) for pair in self.pairs())) < self.n_folds:
+            raise ValueError(f"n_folds: {self.n_folds} given for {fewest} questions; wanted at most as many folds")
+        if self.judge and not any(name == "truthfulqa" or is_file(name) for name in self.data_sets):
+            raise ValueError(f"judge: {self.judge!r} given, and no set of free answers to judge: truthfulqa or a file")
         return self
 
     def pairs(self) -> list[tuple[str, DataSet]]:
