@@ -91,6 +91,7 @@ rule score:
     resources:
         mem_mb=RUN.memory_mb,
         runtime=RUN.minutes,
+        gpu=RUN.gpus,
         machine=100,
     benchmark:
         f"{BUILD}/timings/{{shard}}.tsv"
@@ -142,6 +143,7 @@ rule notebook:
     resources:
         mem_mb=RUN.memory_mb,
         runtime=RUN.minutes,
+        gpu=lambda wildcards: RUN.gpus if wildcards.chapter == "04_llm_qa" else 0,
         machine=100,
     benchmark:
         f"{BUILD}/timings/{{chapter}}.tsv"

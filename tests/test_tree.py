@@ -34,7 +34,7 @@ STUDIES = (
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )
-PIPELINE = (("schemas",), ("profiles",), ("runner", "graph"), ("jobs",))
+PIPELINE = (("schemas",), ("profiles",), ("runner", "graph", "budget"), ("jobs",))
 STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
