@@ -58,12 +58,15 @@ def defaults(chapter: str) -> dict[str, Any]:
     return {cast(ast.Name, line.targets[0]).id: ast.literal_eval(line.value) for line in assignments}
 
 
+def _is_on_hub_or_here(name: str) -> bool:
+    return bool("/" in name and HUB_ID.fullmatch(name)) or Path(name).expanduser().is_dir()
+
+
 def _known_models(models: list[str]) -> list[str]:
     known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
     keys = dict.fromkeys(_TAKEN, "a chapter")
     for model in models:
-        on_hub = "/" in model and HUB_ID.fullmatch(model)
-        if not (model in known or on_hub or Path(model).expanduser().is_dir()):
+        if not (model in known or _is_on_hub_or_here(model)):
             advice = nearest(model, known) or f"; models: {', '.join(known)}"
             raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
         key = key_of(model.removesuffix("@main"))
@@ -82,14 +85,14 @@ def _known_data_set(name: str) -> str:
     return name
 
 
-def _on_hub_or_here(name: str) -> str:
-    if not (("/" in name and HUB_ID.fullmatch(name)) or Path(name).expanduser().is_dir()):
+def _reader(name: str) -> str:
+    if not _is_on_hub_or_here(name):
         raise ValueError(f"{name!r} is no Hub id (owner/name or owner/name@revision) and no folder")
     return name
 
 
 DataSet = Annotated[str, AfterValidator(_known_data_set)]
-Reader = Annotated[str, AfterValidator(_on_hub_or_here)]  # a classifier for natural language inference
+Reader = Annotated[str, AfterValidator(_reader)]  # a classifier for natural language inference
 Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
 
 

@@ -95,6 +95,7 @@ class Budget(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Build the table from the profile and the questions that it would ask."""
         profile = profiles.load(self.arguments[0])
+        self.env.note_dependency(str(profiles.CLONE / "profiles" / f"{profile.name}.yml"))
         shown = budget.as_text(budget.by_model(profile))
         cells = [[[_paragraph(text)] for text in row] for row in shown.to_numpy()]
         return [_table(list(shown), [36, 16, 16, 16, 16], cells), _paragraph(budget.basis(profile))]

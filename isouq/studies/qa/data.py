@@ -81,9 +81,8 @@ def read_file(name: str) -> DataSet:
         raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from error
     for column in ("question", "answer"):
         if column not in table:
-            raise ValueError(
-                f"{name}: columns {', '.join(map(str, table)) or 'none'} given, {column!r} wanted among them"
-            )
+            given = ", ".join(map(str, table)) or "none"
+            raise ValueError(f"{name}: columns {given} given, {column!r} wanted among them")
     if table.empty:
         raise ValueError(f"{name}: no row given, at least one question wanted")
     questions = [_row(name, number, row) for number, row in enumerate(table.to_dict("records"), 1)]
