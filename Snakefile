@@ -9,7 +9,8 @@
 #
 # A cluster that keeps no accounts needs `--slurm-no-account --slurm-status-command squeue` too. Fetching, joining and
 # the book run where the command does; every other job asks for its threads, memory and wall time, which
-# `--set-threads notebook=8` and `--set-resources notebook:mem_mb=16000 notebook:runtime=600` change.
+# `--set-threads notebook=8` and `--set-resources notebook:mem_mb=16000 notebook:runtime=600` change. Where a profile
+# has a device_map, a job of 04_llm_qa asks for a GPU. The log of such a run is in book/reproduce.md.
 #
 # A job runs again when what it depends on has changed in content: its notebook, the modules that the notebook
 # can reach, its own section of the profile, its assets and models, the lock, or the rule itself.
@@ -53,6 +54,7 @@ rule book:
     input:
         sources=[str(p) for p in Path("book").rglob("*") if p.is_file() and p.suffix != ".pyc"],
         config="_config.yml",
+        paper="profiles/paper.yml",  # of which the page of commands estimates hours
         modules=sorted(str(p) for p in Path("isouq").rglob("*.py")),  # the page of functions shows their docstrings
         notebooks=expand(f"{BUILD}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
         results=f"{BUILD}/results.json",
@@ -91,6 +93,7 @@ rule score:
     resources:
         mem_mb=RUN.memory_mb,
         runtime=RUN.minutes,
+        gpu=RUN.gpus,
         machine=100,
     benchmark:
         f"{BUILD}/timings/{{shard}}.tsv"
@@ -142,6 +145,7 @@ rule notebook:
     resources:
         mem_mb=RUN.memory_mb,
         runtime=RUN.minutes,
+        gpu=lambda wildcards: RUN.gpus if wildcards.chapter == "04_llm_qa" else 0,
         machine=100,
     benchmark:
         f"{BUILD}/timings/{{chapter}}.tsv"

@@ -16,18 +16,19 @@ class ModelError(ValueError):
     """A model that cannot be loaded; the message names the cause and the way out."""
 
 
-def load_causal_lm(name: str) -> tuple[Any, Any]:
+def load_causal_lm(name: str, **placed: Any) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a local folder or a Hugging Face Hub id: `owner/name` or `owner/name@revision`.
 
-    The model is in float32, in evaluation mode, on the CPU. A Hub id's model and tokenizer are of one commit.
+    A Hub id's model and tokenizer are of one commit; `placed`: dtype and device_map of `from_pretrained`.
 
     Raises ModelError when there is no such model, and when there is no network to fetch it with.
     """
     if name and (folder := Path(name).expanduser()).is_dir():
-        return from_pretrained(folder, name, local_files_only=True)
+        return from_pretrained(folder, name, **placed, local_files_only=True)
     commit, offline = _commit(name)
+    options = {**placed, "revision": commit, "local_files_only": offline is not None}
     try:
-        return from_pretrained(name.partition("@")[0], name, revision=commit, local_files_only=offline is not None)
+        return from_pretrained(name.partition("@")[0], name, **options)
     except ModelError as error:
         raise (_no_copy(name, offline) if offline else error) from error.__cause__
 
@@ -73,16 +74,25 @@ def _no_copy(name: str, cause: Exception) -> ModelError:
     return ModelError(f"no network: {what}; a local folder or an asset (`isouq assets list`) works without one")
 
 
-def from_pretrained(source: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
-    """Load what transformers calls `source`; `name` is what the user called it. Raises ModelError."""
-    import torch
+def from_pretrained(
+    source: str | Path, name: str, *, dtype: str = "float32", device_map: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """Load what transformers calls `source`, in evaluation mode; `name` is what the user called it.
+
+    `dtype` is a name of torch's, `device_map` one of accelerate's: "auto" fills the GPUs first, None is the CPU.
+    Raises ModelError.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"transformers cannot load {name!r} as a causal language model: {error}") from error
+    head, shared = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if head and model.config.get_text_config().tie_word_embeddings and not (shared.is_meta or head.weight is shared):
+        way_out = "remove one, or set tie_word_embeddings to false"
+        raise ModelError(f"{name!r}: its config ties embedding and head, its weights hold two that differ; {way_out}")
     model.config._commit_hash = options.get("revision")  # of a Hub id; transformers no longer keeps it
     return model.eval(), tokenizer
 

@@ -227,3 +227,15 @@ def test_the_page_of_functions_has_every_public_name_and_renders_without_a_warni
     assert {"Regression", "inner_products", "score_outputs"} <= set(shown)
     assert len(shown) == len(set(shown)), "a name has two entries"
     assert "log_gradient" in page, "properties of the results are part of their entries"
+
+
+@pytest.mark.assets
+def test_a_budget_is_a_table_of_what_a_profile_is_estimated_to_take(small_book):
+    code, text, warnings = small_book("```{budget} paper\n```\n", {KEY: auroc(0.7)})
+    assert code == 0, warnings
+    words = re.sub("<[^>]+>", "", text)
+    for part in ("microsoft/phi-4", "14.7 billion", "together", "Estimated, not measured: for one NVIDIA H100 SXM"):
+        assert part in words
+    code, _, warnings = small_book("```{budget} smoke\n```\n", {KEY: auroc(0.7)})
+    assert code != 0
+    assert "profile 'smoke' has no gpu" in warnings

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from isouq.pipeline import graph, profiles, schemas
+from isouq.studies import assets
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,11 @@ def test_each_parameter_of_a_notebook_is_a_line_of_its_own():
     assert scoring["file"] == ""
     assert "n_folds" not in scoring
     assert "n_draws: 400" in run.sampling()
+
+
+def test_a_job_asks_for_a_gpu_where_the_profile_places_models_there(monkeypatch):
+    monkeypatch.setattr(assets, "content", lambda name: "1" * 40)  # no network: the Hub would be asked
+    assert (graph.Graph({"profile": "paper"}).gpus, graph.Graph({"profile": "smoke"}).gpus) == (1, 0)
 
 
 def test_a_folder_is_built_by_one_process_at_a_time(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import safetensors.torch
 import torch
 
 from isouq.models import ModelError
@@ -117,6 +118,29 @@ def test_a_local_folder_is_loaded_as_float32_in_evaluation_mode(commits):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training
     assert tokenizer("hello hello")["input_ids"] == [1, 1]
+
+
+def test_a_dtype_and_a_device_map_are_taken_and_others_refused_by_name(commits, monkeypatch):
+    model, _ = assets.load_causal_lm(str(commits / FIRST), dtype="bfloat16", device_map="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+    with pytest.raises(ValueError, match=r"dtype: 'bfloat61' given, one of .* wanted; did you mean 'bfloat16'"):
+        assets.load_causal_lm(str(commits / FIRST), dtype="bfloat61")
+    with pytest.raises(ModelError, match=r"as a causal language model: .* found everywhere"):
+        assets.load_causal_lm(str(commits / FIRST), device_map="everywhere")
+
+
+def test_two_stored_heads_that_differ_are_refused_where_the_config_ties_them(commits, tmp_path):
+    folder = shutil.copytree(commits / FIRST, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match="its config ties embedding and head, its weights hold two that differ; "):
+        assets.load_causal_lm(str(folder))
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = assets.load_causal_lm(str(folder))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):

@@ -155,6 +155,13 @@ def test_a_pair_is_asked_as_many_questions_as_its_tightest_limit():
         ({"at_most": {"triviaqa": 3}}, "at_most: 'triviaqa' has 3; wanted at least 4, or 0"),
         ({"at_most": dict.fromkeys(QA["data_sets"], 0)}, "at_most: leaves no model and data set"),
         ({"n_samples": 1}, "n_samples: 1 given, which has no entropy"),
+        ({"n_questions": 6, "n_folds": 7}, "n_folds: 7 given for 6 questions; wanted at most as many folds"),
+        ({"temperature": 0}, "temperature\n"),  # samples are drawn at 1, which entropies are about
+        ({"nli": "deberta-large-mnli"}, "'deberta-large-mnli' is no Hub id .* and no folder"),
+        (
+            {"judge": "a/b", "data_sets": ["wikidata"], "at_most": {}},
+            "judge: 'a/b' given, and no set of free answers to judge",
+        ),
     ],
 )
 def test_a_size_that_means_nothing_is_refused_by_name(change, expected):

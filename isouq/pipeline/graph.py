@@ -38,6 +38,11 @@ class Graph:
         # Per machine that a job runs on, with twice the time that was measured, since machines differ.
         self.memory_mb, self.minutes = math.ceil(1000 * self.profile.memory_gb), math.ceil(2 * self.profile.minutes)
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs a job of 04_llm_qa asks a cluster for."""
+        return int(getattr(self.sections.get("04_llm_qa"), "device_map", None) is not None)
+
     @functools.cached_property
     def shards(self) -> dict[str, tuple[str, str]]:
         """Job name → (model, data set): what 04_llm_qa has scored before it starts."""

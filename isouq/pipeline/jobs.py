@@ -1,4 +1,4 @@
-"""The commands behind the Snakefile's rules: score answers, sample posteriors, run a notebook, join the results."""
+"""The commands behind the Snakefile's rules: score, sample, run a notebook, join results, estimate."""
 
 import argparse
 import json
@@ -59,6 +59,14 @@ def notebook(profile: str, chapter: str) -> None:
     runner.run_notebook(source, output, parameters=section.model_dump(), models=models, **places)
 
 
+def budget(profile: str) -> str:
+    """Estimate a profile's GPU hours and memory, and return them as a table."""
+    from isouq.pipeline import budget as counts
+
+    loaded = profiles.load(profile)
+    return f"{counts.as_text(counts.by_model(loaded)).to_string(index=False)}\n{counts.basis(loaded)}"
+
+
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")  # in one piece, since other processes write here, too
     sys.stderr.flush()
@@ -69,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m isouq.pipeline.jobs", description=main.__doc__)
     commands = parser.add_subparsers(required=True)
     add = {}
-    for job in (score, sample, notebook, runner.collect):
+    for job in (score, sample, notebook, budget, runner.collect):
         command = commands.add_parser(job.__name__, help=(job.__doc__ or "").partition("\n")[0])
         command.set_defaults(job=job)
         command.add_argument("--profile", default="embedded", help="name or path of a profile")

@@ -27,14 +27,25 @@ _SECTIONS = {chapter: (schema, None) for chapter, schema in SCHEMAS.items()}
 Notebooks = create_model("Notebooks", __base__=Strict, **cast(Any, _SECTIONS))
 
 
+class Gpu(Strict):
+    """A GPU by its data sheet, the share of that which a run reaches, and each model's config, to estimate a run."""
+
+    name: str
+    teraflops: Annotated[float, Field(gt=0)]  # dense, in the profile's dtype
+    terabytes_per_second: Annotated[float, Field(gt=0)]
+    efficiency: Annotated[float, Field(gt=0, le=1)]
+    architectures: dict[str, dict[str, Any]]
+
+
 class Profile(Strict):
-    """The size of a run: what each notebook gets, and what the whole costs on 2 cores, as measured."""
+    """The size of a run: what each notebook gets, and what the whole costs on 2 cores, as measured, or on a GPU."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     description: Annotated[str, Field(pattern=r"\S")]  # may have several lines
     minutes: Annotated[float, Field(gt=0)]
     memory_gb: Gigabytes
     seed: Seed = 0
+    gpu: Gpu | None = None
     notebooks: Notebooks  # type: ignore[valid-type]
 
     @pydantic.field_validator("notebooks", mode="before")

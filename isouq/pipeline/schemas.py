@@ -58,12 +58,15 @@ def defaults(chapter: str) -> dict[str, Any]:
     return {cast(ast.Name, line.targets[0]).id: ast.literal_eval(line.value) for line in assignments}
 
 
+def _is_on_hub_or_here(name: str) -> bool:
+    return bool("/" in name and HUB_ID.fullmatch(name)) or Path(name).expanduser().is_dir()
+
+
 def _known_models(models: list[str]) -> list[str]:
     known = [asset.name for asset in assets.list_assets() if asset.kind == "causal-lm"]
     keys = dict.fromkeys(_TAKEN, "a chapter")
     for model in models:
-        on_hub = "/" in model and HUB_ID.fullmatch(model)
-        if not (model in known or on_hub or Path(model).expanduser().is_dir()):
+        if not (model in known or _is_on_hub_or_here(model)):
             advice = nearest(model, known) or f"; models: {', '.join(known)}"
             raise ValueError(f"{model!r} is no model of the manifest, Hub id or folder{advice}")
         key = key_of(model.removesuffix("@main"))
@@ -82,7 +85,14 @@ def _known_data_set(name: str) -> str:
     return name
 
 
+def _reader(name: str) -> str:
+    if not _is_on_hub_or_here(name):
+        raise ValueError(f"{name!r} is no Hub id (owner/name or owner/name@revision) and no folder")
+    return name
+
+
 DataSet = Annotated[str, AfterValidator(_known_data_set)]
+Reader = Annotated[str, AfterValidator(_reader)]  # a classifier for natural language inference
 Models = Annotated[list[str], Field(min_length=1), AfterValidator(_known_models)]
 
 
@@ -186,7 +196,9 @@ class LlmQa(Parameters):
 
     Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
     of both ("MODEL DATA_SET"); 0 leaves a pair out. `n_token_mean`: of how many of a data set's questions the answers
-    are also scored by "token_mean", which costs a backward pass per token.
+    are also scored by "token_mean", which costs a backward pass per token. `nli` and `judge`: classifiers for natural
+    language inference, by which samples are grouped and free answers are judged, too. `device_map`: "auto" fills the
+    GPUs, None is the CPU.
     """
 
     chapter = "04_llm_qa"
@@ -198,8 +210,11 @@ class LlmQa(Parameters):
     at_most: dict[str, Annotated[int, Field(ge=0)]]
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
-    nli: str | None
+    nli: Reader | None
+    judge: Reader | None
     chat: bool
+    dtype: Literal["float32", "bfloat16"]
+    device_map: Literal["auto"] | None
     n_token_mean: dict[DataSet, Count]
     engine: Engine
     batch_size: Count
@@ -222,6 +237,10 @@ class LlmQa(Parameters):
                 raise ValueError(f"at_most: {name!r} has {most}; wanted at least 4, or 0 to leave it out")
         if not self.pairs():
             raise ValueError("at_most: leaves no model and data set; wanted one")
+        if (fewest := min(self._size(*pair) for pair in self.pairs())) < self.n_folds:
+            raise ValueError(f"n_folds: {self.n_folds} given for {fewest} questions; wanted at most as many folds")
+        if self.judge and not any(name == "truthfulqa" or is_file(name) for name in self.data_sets):
+            raise ValueError(f"judge: {self.judge!r} given, and no set of free answers to judge: truthfulqa or a file")
         return self
 
     def pairs(self) -> list[tuple[str, DataSet]]:

@@ -1,9 +1,14 @@
 """A tiny random Llama with a word-level tokenizer whose vocabulary has several newline tokens."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -63,3 +68,17 @@ def gemma() -> Gemma3ForCausalLM:
         pad_token_id=None,
     )
     return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> str:
+    """The folder of a tiny random classifier for natural language inference."""
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=7, **sizes, initializer_range=1.0, id2label={0: "contradiction", 1: "ENTAILMENT"})
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)

@@ -1,7 +1,9 @@
 """The draw of questions, the prompts, and each reader on a small file of the set's own form."""
 
 import json
+import sys
 
+import fsspec.implementations.local
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -124,7 +126,13 @@ def test_questions_of_a_file(tmp_path, ending: str) -> None:
         ("question,reply\na,b\n", "columns question, reply given, 'answer' wanted"),
         ("question,answer\na,b\n,c\n", "row 2: question '' given, a text wanted"),
         ("question,answer\na,b\nc,\n", "row 2: answer '' given, a text wanted"),
-        ("question,answer\na,b\na,c\n", "two rows of one question or id"),
+        ("question,answer\na,b\na,c\n", r"two rows of one question or id \("),
+        ("question,answer,id\na,b,7\nc,d,7\n", r"two rows of one question or id \(7\)"),
+        ("question,answer,id\na,b,7\nc,d,\n", "row 2: no id given; wanted in every row, or no column of that name"),
+        ("question,answer\n", "no row given, at least one question wanted"),
+        ("question,answer\na,b,c,d\n", "cannot be read: rows have more cells than its 2 columns"),
+        ("question,answer\na,b\nc,d,e\n", "cannot be read: .*Expected 2 fields in line 3, saw 3"),
+        ("question,answer\na\n", "row 1: answer '' given, a text wanted"),
         ("", "cannot be read: No columns to parse"),
         (None, "cannot be read: .*No such file"),
     ],
@@ -137,8 +145,48 @@ def test_a_file_that_is_not_of_questions_is_refused_by_name(tmp_path, text: str 
         data.read_file(str(file))
 
 
-def test_a_row_without_an_answer_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": []}, "row 2: one question and at least one answer wanted"),
+        ({"answer": 3}, "row 2: answer 3 given, a text wanted"),
+        ({"answer": ["d", ["e"]]}, "row 2: answer .* given, a text wanted"),
+        ({"question": None}, "row 2: question nan given, a text wanted"),
+        ({"question": ["c", "d"]}, "row 2: one question and at least one answer wanted"),
+        ({"question": True}, "row 2: question True given, a text wanted"),
+        ({"answer": "d", "false_answers": ["e", " d"]}, "row 2: 'd' given as right and as wrong; one of them wanted"),
+        ({"false_answers": [""]}, r"row 2: false_answers \[''\] given, a text wanted"),
+    ],
+)
+def test_a_row_of_other_types_is_refused_by_its_number(tmp_path, row: dict, message: str) -> None:
     file = tmp_path / "q.jsonl"
-    file.write_text('{"question": "a", "answer": ["b"]}\n{"question": "c", "answer": []}\n')
-    with pytest.raises(ValueError, match="row 2: one question and at least one answer wanted"):
+    rows = [{"question": "a", "answer": ["b"], "false_answers": []}, {"question": "c", "answer": "d"}]
+    rows[1] |= {"false_answers": []} | row
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ValueError, match=f"q.jsonl: {message}"):
         data.read_file(str(file))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_a_file_on_the_hub_is_read_through_its_file_system(monkeypatch, tmp_path, ending: str) -> None:
+    """The Hub's file system is a folder here; the address is the one that a reader would give."""
+
+    class Hub(fsspec.implementations.local.LocalFileSystem):
+        protocol = "hf"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(tmp_path / path.removeprefix("hf://"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
+    (tmp_path / "datasets/owner/set@v1").mkdir(parents=True)
+    file = tmp_path / f"datasets/owner/set@v1/q.{ending}"
+    table = pd.DataFrame([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    {"csv": lambda: table.to_csv(file, index=False), "parquet": lambda: table.to_parquet(file)}.get(
+        ending, lambda: table.to_json(file, orient="records", lines=True)
+    )()
+    name = f"hf://datasets/owner/set@v1/q.{ending}"
+    assert [q.answers for q in data.read_file(name).questions] == [("b",), ("d",)]
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name}: cannot be read: "):
+        data.read_file(name)

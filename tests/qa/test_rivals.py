@@ -1,6 +1,7 @@
 """The rivals on examples computed by hand, and what a pass through a model tells against the plainest loop."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,16 +75,8 @@ def test_scores_of_one_pass_are_those_of_each_answer_alone(request, name: str) -
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_entailment_asks_in_both_directions(tmp_path) -> None:
-    """A classifier without a label for entailment is refused by name."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    config = BertConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    config.id2label = {0: "contradiction", 1: "ENTAILMENT"}
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    judge = rivals.Entailment(str(tmp_path))
+def test_entailment_asks_in_both_directions(reader) -> None:
+    judge = rivals.Entailment(reader)
     asked = []
     judge.model.forward = lambda **inputs: (
         asked.append(inputs) or type("Out", (), {"logits": torch.tensor([[0.0, 1.0]])})
@@ -93,7 +86,23 @@ def test_entailment_asks_in_both_directions(tmp_path) -> None:
     assert not asked  # equal texts need no model
     assert same(0, 1)
     assert len(asked) == 2
-    config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"nli: .* has labels label_0, label_1, 'entailment' wanted"):
-        rivals.Entailment(str(tmp_path))
+
+
+def test_a_judges_share_is_the_probability_that_the_answer_entails_a_reference(reader) -> None:
+    judge = rivals.Entailment(reader)
+    found = judge.shares("q", "b", ["a b a b", "b"])  # of two lengths, so one is padded
+    for share, reference in zip(found, ["a b a b", "b"], strict=True):
+        inputs = judge.tokenizer("q b", f"q {reference}", return_tensors="pt")
+        with torch.no_grad():
+            assert share == pytest.approx(judge.model(**inputs).logits.softmax(-1)[0, 1].item(), abs=1e-6)
+    assert abs(found[0] - found[1]) > 2e-6
+
+
+def test_a_model_that_is_for_something_else_is_refused_by_name_before_its_weights_are_read(reader) -> None:
+    folder = Path(reader)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("ENTAILMENT", "LABEL_1"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"judge: .* language inference: it has labels contradiction, label_1, 'ent"):
+        rivals.Entailment(reader, "judge")
+    with pytest.raises(ValueError, match=r"nli: ./nowhere is no model for natural language inference: "):
+        rivals.Entailment("./nowhere")

@@ -218,7 +218,7 @@ def test_a_study_is_scored_again_exactly_where_something_that_decides_it_changed
 ) -> None:
     source = tmp_path / "data.json"
     source.write_text("one")
-    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, models.weights(llama, tokenizer)))
+    monkeypatch.setattr(study, "_load_model", lambda *how: (llama, tokenizer, models.weights(llama, tokenizer)))
     monkeypatch.setattr(assets, "path", lambda asset, file=None: source)
     monkeypatch.setattr(data, "load", lambda name, path: small_set(40))
     options = {"n_shots": 2, "n_token_mean": 0, "n_samples": 0, "max_new_tokens": 3}
@@ -255,7 +255,7 @@ def test_the_fingerprint_sees_one_changed_weight(llama, tokenizer) -> None:
 
 
 def test_a_file_of_questions_is_asked_like_any_set(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(study, "_load_model", lambda name: (llama, tokenizer, models.weights(llama, tokenizer)))
+    monkeypatch.setattr(study, "_load_model", lambda *how: (llama, tokenizer, models.weights(llama, tokenizer)))
     file = tmp_path / "mine.csv"
     file.write_text("question,answer\n" + "".join(f"what is {i}?,x{i}\n" for i in range(12)))
     settings = Settings(n_questions=6, n_shots=2, n_samples=0, max_new_tokens=3, store_dir=str(tmp_path / "store"))

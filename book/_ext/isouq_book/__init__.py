@@ -8,7 +8,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from . import provenance
-from .directives import ClaimsSummary, ClaimsTable, Findings, IntervalFigure, Provenance, PublicNames
+from .directives import Budget, ClaimsSummary, ClaimsTable, Findings, IntervalFigure, Provenance, PublicNames
 from .roles import IntervalRole, ResultRole, load_results
 
 
@@ -24,6 +24,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("findings", Findings)
     app.add_directive("provenance", Provenance)
+    app.add_directive("budget", Budget)
     app.add_directive("interval-figure", IntervalFigure)
     app.add_directive("public-names", PublicNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -17,6 +17,7 @@ from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
+from isouq.pipeline import budget, profiles
 from isouq.studies import claims, verdicts
 from isouq.studies.claims import Claim
 from isouq.studies.verdicts import CheckVerdict, Verdict
@@ -125,6 +126,20 @@ class Provenance(SphinxDirective):
         rows = provenance.rows(self.env.app.isouq_results.meta)
         cells = [[[_paragraph(name)], [_paragraph(text)]] for name, text in rows]
         return [_table(["Record", "This book"], [25, 75], cells, "provenance")]
+
+
+class Budget(SphinxDirective):
+    """{budget} PROFILE: the GPU hours and memory that a profile is estimated to take."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Build the table from the profile and the questions that it would ask."""
+        profile = profiles.load(self.arguments[0])
+        self.env.note_dependency(str(profiles.CLONE / "profiles" / f"{profile.name}.yml"))
+        shown = budget.as_text(budget.by_model(profile))
+        cells = [[[_paragraph(text)] for text in row] for row in shown.to_numpy()]
+        return [_table(list(shown), [36, 16, 16, 16, 16], cells, "summary"), _paragraph(budget.basis(profile))]
 
 
 class IntervalFigure(SphinxDirective):

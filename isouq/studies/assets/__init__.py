@@ -27,6 +27,7 @@ import platformdirs
 from tqdm import tqdm
 
 from isouq import models
+from isouq.studies import require
 from isouq.studies.assets import manifest, pip
 from isouq.studies.assets.manifest import Asset, AssetError
 
@@ -218,12 +219,14 @@ def _say(progress: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def load_causal_lm(name: str) -> tuple[Any, Any]:
-    """Load a causal language model in float32, in evaluation mode, on the CPU, together with its tokenizer.
+def load_causal_lm(name: str, *, dtype: str = "float32", device_map: str | None = None) -> tuple[Any, Any]:
+    """Load a causal language model in evaluation mode, together with its tokenizer.
 
     Args:
         name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
             `owner/name@revision`.
+        dtype: A name of torch's, such as "bfloat16".
+        device_map: None for the CPU, or what accelerate takes: "auto" fills the GPUs first.
 
     Returns:
         (model, tokenizer). A Hub id's model and tokenizer are of one commit. An asset's weights are a 4-bit checkpoint
@@ -239,10 +242,12 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
         >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
         (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
+    require.one_of("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
+    placed: Any = {"dtype": dtype, "device_map": device_map}
     if name in manifest.assets():
         if (kind := manifest.asset(name).kind) != "causal-lm":
             raise AssetError(f"{name} is no causal language model but {kind!r}; those are {_models()}")
-        return models.from_pretrained(path(name), name, local_files_only=True)
+        return models.from_pretrained(path(name), name, local_files_only=True, **placed)
     if not (name and Path(name).expanduser().is_dir()):
         # One name without an owner can be a Hub id (gpt2), but is more often an asset's name misspelt.
         nearest = [] if "/" in name else difflib.get_close_matches(name.lower(), manifest.assets(), n=1)
@@ -250,7 +255,7 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
             raise AssetError(f"unknown model {name!r}; did you mean the asset {nearest[0]!r}?")
         if not models.HUB_ID.fullmatch(name):
             raise AssetError(f"{name!r} is no folder, no asset ({_models()}) and no Hub id (owner/name@revision)")
-    return models.load_causal_lm(name)
+    return models.load_causal_lm(name, **placed)
 
 
 def content(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,7 +48,7 @@ def verdict(subject: Subject, row: int, answer: Record) -> Record:
     """Judge an answer: `right` is the verdict that the study goes by, and what other judges say stands beside it.
 
     A choice is right when the reference is a true one. A free answer is right by exact match, or by the contrast of
-    embeddings where a question has false references.
+    embeddings where a question has false references; the study's `judge`, if any, has its own, by entailment.
     """
     question, text = subject.questions[row], answer["text"]
     if subject.choose:
@@ -67,12 +68,13 @@ def verdict(subject: Subject, row: int, answer: Record) -> Record:
         return (directions[1:] @ directions[0]).tolist()
 
     sides = question.answers, question.false_answers
-    embedding, words = (judge.contrast(text, *sides, by) if text else -1.0 for by in (cosine, rouge))
+    by: dict[str, Callable[..., Sequence[float]]] = {"embedding": cosine, "rouge": rouge}
+    if subject.judge is not None:
+        by["entailment"] = functools.partial(subject.judge.shares, question.question)
+    found = {name: judge.contrast(text, *sides, of) if text else -1.0 for name, of in by.items()}
     return {
-        "right": embedding > 0,
-        "right_by_rouge": words > 0,
-        "embedding_contrast": embedding,
-        "rouge_contrast": words,
+        **{f"right_by_{name}".removesuffix("_by_embedding"): contrast > 0 for name, contrast in found.items()},
+        **{f"{name}_contrast": contrast for name, contrast in found.items()},
     }
 
 
@@ -81,7 +83,7 @@ def choice(subject: Subject, row: int, engine: Engine) -> Record:
 
     Here p(y|x) is the probability of one class among several, as in the paper's formula. With S_c = log p of reference
     c, K the Gram matrix of ∇S and v = e_c − p: ∇p_c = p_c Σ_j v_j ∇S_j, so log U_E = 2 log p_c + log vᵀKv. K has
-    float32's digits, so vᵀKv is set to at least 1e-7 of the sum of its terms' sizes.
+    the digits of the model's dtype, so vᵀKv is set to at least that share (float32: 1e-7) of its terms' sizes.
     """
     question = subject.questions[row]
     ids = subject.reference_ids(question)
@@ -91,7 +93,8 @@ def choice(subject: Subject, row: int, engine: Engine) -> Record:
     log_p = S.log_softmax(0)
     v = torch.eye(len(S), dtype=torch.float64) - log_p.exp()
     size = torch.einsum("ci,ij,cj->c", v.abs(), K.abs(), v.abs())
-    square = torch.maximum(torch.einsum("ci,ij,cj->c", v, K, v), 1e-7 * size).clamp(min=1e-300)
+    digits = 1e-7 if subject.model.dtype == torch.float32 else torch.finfo(subject.model.dtype).eps
+    square = torch.maximum(torch.einsum("ci,ij,cj->c", v, K, v), digits * size).clamp(min=1e-300)
     return {
         "n_tokens": [len(answer) for answer in ids],
         "log_prob": S.tolist(),

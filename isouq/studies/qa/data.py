@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,19 +72,23 @@ def read_file(name: str) -> DataSet:
     Columns: question; answer, a text or, except in CSV, a list of accepted ones; optionally false_answers, a list of
     known wrong ones, which makes the contrast of embeddings the judge; optionally id.
 
-    Raises ValueError for a file that cannot be read, a column or text that is missing, and a question asked twice.
+    Raises ValueError for a file that cannot be read, a column, row or text that is missing, a question asked twice, and
+    an answer that is both right and wrong.
     """
     try:
         table = _READERS[Path(name).suffix](name)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the file's own, or of whatever client its address needs
         raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from error
     for column in ("question", "answer"):
         if column not in table:
-            raise ValueError(f"{name}: columns {', '.join(map(str, table))} given, {column!r} wanted among them")
+            given = ", ".join(map(str, table)) or "none"
+            raise ValueError(f"{name}: columns {given} given, {column!r} wanted among them")
+    if table.empty:
+        raise ValueError(f"{name}: no row given, at least one question wanted")
     questions = [_row(name, number, row) for number, row in enumerate(table.to_dict("records"), 1)]
     ids = [question.item_id for question in questions]
-    if twice := next((i for i in ids if ids.count(i) > 1), None):
-        raise ValueError(f"{name}: two rows of one question or id ({twice}); each only once wanted")
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
+        raise ValueError(f"{name}: two rows of one question or id ({twice[0]}); each only once wanted")
     return DataSet(name, tuple(questions), "Q: {question}\nA:{answer}\n\n")
 
 
@@ -97,14 +102,24 @@ def _row(name: str, number: int, row: dict[Any, Any]) -> Question:
         texts[column] = tuple(text.strip() for text in several)
     if len(texts["question"]) != 1 or not texts["answer"]:
         raise ValueError(f"{name}: row {number}: one question and at least one answer wanted")
-    item_id = row.get("id")
-    identifier = _identify(texts["question"][0]) if item_id is None else str(item_id)
+    if both := {*texts["answer"]} & {*texts["false_answers"]}:
+        raise ValueError(f"{name}: row {number}: {min(both)!r} given as right and as wrong; one of them wanted")
+    identifier = str(row["id"]) if "id" in row else _identify(texts["question"][0])
+    if identifier in ("", "nan", "None"):
+        raise ValueError(f"{name}: row {number}: no id given; wanted in every row, or no column of that name")
     return Question(identifier, texts["question"][0], texts["answer"], texts["false_answers"])
 
 
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, unless pandas took first cells for names of rows, as it does where rows are longer than the head."""
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"rows have more cells than its {len(table.columns)} columns; quote texts that have commas")
+    return table
+
+
 _READERS: dict[str, Callable[[str], pd.DataFrame]] = {
-    ".csv": lambda name: pd.read_csv(name, dtype=str, keep_default_na=False),
-    ".jsonl": lambda name: pd.read_json(name, lines=True, dtype=False, convert_dates=False),
+    ".csv": lambda name: _whole(pd.read_csv(name, dtype=str, keep_default_na=False)),
+    ".jsonl": lambda name: pd.read_json(name, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }
 

@@ -33,12 +33,12 @@ STAGES = {  # what has to be computed for each score, after the answer itself
 
 
 def judges(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each verdict on the same answers: the study's own, by token F1, by ROUGE-L, where it has them.
+    """Return one row for each verdict on the same answers: the study's own, and by token F1, ROUGE-L or entailment.
 
     Columns: judge; right, the share; kappa, Cohen's κ with the study's own verdict; length, Spearman's ρ of "right"
     with the answer's number of tokens; auroc_S for each S of JUDGED that the table has. NaN where it is not defined.
     """
-    names = ["right", *(name for name in map(str, table) if re.fullmatch("right_by_(f1|rouge)", name))]
+    names = ["right", *(name for name in map(str, table) if re.fullmatch("right_by_(f1|rouge|entailment)", name))]
     rows = []
     for name in names:
         used = scored(table)

@@ -7,6 +7,7 @@ All are oriented as ours: high means "the answer is wrong". Samples are drawn at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from isouq import models
 from isouq.gradients.model import differentiable
 from isouq.language.examples import Batch, from_pairs
 
@@ -64,27 +66,47 @@ def by_embedding(directions: Tensor) -> Callable[[int, int], bool]:
 
 
 class Entailment:
-    """Whether two answers to a question entail each other, by a sequence classifier for natural language inference."""
+    """Which answers to a question entail which, by a sequence classifier for natural language inference."""
 
-    def __init__(self, name: str) -> None:
-        """Load `name`, a Hub id such as microsoft/deberta-large-mnli or a folder, whose label 'entailment' is asked."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    def __init__(self, name: str, parameter: str = "nli", device_map: str | None = None) -> None:
+        """Load `name`, a Hub id such as microsoft/deberta-large-mnli or a folder, whose label 'entailment' is asked.
 
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name).eval()
-        labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
-        if "entailment" not in labels:
-            raise ValueError(f"nli: {name} has labels {', '.join(labels)}, 'entailment' wanted among them")
+        It is on the GPU where there is one and a `device_map` is given. Raises ValueError, naming the `parameter`, for
+        a model that cannot be had or has no such label.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.content = models.content(name)  # a Hub id's commit, or a digest of the folder
+            source, at = (name, {}) if Path(name).is_dir() else (name.partition("@")[0], {"revision": self.content})
+            labels = {label.lower(): i for i, label in AutoConfig.from_pretrained(source, **at).id2label.items()}
+            if "entailment" not in labels:
+                raise ValueError(f"it has labels {', '.join(labels)}, 'entailment' wanted among them")
+            self.tokenizer = AutoTokenizer.from_pretrained(source, **at)
+            model = AutoModelForSequenceClassification.from_pretrained(source, **at)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{parameter}: {name} is no model for natural language inference: {error}") from error
+        self.model = model.eval().to("cuda" if device_map and torch.cuda.is_available() else "cpu")
         self.label = labels["entailment"]
 
     @torch.inference_mode()
+    def log_probs(self, premise: str, hypotheses: Sequence[str]) -> Tensor:
+        """Return log p of each label, (hypothesis, label), for whether the premise entails each hypothesis."""
+        pairs = [premise] * len(hypotheses), list(hypotheses)
+        inputs = self.tokenizer(*pairs, return_tensors="pt", truncation=True, padding=True).to(self.model.device)
+        return self.model(**inputs).logits.float().log_softmax(-1).cpu()
+
+    def shares(self, question: str, text: str, others: Sequence[str]) -> list[float]:
+        """Return the probability that a text entails each of several others, all as answers to the question."""
+        log_p = self.log_probs(f"{question} {text}", [f"{question} {other}" for other in others])
+        return log_p[:, self.label].exp().tolist()
+
     def of(self, question: str, texts: Sequence[str]) -> Callable[[int, int], bool]:
         """Return whether texts i and j, each after the question, entail each other."""
 
         def entails(i: int, j: int) -> bool:
-            pair = [f"{question} {texts[k]}" for k in (i, j)]
-            logits = self.model(**self.tokenizer(*pair, return_tensors="pt", truncation=True)).logits[0]
-            return int(logits.argmax()) == self.label
+            [log_p] = self.log_probs(f"{question} {texts[i]}", [f"{question} {texts[j]}"])
+            return int(log_p.argmax()) == self.label
 
         return lambda i, j: texts[i] == texts[j] or (entails(i, j) and entails(j, i))
 

@@ -45,11 +45,12 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         raise ValueError(f"data_set must be a file or one of {', '.join(DATA_SETS)}, got {data_set!r}")
     source, choose = data_set.removesuffix("_choose"), data_set.endswith("_choose")
     questions = load_questions(source)
-    lm, tokenizer, fingerprint = _load_model(model)
-    nli = rivals.Entailment(settings.nli) if settings.nli else None
+    named = {"nli": settings.nli, "judge": settings.judge}
+    entailment: Any = {name: rivals.Entailment(of, name, settings.device_map) for name, of in named.items() if of}
+    lm, tokenizer, fingerprint = _load_model(model, settings.dtype, settings.device_map)
     # All of TruthfulQA is asked, so the solved examples of P(True) are questions of TriviaQA there.
     others = load_questions("triviaqa") if source == "truthfulqa" and settings.n_samples else None
-    subject = prepare(lm, tokenizer, questions, settings, choose=choose, others=others, nli=nli)
+    subject = prepare(lm, tokenizer, questions, settings, choose=choose, others=others, **entailment)
     used = [source, *(["triviaqa"] if others else [])]
     wanted = {
         "model": model,
@@ -62,6 +63,7 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         "settings": settings.identity(),
         "code": stages.VERSION,
         "versions": identity.versions("tokenizers", "torch", "transformers"),
+        **{f"{name}_content": one.content for name, one in entailment.items()},
     }
     path = store_path(Path(settings.store_dir), f"{model}--{data.key_part(data_set)}", wanted)
     with Store(path, wanted) as store:
@@ -191,12 +193,14 @@ def _log_aleatoric(name: str, scores: Mapping[str, float]) -> float:
 
 
 @functools.lru_cache(maxsize=1)  # a notebook asks the same model about several sets
-def _load_model(name: str) -> tuple[Any, Any, str]:
+def _load_model(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any, str]:
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # no bar of loaded weights in a page of the book
     try:
-        model, tokenizer = assets.load_causal_lm(name)
+        model, tokenizer = assets.load_causal_lm(name, dtype=dtype, device_map=device_map)
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"device_map: {name} does not fit into the GPUs, and layers left outside would take days")
     return model, tokenizer, models.weights(model, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.qa.rivals import Entailment
 from isouq.studies.qa.sentences import SentenceEncoder
 
+DTYPES = ("float32", "bfloat16")  # float16 has too small a range for squares of gradients
 N_TRUE_SHOTS = 4  # solved examples in the prompt of P(True), true and false in turn
 
 
@@ -26,9 +27,11 @@ class Settings:
 
     Those of `identity` decide which numbers result, the others how much is computed and where it is kept. `nli` is the
     Hub id of a model that judges by entailment whether samples mean the same; without one their embeddings do. `chat`
-    asks through the tokenizer's chat template, except for P(True). No samples, no rivals that need them.
+    asks through the tokenizer's chat template, except for P(True). No samples, no rivals that need them. `judge` is
+    such a model, too: its verdict on free answers stands beside the others. `device_map` is accelerate's: "auto" fills
+    the GPUs, None is the CPU.
 
-    Raises ValueError for a single sample, which has no entropy.
+    Raises ValueError for a count, dtype or engine out of bounds, and for a single sample, which has no entropy.
     """
 
     seed: int = 0
@@ -37,7 +40,10 @@ class Settings:
     engine: Engine = "auto"
     n_samples: int = 10
     nli: str | None = None
+    judge: str | None = None
     chat: bool = False
+    dtype: str = "float32"
+    device_map: str | None = None
     n_questions: int = 120
     n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
@@ -45,22 +51,28 @@ class Settings:
     records_dir: str | None = None  # committed records: read before a run, written as it goes
 
     def __post_init__(self) -> None:
-        if self.n_samples:
-            require.count("n_samples", self.n_samples, 2)
+        require.seed("seed", self.seed)
+        require.one_of("engine", self.engine, get_args(Engine))
+        require.one_of("dtype", self.dtype, DTYPES)
+        least = {"n_shots": 0, "n_token_mean": 0, "max_new_tokens": 1, "n_questions": 1, "batch_size": 1}
+        for name, bound in (least | ({"n_samples": 2} if self.n_samples else {})).items():
+            require.count(name, getattr(self, name), bound)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide numbers. A store is bound to these alone, so a larger run extends it."""
         names = ("seed", "n_shots", "max_new_tokens", "engine", "n_samples")
-        chat = {"chat": True} if self.chat else {}
-        return {name: getattr(self, name) for name in names} | {"nli": self.nli or ""} | chat
+        default = {"judge": None, "chat": False, "dtype": "float32", "device_map": None}  # newer than the first stores
+        newer = {name: getattr(self, name) for name, value in default.items() if getattr(self, name) != value}
+        return {name: getattr(self, name) for name in names} | {"nli": self.nli or ""} | newer
 
 
 @dataclass(frozen=True)
 class Subject:
     """A loaded model with its questions and, in the same order, their prompts as token ids.
 
-    `shots` are the solved examples of P(True) with their own prompts. `nli` says whether samples mean the same, and
-    `encoder` gives the embeddings of texts, (text, dimension), of unit length.
+    `shots` are the solved examples of P(True) with their own prompts. `nli` says whether samples mean the same, `judge`
+    which references a free answer entails, and `encoder` gives the embeddings of texts, (text, dimension), of unit
+    length.
     """
 
     model: Any
@@ -72,6 +84,7 @@ class Subject:
     choose: bool = False
     chat: bool = False
     nli: Entailment | None = None
+    judge: Entailment | None = None
     encoder: Callable[[Sequence[str]], Tensor] | None = None
 
     @functools.cached_property
@@ -104,6 +117,7 @@ def prepare(
     choose: bool = False,
     others: DataSet | None = None,
     nli: Entailment | None = None,
+    judge: Entailment | None = None,
     encoder: Callable[[Sequence[str]], Tensor] | None = None,
 ) -> Subject:
     """Draw the questions and write their prompts; a set with an official prefix is asked without examples.
@@ -123,4 +137,4 @@ def prepare(
     prompts = (generation.encode_turns if settings.chat else generation.encode_prompts)(tokenizer, texts)
     solved = list(zip(true_shots, prompts[len(questions) :], strict=True))
     asked = prompts[: len(questions)]
-    return Subject(model, tokenizer, data_set, questions, asked, solved, choose, settings.chat, nli, encoder)
+    return Subject(model, tokenizer, data_set, questions, asked, solved, choose, settings.chat, nli, judge, encoder)
