@@ -233,7 +233,7 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         both = np.column_stack([base, extra])
         plan, wrong = analysis.resamples(used), used["wrong"].to_numpy()
         small, large = (Fit.of(features, wrong, plan, n_folds=analysis.n_folds) for features in (base, both))
-        gain = large.log_score().minus(small.log_score()).interval()
+        gain = large.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval()
         row: dict[str, Any] = {"aggregation": aggregation, "n": len(used)}
         for name, one in (("coefficient", large.coefficient(2)), ("gain", gain)):
             row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
