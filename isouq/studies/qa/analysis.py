@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from isouq.studies import evaluation, fits, require
-from isouq.studies.evaluation import Interval, Ranking, Resamples, UndefinedStatisticError
+from isouq.studies.evaluation import Column, Interval, Ranking, Resamples, UndefinedStatisticError
 from isouq.studies.fits import Fit
 from isouq.studies.results import Result
 
@@ -99,10 +99,22 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
     CHEAP that the table has, last_layers (log G over the last five blocks alone), and the controls on (log p, log L)
     and (log p, log L, log G).
 
-    Raises ValueError for a rival without a score for one of the questions, by name.
+    Raises ValueError as `scores`.
+    """
+    raw, fitted = scores(table, aggregation)
+    wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
+    ranked = {name: evaluation.ranking(score, wrong, plan) for name, score in raw.items()}
+    return ranked | {
+        name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
+    }
+
+
+def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, Column], dict[str, Column]]:
+    """Return the raw scores (question,) that `rankings` ranks, and the features (question, feature) that it fits.
+
+    Raises ValueError for a score that a question lacks, by the question's id.
     """
     require.one_of("aggregation", aggregation, AGGREGATIONS)
-    wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
     log_u = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
     control = np.column_stack([table["log_prob"], np.log(table["n_tokens"]), table["log_gradient"]])
     raw: dict[str, Any] = {"aleatoric": log_u[:, 0], "epistemic": log_u[:, 1], "minus_log_prob": table["likelihood"]}
@@ -112,13 +124,15 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
         fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control}
         raw |= {"likelihood": table["likelihood"], "likelihood_per_token": table["likelihood"] / table["n_tokens"]}
         raw |= {"log_gradient": table["log_gradient"], "length": table["n_tokens"]}
-        raw |= {name: require.numbers(name, table[name]) for name in (*RIVALS, *CHEAP) if name in table}
+        raw |= {name: table[name] for name in (*RIVALS, *CHEAP) if name in table}
         if any(str(name).startswith("layer:") for name in table):
             raw["last_layers"] = last_layers(table) - 2 * table["log_prob"].to_numpy()
-    ranked = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
-    return ranked | {
-        name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
-    }
+    columns = {name: np.asarray(score, float) for name, score in raw.items()}
+    for name, column in columns.items():
+        if len(lacking := table["item_id"][~np.isfinite(column)]):
+            where = f"{len(lacking)} of {len(table)} questions, the first {lacking.iloc[0]!r}"
+            raise ValueError(f"{name}: NaN or infinite at {where}; a score for each wanted")
+    return columns, fitted
 
 
 def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import transformers
 
 from isouq import models
 from isouq.studies import assets, identity
 from isouq.studies.qa import data, rivals, stages
 from isouq.studies.qa.data import Question
+from isouq.studies.qa.sentences import no_loading_bar
 from isouq.studies.qa.stages import complete
 from isouq.studies.qa.subject import Settings, prepare
 from isouq.studies.store import Store, store_path
@@ -192,11 +192,6 @@ def _log_aleatoric(name: str, scores: Mapping[str, float]) -> float:
 
 @functools.lru_cache(maxsize=1)  # a notebook asks the same model about several sets
 def _load_model(name: str) -> tuple[Any, Any, str]:
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # no bar of loaded weights in a page of the book
-    try:
+    with no_loading_bar():
         model, tokenizer = assets.load_causal_lm(name)
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer, models.weights(model, tokenizer)
