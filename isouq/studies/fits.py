@@ -110,10 +110,10 @@ def brier(probability: ArrayLike, wrong: ArrayLike) -> float:
 
 
 def ece(probability: ArrayLike, wrong: ArrayLike) -> float:
-    """Return the expected calibration error: over N_BINS bins of as many answers each, the mean |p̄ − share wrong|.
+    """Return the expected calibration error: the mean distance of the mean probability from the share of wrong answers.
 
-    Equal probabilities share a bin. A calibrated score does not have 0 but what chance makes of N_BINS shares. Raises
-    as `brier`.
+    The mean is over N_BINS bins of as many answers each; equal probabilities share one. A calibrated score does not
+    have 0 but what chance makes of N_BINS shares. Raises as `brier`.
     """
     return on_all(weighted_ece, _probability(probability), wrong)
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from isouq.studies import require
 from isouq.studies.evaluation import Column, on_all
 
-MAX_REJECTION = 0.5  # of the answers, where the area of the rejection ratio ends; 1 goes down to the last answer
+MAX_REJECTION = 0.5  # the rejection ratio counts while less than this share is left unsaid; 1: down to one answer
 
 
 def accuracies(score: ArrayLike, wrong: ArrayLike) -> Column:

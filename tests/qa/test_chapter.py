@@ -108,6 +108,7 @@ def test_rejection_ends_with_what_knowing_nothing_has(answers) -> None:
     nothing = rows.loc[("SmolLM2", "TriviaQA", "(knows nothing)")]
     assert list(nothing) == ["0.00", f"{share:.2f}", f"{share * (1 - share):.2f}", "0.00"]
     assert rows.loc[("SmolLM2", "TriviaQA", "P(True)"), "Brier"] == ""
+    assert list(rows) == ["PRR, under 50% unsaid", "AURC", "Brier", "ECE, 5 bins"]
     assert ("SmolLM2", "Wikidata") not in rows.index.droplevel(-1)
     assert tables.rejection({PAIRS[3]: answers[PAIRS[3]]}, QUICK).iloc[0, 0] == tables.TOO_FEW
 

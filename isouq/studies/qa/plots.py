@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -66,54 +66,55 @@ def accuracies(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> Figu
 
     Dashed: at random. Dotted: a score that knows which answers are wrong.
     """
-    figure, axes = _grid(answers, aspect=0.95)
-    for ax, table in zip(axes, answers.values(), strict=False):
-        for name, curve in details.curves(table, analysed).items():
+
+    def draw(ax: Axes, pair: Pair) -> None:
+        for name, curve in details.curves(answers[pair], analysed).items():
             colour, marker, label = METHODS[name]
             share, every = np.arange(1, len(curve) + 1) / len(curve), max(1, len(curve) // 5)
             ax.plot(share, curve, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1, label=label)
         share = np.linspace(0.01, 1, 100)
-        right = float(analysis.scored(table)["right"].mean())
+        right = float(analysis.scored(answers[pair])["right"].mean())
         ax.axhline(right, **GUIDE)
         ax.plot(share, np.minimum(1, right / share), color="#777777", linestyle=":", linewidth=1)
         ax.set(xlabel="share answered", ylabel="right, of those", xlim=(0, 1.02), ylim=(-0.02, 1.04))
-    _legend(figure, axes)
-    return figure
+
+    return _each(answers, draw, aspect=0.95)
 
 
 def layers(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> Figure:
     """Draw the AUROC of U_E over one block's attention or MLP alone, against the block."""
-    figure, axes = _grid(answers, aspect=0.75)
-    for ax, table in zip(axes, answers.values(), strict=False):
-        rows, _ = details.layers(table, analysed)
+
+    def draw(ax: Axes, pair: Pair) -> None:
+        rows, _ = details.layers(answers[pair], analysed)
         for kind, line in {"attention": "s--", "mlp": "o-"}.items():
             part = rows[rows["kind"] == kind]
             ax.plot(part["block"], part["auroc"], line, markersize=3, label=kind)
         ax.axhline(0.5, **GUIDE)
         ax.set(xlabel="block", ylabel="AUROC of $U_E$", ylim=(0, 1))
-    _legend(figure, axes)
-    return figure
+
+    return _each(answers, draw, aspect=0.75)
 
 
 def worth(answers: Mapping[Pair, pd.DataFrame], ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> Figure:
     """Draw each score's AUROC against the seconds that it takes for a question after its answer."""
-    figure, axes = _grid(answers, aspect=0.9)
-    for ax, (pair, table) in zip(axes, answers.items(), strict=False):
-        costs = details.costs(table, ranked[pair].get(HEADLINE, {}))
+
+    def draw(ax: Axes, pair: Pair) -> None:
+        costs = details.costs(answers[pair], ranked[pair].get(HEADLINE, {}))
         plotting.worth(costs, ax, xlabel="seconds", ylabel="AUROC")
-    _legend(figure, axes)
-    return figure
+
+    return _each(answers, draw, aspect=0.9)
 
 
-def _grid(pairs: Iterable[Pair], aspect: float) -> tuple[Figure, list[Axes]]:
-    """A panel for each pair, COLUMNS a row, and the figure that they are in."""
-    titles = [", ".join(tables.label(pair)) for pair in pairs]
-    figure, axes = plotting.panels(COLUMNS, -(-len(titles) // COLUMNS), aspect=aspect, sharey=True)
-    for ax in axes.flat[len(titles) :]:
+def _each(answers: Mapping[Pair, pd.DataFrame], draw: Callable[[Axes, Pair], None], *, aspect: float) -> Figure:
+    """Draw a panel for each pair, COLUMNS a row."""
+    figure, axes = plotting.panels(COLUMNS, -(-len(answers) // COLUMNS), aspect=aspect, sharey=True)
+    for ax in axes.flat[len(answers) :]:
         ax.set_visible(False)
-    for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(title, fontsize="small")
-    return figure, list(axes.flat[: len(titles)])
+    for ax, pair in zip(axes.flat, answers, strict=False):
+        ax.set_title(", ".join(tables.label(pair)), fontsize="small")
+        draw(ax, pair)
+    _legend(figure, axes.flat)
+    return figure
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:

@@ -14,11 +14,13 @@ import pandas as pd
 
 from isouq.studies import claims, require
 from isouq.studies.evaluation import Interval, Ranking
+from isouq.studies.fits import N_BINS
 from isouq.studies.plotting import METHODS
 from isouq.studies.qa import across, analysis, details
 from isouq.studies.qa.analysis import HEADLINE, Analysis
 from isouq.studies.qa.data import key_part
 from isouq.studies.qa.details import Pair
+from isouq.studies.rejection import MAX_REJECTION
 from isouq.studies.results import Result, key_of
 
 SHOWN = (
@@ -182,7 +184,8 @@ def rejection(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> pd.Da
             share = float(analysis.scored(table)["wrong"].mean())
             nothing = {"prr": 0.0, "aurc": share, "brier": share * (1 - share), "ece": 0.0}
             rows[(*label(pair), "(knows nothing)")] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
-    names = {"prr": "PRR", "aurc": "AURC", "brier": "Brier", "ece": "ECE"}
+    limit = f"PRR, under {MAX_REJECTION:.0%} unsaid"
+    names = {"prr": limit, "aurc": "AURC", "brier": "Brier", "ece": f"ECE, {N_BINS} bins"}
     return pd.DataFrame(rows).T.rename(columns=names).fillna("") if rows else _nothing(TOO_FEW)
 
 
