@@ -90,6 +90,13 @@ def test_nan_and_one_class_are_refused_as_by_the_auroc(statistic) -> None:
         statistic([0.5, 0.0, 1.0], [True, False])
 
 
+def test_two_answers_have_no_ratio_and_a_resample_of_two_no_draw() -> None:
+    with pytest.raises(evaluation.UndefinedStatisticError, match="no value on 2 answers"):
+        rejection.prr([1, 2], [False, True])
+    score, wrong = np.array([1.0, 2.0, 3.0]), np.array([False, True, True])
+    assert np.isnan(rejection.weighted_prr(score, wrong, np.array([[1.0, 1.0, 0.0]])))
+
+
 @pytest.mark.parametrize("limit", [0.0, 1.1, np.nan])
 def test_a_limit_that_rejects_nothing_or_more_than_all_is_refused(limit) -> None:
     with pytest.raises(ValueError, match=r"max_rejection: .* given, a finite number above 0"):

@@ -88,9 +88,11 @@ def on_all(statistic: Statistic, score: ArrayLike, wrong: ArrayLike) -> float:
 
 
 def _defined_on_all(values: Column, wrong: NDArray[np.bool_]) -> float:
-    if np.isnan(values[0]) or wrong.all() or not wrong.any():
+    if wrong.all() or not wrong.any():
         side = "wrong" if wrong.all() else "right"
         raise UndefinedStatisticError(f"a ranking needs right and wrong answers; all {len(wrong)} are {side}")
+    if np.isnan(values[0]):
+        raise UndefinedStatisticError(f"the statistic has no value on {len(wrong)} answers; more are wanted")
     return float(values[0])
 
 

@@ -63,7 +63,8 @@ def weighted_prr(
         if 0 < n_wrong < n and (n_rejected := int(max_rejection * n)):
             random = 1 - n_wrong / n
             area, oracle = (_curve(x, wrong, w)[-n_rejected:].mean() for x in (s, wrong.astype(float)))
-            values[row] = (area - random) / (oracle - random)
+            if oracle > random:  # of two answers no one is left unsaid, and all orders are alike
+                values[row] = (area - random) / (oracle - random)
     return values
 
 
