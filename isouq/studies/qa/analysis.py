@@ -293,9 +293,9 @@ def named_results(
     `ranked` is what `rank` makes of the table.
     """
     prefix, aurocs = f"qa.{subject}", auroc_table(table, ranked)
-    results = {f"{prefix}.accuracy": _result(accuracy(table), note=_SHARE)}
+    results = {f"{prefix}.accuracy": result_of(accuracy(table), _SHARE)}
     if "right_by_mean" in table:
-        results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note=_SHARE)
+        results[f"{prefix}.by_mean.accuracy"] = result_of(accuracy(table, "right_by_mean"), _SHARE)
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
         results |= _committed_results(table, prefix, analysis)
@@ -324,7 +324,7 @@ def named_results(
     for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
-            results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
+            results[f"{prefix}.{method}.{key}"] = result_of(interval, note)
     return results
 
 
@@ -335,7 +335,7 @@ def _compared(table: pd.DataFrame, prefix: str, ranked: Mapping[str, Ranking]) -
     used = scored(table)
     gaps = {name: ranked["combined"].minus(ranked[name]) for name in (*RIVALS, *CONTROLS) if name in ranked}
     n, note = len(used), "paired, refitted in every resample"
-    results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
+    results = {f"{prefix}.combined.auroc_over_{name}": result_of(gap, note) for name, gap in gaps.items()}
     results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
     # Where P(True) is not run log G stands in for it, a score of another kind than the combined one.
     rival = ranked.get("p_true", ranked["log_gradient"])
@@ -350,7 +350,7 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     """Return how often the answer was NO_COMMENT, and the headline AUROCs (suffix _committed) without those."""
     committed = table[table["answer"] != NO_COMMENT]
     share = evaluation.wilson_interval(len(table) - len(committed), len(table))
-    results = {f"{prefix}.no_comment.share": _result(share, note="Wilson")}
+    results = {f"{prefix}.no_comment.share": result_of(share, "Wilson")}
     enough = evaluation.enough_of_both(scored(committed)["wrong"])
     aurocs = auroc_table(committed, {HEADLINE: rankings(scored(committed), HEADLINE, analysis)} if enough else {})
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
@@ -367,7 +367,9 @@ def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _result(interval: Interval, *, note: str) -> Result:
+def result_of(one: Ranking | Interval, note: str) -> Result:
+    """Return a statistic with its interval as a named result."""
+    interval = one.interval() if isinstance(one, Ranking) else one
     return Result(**_columns(interval, interval.n), note=note)
 
 

@@ -14,8 +14,7 @@ from isouq.studies import evaluation, fits, rejection
 from isouq.studies.evaluation import Column, Interval, Ranking, UndefinedStatisticError
 from isouq.studies.fits import Fit
 from isouq.studies.qa import across, analysis
-from isouq.studies.qa.across import result_of
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, last_layers, scored
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, last_layers, result_of, scored
 from isouq.studies.qa.data import key_part
 from isouq.studies.results import Result, key_of
 
