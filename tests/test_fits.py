@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -113,8 +115,8 @@ def test_a_feature_of_noise_adds_nothing_to_the_log_score_and_signal_does() -> N
     plan = Resamples.of(wrong, n_resamples=400)
     noise, signal = (np.column_stack([features[:, 0], x]) for x in (rng.normal(size=N), rng.normal(size=N) + wrong))
     small, useless, large = (Fit.of(x, wrong, plan) for x in (features[:, :1], noise, signal))
-    assert useless.log_score().minus(small.log_score()).interval().low < 0
-    gain = large.log_score().minus(small.log_score()).interval()
+    assert useless.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval().low < 0
+    gain = large.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval()
     assert gain.value > 0.05
 
 
@@ -138,3 +140,50 @@ def test_questions_needed_grow_with_the_square_of_the_spread() -> None:
     assert fits.questions_needed(0.05, fits.auroc_spread(0.575, 0.5)) == pytest.approx(1030, rel=0.05)
     with pytest.raises(ValueError, match=r"gap: 0\.0 given"):
         fits.questions_needed(0.0, 1.0)
+
+
+def test_brier_and_calibration_error_by_hand() -> None:
+    assert fits.brier([0.2, 0.8, 0.6], [0, 1, 0]) == pytest.approx((0.04 + 0.04 + 0.36) / 3)
+    # ten answers in five bins of two, each pair with a gap of its own
+    probability = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.0]
+    wrong = [0, 0, 1, 0, 0, 1, 1, 1, 1, 0]
+    gaps = [0.05 - 0, 0.25 - 0.5, 0.45 - 0.5, 0.65 - 1, 0.95 - 0.5]
+    assert fits.ece(probability, wrong) == pytest.approx(np.abs(gaps).mean())
+    assert fits.ece([0.3] * 10, wrong) == pytest.approx(0.2), "equal probabilities share a bin"
+
+
+def test_brier_and_calibration_error_equal_the_plainest_loop() -> None:
+    rng = np.random.default_rng(1)
+    probability, wrong = rng.random(N), rng.random(N) < 0.3
+    order = sorted(range(N), key=lambda i: probability[i])
+    size = N // fits.N_BINS
+    bins = [order[i : i + size] for i in range(0, N, size)]
+    error = sum(abs(sum(probability[i] - wrong[i] for i in of_bin)) for of_bin in bins) / N
+    assert fits.ece(probability, wrong) == pytest.approx(error)
+    assert fits.brier(probability, wrong) == pytest.approx(brier_score_loss(wrong, probability))
+    shuffled = rng.permutation(N)
+    assert fits.ece(probability[shuffled], wrong[shuffled]) == pytest.approx(error)
+
+
+@pytest.mark.parametrize("statistic", [fits.brier, fits.ece])
+def test_calibration_refuses_what_is_no_probability_and_one_class(statistic) -> None:
+    with pytest.raises(ValueError, match="probability: NaN or infinite at 1 of 2"):
+        statistic([np.nan, 0.5], [0, 1])
+    with pytest.raises(ValueError, match=r"probability: values 0\.5 to 2 given, 0 to 1 wanted"):
+        statistic([2.0, 0.5], [0, 1])
+    with pytest.raises(evaluation.UndefinedStatisticError, match="all 2 are right"):
+        statistic([0.1, 0.5], [0, 0])
+
+
+@pytest.mark.parametrize("name", ["brier", "ece"])
+def test_calibration_of_a_fit_is_out_of_sample_with_an_interval(name) -> None:
+    features, wrong = made_up(effect=1.0)
+    plan = Resamples.of(wrong, n_resamples=200)
+    fit = Fit.of(features, wrong, plan)
+    found = fit.ranking(fits.of_probability(getattr(fits, f"weighted_{name}")))
+    plain = getattr(fits, name)
+    assert found.value == pytest.approx(np.mean([plain(expit(scores), wrong) for scores in fit.out_of_fold]))
+    unseen = plan.counts[0] == 0
+    assert found.draws[0] == pytest.approx(plain(expit(fit.out_of_bag[0][unseen]), wrong[unseen]))
+    interval = found.interval()
+    assert 0 <= interval.low < interval.high < 0.5

@@ -162,11 +162,29 @@ def test_a_pair_is_asked_as_many_questions_as_its_tightest_limit():
             {"judge": "a/b", "data_sets": ["wikidata"], "at_most": {}},
             "judge: 'a/b' given, and no set of free answers to judge",
         ),
+        ({"bare": {"smollm2-135m-instruct wikidat": 9}}, "'wikidat' is no data set .*; did you mean 'wikidata'"),
+        ({"bare": {"smollm2-135m wikidata": 9}}, "'smollm2-135m' is no model of the manifest"),
+        ({"bare": {"wikidata": 9}}, "'wikidata' is no model of the manifest"),
+        ({"bare": {"smollm2-135m-instruct truthfulqa": 9}}, "bare: 'truthfulqa' has a prompt of its own"),
     ],
 )
 def test_a_size_that_means_nothing_is_refused_by_name(change, expected):
     with pytest.raises(ValueError, match=expected):
         schemas.LlmQa(**QA | change)
+
+
+def test_a_pair_of_those_asked_is_asked_bare_too_and_no_other():
+    models, sets = ["smollm2-135m-instruct", "gemma-3-270m"], ["triviaqa", "wikidata"]
+    given = QA | {"models": models[:1], "data_sets": sets, "n_questions": 20, "at_most": {"triviaqa": 9}}
+    given["bare"] = {f"{models[0]} triviaqa": 50, f"{models[0]} wikidata": 5, f"{models[1]} wikidata": 5}
+    section = schemas.LlmQa(**given)
+    assert section.bare_pairs() == [(models[0], "triviaqa"), (models[0], "wikidata")]
+    both = [(section.scoring(*pair), section.scoring(*pair, bare=True)) for pair in section.bare_pairs()]
+    assert [bare["n_questions"] for _, bare in both] == [9, 5]
+    for usual, bare in both:
+        changed = {name for name in usual if usual[name] != bare[name]} - {"n_questions", "n_token_mean"}
+        assert changed == {"n_shots"}
+        assert bare["n_shots"] == 0
 
 
 def test_a_file_of_questions_is_a_data_set(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ STUDIES = (
     ("identity", "require", "results"),
     ("store", "resamples", "claims", "plotting", "assets"),
     ("evaluation",),
-    ("fits", "verdicts"),
+    ("fits", "verdicts", "rejection"),
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )

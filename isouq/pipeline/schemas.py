@@ -196,7 +196,8 @@ class LlmQa(Parameters):
 
     Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
     of both ("MODEL DATA_SET"); 0 leaves a pair out. `n_token_mean`: of how many of a data set's questions the answers
-    are also scored by "token_mean", which costs a backward pass per token. `nli` and `judge`: classifiers for natural
+    are also scored by "token_mean", which costs a backward pass per token. `bare`: of how many questions a pair
+    ("MODEL DATA_SET") of those asked is also asked without examples. `nli` and `judge`: classifiers for natural
     language inference, by which samples are grouped and free answers are judged, too. `device_map`: "auto" fills the
     GPUs, None is the CPU.
     """
@@ -208,6 +209,7 @@ class LlmQa(Parameters):
     data_sets: NotEmpty[DataSet]
     n_questions: Annotated[int, Field(ge=4)]  # fewer have no correlation to report
     at_most: dict[str, Annotated[int, Field(ge=0)]]
+    bare: dict[str, Annotated[int, Field(ge=4)]]
     n_shots: Annotated[int, Field(ge=0, le=32)]
     n_samples: Annotated[int, Field(ge=0, le=100)]
     nli: Reader | None
@@ -235,6 +237,10 @@ class LlmQa(Parameters):
                 raise ValueError(f"at_most: {name!r} is no model, data set or pair of these{nearest(name, known)}")
             if 0 < most < 4:
                 raise ValueError(f"at_most: {name!r} has {most}; wanted at least 4, or 0 to leave it out")
+        for model, _, data_set in (name.partition(" ") for name in self.bare):
+            _known_models([model])
+            if _known_data_set(data_set).startswith("truthfulqa"):
+                raise ValueError(f"bare: {data_set!r} has a prompt of its own without our examples; wanted another set")
         if not self.pairs():
             raise ValueError("at_most: leaves no model and data set; wanted one")
         if (fewest := min(self._size(*pair) for pair in self.pairs())) < self.n_folds:
@@ -261,10 +267,17 @@ class LlmQa(Parameters):
             used.add("triviaqa")
         return sorted({*super().assets(), *used})
 
-    def scoring(self, model: str, data_set: DataSet) -> dict[str, Any]:
+    def bare_pairs(self) -> list[tuple[str, DataSet]]:
+        """Return the pairs of `pairs` that are asked without examples too."""
+        return [pair for pair in self.pairs() if " ".join(pair) in self.bare]
+
+    def scoring(self, model: str, data_set: DataSet, *, bare: bool = False) -> dict[str, Any]:
         """Return what the scores of one model on one data set depend on; the rest only shapes their analysis."""
-        left_out = SET_BY_PIPELINE | {"models", "data_sets", "at_most", "n_resamples", "n_folds"}
+        left_out = SET_BY_PIPELINE | {"models", "data_sets", "at_most", "bare", "n_resamples", "n_folds"}
         sizes = {"n_questions": self._size(model, data_set), "n_token_mean": self.n_token_mean.get(data_set, 0)}
+        if bare:
+            sizes = {"n_questions": min(sizes["n_questions"], self.bare[f"{model} {data_set}"]), "n_token_mean": 0}
+            sizes["n_shots"] = 0
         return self.model_dump(exclude=left_out) | sizes
 
 

@@ -9,6 +9,7 @@ resample. A `Ranking` holds either, so that any two can be compared on the same 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from isouq.studies.resamples import Column as Column
 from isouq.studies.resamples import Resamples as Resamples
 from isouq.studies.resamples import UndefinedStatisticError as UndefinedStatisticError
 
+# Scores (example,) or (resample, example), wrong (example,) and weights (resample, example) to values (resample,).
+Statistic = Callable[[Column, NDArray[np.bool_], Column], Column]
+N_AS_IN_PAPER = 300  # resamples behind the paper's mean ± standard deviation
 MIN_PER_CLASS = 10  # with fewer right or fewer wrong answers than this, an AUROC is not reported
 CONSTANT = 1e-9  # of a column's largest absolute value; what varies by less is rounding
 
@@ -74,12 +78,22 @@ def auroc(score: ArrayLike, wrong: ArrayLike) -> float:
 
     Raises ValueError when a score is NaN, when lengths differ, and when all answers are right or all wrong.
     """
+    return on_all(weighted_auroc, score, wrong)
+
+
+def on_all(statistic: Statistic, score: ArrayLike, wrong: ArrayLike) -> float:
+    """Return a statistic of all answers, each once. Raises ValueError as `auroc` does."""
     score, wrong = _score_and_wrong(score, wrong)
-    value = weighted_auroc(score, wrong, np.ones((1, len(wrong))))[0]
-    if np.isnan(value):
+    return _defined_on_all(statistic(score, wrong, np.ones((1, len(wrong)))), wrong)
+
+
+def _defined_on_all(values: Column, wrong: NDArray[np.bool_]) -> float:
+    if wrong.all() or not wrong.any():
         side = "wrong" if wrong.all() else "right"
-        raise UndefinedStatisticError(f"AUROC needs right and wrong answers; all {len(wrong)} are {side}")
-    return float(value)
+        raise UndefinedStatisticError(f"a ranking needs right and wrong answers; all {len(wrong)} are {side}")
+    if np.isnan(values[0]):
+        raise UndefinedStatisticError(f"the statistic has no value on {len(wrong)} answers; more are wanted")
+    return float(values[0])
 
 
 def stratified_auroc(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike) -> float:
@@ -175,10 +189,10 @@ def bootstrap_interval(
 class Ranking:
     """How well a score ranks wrong above right: on all n questions, on each resample, and beside it.
 
-    value: the AUROC, or a difference of two. draws: (resample,) on the questions drawn. out_of_bag: (resample,) on
-    those left out. jackknife: (cluster,) without one cluster. The draws of a fitted score are its out_of_bag, since
-    its scores are of use only on questions that the fit has not seen, and it has no jackknife. n_units: clusters, or
-    answers of the rarer class, if they are fewer.
+    value: the AUROC or another `Statistic`, or a difference of two. draws: (resample,) on the questions drawn.
+    out_of_bag: (resample,) on those left out. jackknife: (cluster,) without one cluster. The draws of a fitted score
+    are its out_of_bag, since its scores are of use only on questions that the fit has not seen, and it has no
+    jackknife. n_units: clusters, or answers of the rarer class, if they are fewer.
     """
 
     value: float
@@ -194,6 +208,11 @@ class Ranking:
             return bca(self.value, self.draws, self.jackknife, self.n, n_units=self.n_units)
         low, high = np.quantile(defined(self.out_of_bag, self.n), [0.025, 0.975])
         return Interval(self.value, min(float(low), self.value), max(float(high), self.value), self.n)
+
+    def as_in_paper(self) -> tuple[float, float]:
+        """Return mean and standard deviation over the first N_AS_IN_PAPER resamples, as the paper reports AUROCs."""
+        draws = defined(self.draws[:N_AS_IN_PAPER], self.n)
+        return float(draws.mean()), float(draws.std())
 
     def minus(self, other: Ranking) -> Ranking:
         """Return the paired difference, on the same questions and the same resamples.
@@ -227,10 +246,10 @@ def max_t(rankings: Sequence[Ranking]) -> float:
     return max(float(np.quantile(away.max(axis=0), 0.95)), -float(special.ndtri(0.025)))
 
 
-def ranking(score: ArrayLike, wrong: ArrayLike, plan: Resamples) -> Ranking:
-    """Return the AUROC of a raw score, on all questions and over the resamples of `plan`."""
+def ranking(score: ArrayLike, wrong: ArrayLike, plan: Resamples, statistic: Statistic | None = None) -> Ranking:
+    """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`."""
     score, wrong = _score_and_wrong(score, wrong)
-    return _rank(score, wrong, plan, np.zeros(len(wrong), dtype=int))
+    return _rank(functools.partial(statistic or weighted_auroc, score, wrong), wrong, plan)
 
 
 def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, plan: Resamples) -> Ranking:
@@ -239,7 +258,7 @@ def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, p
     require.same_rows(score=score, wrong=wrong, stratum=stratum)
     score, wrong = _score_and_wrong(score, wrong)
     _require_strata(wrong, codes)
-    return _rank(score, wrong, plan, codes)
+    return _rank(functools.partial(weighted_auroc, score, wrong, codes=codes), wrong, plan)
 
 
 def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
@@ -249,16 +268,13 @@ def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
         raise UndefinedStatisticError("no stratum holds both right and wrong answers")
 
 
-def _rank(score: Column, wrong: NDArray[np.bool_], plan: Resamples, codes: NDArray[np.int64]) -> Ranking:
+def _rank(of: Callable[[Column], Column], wrong: NDArray[np.bool_], plan: Resamples) -> Ranking:
     if plan.counts.shape[1] != len(wrong):
         raise ValueError(f"plan: resamples of {plan.counts.shape[1]} questions given, of {len(wrong)} wanted")
-    parts = (np.ones((1, len(wrong))), plan.counts, (plan.counts == 0).astype(float), plan.left_out)
-    value, draws, out_of_bag, jackknife = (weighted_auroc(score, wrong, part, codes) for part in parts)
-    if np.isnan(value[0]):
-        side = "wrong" if wrong.all() else "right"
-        raise UndefinedStatisticError(f"AUROC needs right and wrong answers; all {len(wrong)} are {side}")
+    value = _defined_on_all(of(np.ones((1, len(wrong)))), wrong)
+    draws, out_of_bag, jackknife = (of(part) for part in (plan.counts, plan.unseen, plan.left_out))
     n_units = min(len(plan.left_out), int(wrong.sum()), int((~wrong).sum()))
-    return Ranking(float(value[0]), draws, out_of_bag, jackknife, len(wrong), n_units)
+    return Ranking(value, draws, out_of_bag, jackknife, len(wrong), n_units)
 
 
 def weighted_auroc(

@@ -22,13 +22,15 @@ from isouq.studies.evaluation import (
     Interval,
     Ranking,
     Resamples,
+    Statistic,
     UndefinedStatisticError,
-    auroc,
     defined,
     moderate,
+    on_all,
     weighted_auroc,
 )
 
+N_BINS = 5  # of the calibration error
 N_REPEATS = 20  # of the folds behind a fitted score's own value
 FLAT = 1e-3  # standard deviations; a ridge does not see features whose values mostly lie nearer to each other
 
@@ -93,6 +95,72 @@ def out_of_fold_scores(
     return beta[folds, 0] + np.sum(beta[folds, 1:] * features, axis=1)
 
 
+def cross_fitted(features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0) -> Column:
+    """Return `out_of_fold_scores` for N_REPEATS draws of the folds, (repeat, example). Raises as these."""
+    seeds = range(seed, seed + N_REPEATS)
+    return np.stack([out_of_fold_scores(features, wrong, n_folds=n_folds, seed=one % 2**32) for one in seeds])
+
+
+def brier(probability: ArrayLike, wrong: ArrayLike) -> float:
+    """Return the Brier score, the mean of (probability − wrong)²; low is good.
+
+    `probability`: (example,) that the answer is wrong. Raises ValueError as `auroc`, and beyond [0, 1].
+    """
+    return on_all(weighted_brier, _probability(probability), wrong)
+
+
+def ece(probability: ArrayLike, wrong: ArrayLike) -> float:
+    """Return the expected calibration error: the mean distance of the mean probability from the share of wrong answers.
+
+    The mean is over N_BINS bins of as many answers each; equal probabilities share one. A calibrated score does not
+    have 0 but what chance makes of N_BINS shares. Raises as `brier`.
+    """
+    return on_all(weighted_ece, _probability(probability), wrong)
+
+
+def weighted_log_score(log_odds: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+    """Return the mean log-probability of what happened, in nats per answer, of every row of `weights`."""
+    return _mean(special.log_expit(np.where(wrong, log_odds, -log_odds)), weights)
+
+
+def weighted_brier(probability: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+    """Return the Brier score of every row of `weights`; see `evaluation.Statistic`."""
+    return _mean((probability - wrong) ** 2, weights)
+
+
+def weighted_ece(probability: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+    """Return the calibration error of every row of `weights`, in bins of equal weight; see `evaluation.Statistic`."""
+    values = np.full(len(weights), np.nan)
+    for row, (p, w) in enumerate(zip(np.broadcast_to(probability, weights.shape), weights, strict=True)):
+        if w.any():
+            run = np.unique(p, return_inverse=True)[1]
+            mass = np.bincount(run, w)
+            middle = np.cumsum(mass) - mass / 2
+            gaps = np.bincount((N_BINS * middle / mass.sum()).astype(int)[run], w * (p - wrong))
+            values[row] = np.abs(gaps).sum() / mass.sum()
+    return values
+
+
+def of_probability(statistic: Statistic) -> Statistic:
+    """Return a statistic of log-odds that is `statistic` of the probabilities they stand for."""
+    return lambda log_odds, wrong, weights: statistic(special.expit(log_odds), wrong, weights)
+
+
+def _mean(values: Column, weights: Column) -> Column:
+    total = weights.sum(axis=1)
+    weighted = np.where(weights > 0, weights * values, 0.0).sum(axis=1)
+    return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def _probability(given: ArrayLike) -> ArrayLike:
+    column = require.numbers("probability", given)
+    if column.min() < 0 or column.max() > 1:
+        raise ValueError(
+            f"probability: values {column.min():g} to {column.max():g} given, 0 to 1 wanted; expit takes log-odds"
+        )
+    return given
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A logistic regression on some features, on the same folds and resamples as its rivals.
@@ -112,33 +180,21 @@ class Fit:
     @classmethod
     def of(cls, features: ArrayLike, wrong: ArrayLike, plan: Resamples, *, n_folds: int = 5) -> Fit:
         """Fit once for each resample of `plan`, and on N_REPEATS draws of the folds. Raises as `out_of_fold_scores`."""
-        seeds = range(plan.seed, plan.seed + N_REPEATS)
-        held_out = [out_of_fold_scores(features, wrong, n_folds=n_folds, seed=seed % 2**32) for seed in seeds]
+        held_out = cross_fitted(features, wrong, n_folds=n_folds, seed=plan.seed)
         features, wrong = _features("features", features), require.labels("wrong", wrong)
         spread = features.std(axis=0)
         beta = fit_logistic(features, wrong, plan.counts)
         whole = fit_logistic(features, wrong, np.ones((1, len(wrong))))[0, 1:]
         scores = beta[:, :1] + beta[:, 1:] @ features.T
-        return cls(np.stack(held_out), scores, beta[:, 1:] * spread, whole * spread, wrong, plan)
+        return cls(held_out, scores, beta[:, 1:] * spread, whole * spread, wrong, plan)
 
-    def ranking(self) -> Ranking:
-        """Return the AUROC of its scores out of fold, mean over repeats, and out of bag over resamples."""
-        value = np.mean([auroc(score, self.wrong) for score in self.out_of_fold])
-        draws = weighted_auroc(self.out_of_bag, self.wrong, (self.plan.counts == 0).astype(float))
-        return self._ranking(float(value), draws)
-
-    def log_score(self) -> Ranking:
-        """Return the mean log-probability of what happened (nats per answer) out of sample, in the same form."""
-        sign = np.where(self.wrong, 1.0, -1.0)
-        left_out = self.plan.counts == 0
-        each = np.where(left_out, special.log_expit(sign * self.out_of_bag), 0.0).sum(axis=1)
-        draws = np.divide(each, left_out.sum(axis=1), out=np.full(len(each), np.nan), where=left_out.any(axis=1))
-        value = float(special.log_expit(sign * self.out_of_fold).mean())
-        return self._ranking(value, draws)
-
-    def _ranking(self, value: float, draws: Column) -> Ranking:
+    def ranking(self, statistic: Statistic = weighted_auroc) -> Ranking:
+        """Return the AUROC, or another `statistic` of log-odds: out of fold, mean over repeats, and out of bag."""
+        value = statistic(self.out_of_fold, self.wrong, np.ones(self.out_of_fold.shape)).mean()
+        undefined = np.isnan(self.out_of_bag).any(axis=1)  # a resample of one class has no fit
+        draws = np.where(undefined, np.nan, statistic(self.out_of_bag, self.wrong, self.plan.unseen))
         n_units = min(len(self.plan.left_out), int(self.wrong.sum()), int((~self.wrong).sum()))
-        return Ranking(value, draws, draws, None, len(self.wrong), n_units)
+        return Ranking(float(value), draws, draws, None, len(self.wrong), n_units)
 
     def coefficient(self, feature: int) -> Interval:
         """Return one feature's coefficient per standard deviation, with its 95 % interval over refits."""

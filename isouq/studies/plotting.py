@@ -310,6 +310,7 @@ def worth(table: pd.DataFrame, ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
         ax.plot(row["seconds"], row["value"], color=colour, marker=marker, linestyle="none", label=label)
     ax.axhline(0.5, **GUIDE)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    _round_numbers(ax.xaxis)
     return ax
 
 

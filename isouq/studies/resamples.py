@@ -30,6 +30,11 @@ class Resamples:
     left_out: Column
     seed: int
 
+    @property
+    def unseen(self) -> Column:
+        """Ones where a resample left a row out, (resample, row)."""
+        return (self.counts == 0).astype(float)
+
     @classmethod
     def of(
         cls,

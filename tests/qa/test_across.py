@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from test_analysis import QUICK, made_up
 
-from isouq.studies import evaluation
+from isouq.studies import evaluation, rejection
 from isouq.studies.qa import across, analysis, details, tables
 
 MODELS = ("small", "large", "other")
@@ -111,12 +111,55 @@ def test_one_model_with_enough_answers_says_nothing_about_several(answers, ranke
 
 
 def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(ranked) -> None:
-    table = tables.table_2(ranked | {"silent": {"sequence": {}}}, "triviaqa")
-    assert table.loc["p_true", "paper"] == "0.69\u00a0±\u00a00.06"
+    pairs = {(model, "triviaqa"): of for model, of in (ranked | {"silent": {"sequence": {}}}).items()}
+    table = tables.table_2(pairs | {("small", "wikidata"): ranked["small"]})
     assert list(table.columns) == [*MODELS, "silent", "mean", "paper"]
+    assert table.loc[("TriviaQA", "P(True)"), "paper"] == "0.69\u00a0±\u00a00.06"
     assert (table["silent"] == "").all()
-    mean = across.mean([ranked[model]["sequence"]["p_true"] for model in MODELS]).value
-    assert table.loc["p_true", "mean"].startswith(f"{mean:.2f} [")
+    assert (table.loc["Wikidata", "mean"] == "").all()
+    one = across.mean([ranked[model]["sequence"]["p_true"] for model in MODELS])
+    mean, std = one.as_in_paper()
+    cell = table.loc[("TriviaQA", "P(True)"), "mean"]
+    assert cell.startswith(f"{one.value:.2f}\u00a0[")
+    assert cell.endswith(f"({mean:.2f}\u00a0±\u00a0{std:.2f})")
+
+
+def test_rejection_and_calibration_rest_on_the_resamples_of_the_auroc(answers, ranked) -> None:
+    table = answers["small"]
+    found = details.rejections(table, QUICK)
+    assert set(found) == {*details.REJECTED, "combined", "likelihood_fitted"}
+    wrong = table["wrong"].to_numpy()
+    for name, column in {"p_true": "p_true", "epistemic": "log_epistemic_sequence"}.items():
+        assert found[name]["prr"].value == rejection.prr(table[column], wrong)
+        assert found[name]["aurc"].value == rejection.aurc(table[column], wrong)
+        assert len(found[name]["prr"].draws) == len(ranked["small"]["sequence"][name].draws)
+        assert set(found[name]) == {"prr", "aurc"}, "a raw score is no probability"
+    assert found["p_true"]["prr"].value > found["combined"]["prr"].value > found["epistemic"]["prr"].value
+    assert found["combined"]["brier"].value < wrong.mean() * (1 - wrong.mean())
+    assert details.rejections(table.head(12), QUICK) == details.curves(table.head(12), QUICK) == {}
+
+
+def test_the_curves_start_with_the_most_certain_and_end_at_the_accuracy(answers) -> None:
+    table = answers["small"]
+    curves = details.curves(table, QUICK)
+    for curve in curves.values():
+        assert len(curve) == len(table)
+        assert curve[-1] == pytest.approx(table["right"].mean())
+    assert curves["p_true"][:40].mean() > curves["naive_entropy"][:40].mean() > curves["epistemic"][:40].mean()
+
+
+def test_prompts_are_compared_on_the_questions_that_both_were_asked(answers) -> None:
+    usual = answers["small"].assign(reference="Paris", answer="Paris")
+    bare = asked(7, n=120).assign(reference="Paris", answer="It is paris, I think")
+    bare.loc[60:, "answer"] = "London"
+    found = details.prompts(usual, bare, QUICK)
+    assert [found[prompt]["accuracy"].n for prompt in ("examples", "bare")] == [120, 120]
+    assert found["examples"]["accuracy"].value == usual["right"][:120].mean()
+    assert found["bare"]["contained"].value == 0.5
+    wanted = evaluation.auroc(bare["p_true"], bare["wrong"])
+    assert found["bare"]["p_true"].value == pytest.approx(wanted)
+    few = details.prompts(usual, bare.head(12), QUICK)["bare"]
+    assert set(few) == {"accuracy", "contained"}
 
 
 def test_another_judge_is_compared_with_the_studys_own(answers) -> None:

@@ -20,6 +20,7 @@ from isouq.studies import assets
 from isouq.studies.qa import data, generation, stages, study
 from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.qa.study import Settings
+from isouq.studies.qa.subject import N_TRUE_SHOTS
 from isouq.studies.store import Store
 
 RUN = {"study": "test"}
@@ -70,6 +71,17 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
             assert np.exp(table[f"log_aleatoric_{name}"][row]) == pytest.approx(found.aleatoric.item(), rel=1e-5)
         log_g = one["sequence"].log_epistemic.item() - 2 * one["sequence"].log_prob.item()
         assert table["log_gradient"][row] == pytest.approx(log_g, abs=1e-4)
+
+
+def test_asked_without_examples_the_prompt_is_the_question_alone_and_p_true_keeps_its_own(llama, tokenizer) -> None:
+    content = small_set(40)
+    usual, bare = (
+        study.prepare(llama, tokenizer, content, Settings(n_questions=12, n_shots=n, n_samples=3)) for n in (2, 0)
+    )
+    assert bare.prompts == generation.encode_prompts(tokenizer, [content.prompt(q) for q in bare.questions])
+    assert len(bare.shots) == len(usual.shots) == N_TRUE_SHOTS
+    assert bare.questions == usual.questions
+    assert not {question.item_id for question, _ in bare.shots} & {question.item_id for question in bare.questions}
 
 
 def test_a_larger_run_extends_a_smaller_and_scores_nothing_again(tmp_path: Path, llama, tokenizer, monkeypatch) -> None:

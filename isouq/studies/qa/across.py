@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from isouq.studies import evaluation, fits
 from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, scored
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, result_of, scored
 from isouq.studies.results import Result
 
 Rankings = Mapping[str, Ranking]  # one model's, by score
@@ -150,9 +150,3 @@ def named_results(
             results[f"qa.transfer.{model}.{data_set}.{metric}"] = result_of(one, "fitted on the other models")
         results[f"qa.transfer.mean.{data_set}.{metric}"] = result_of(mean(list(of_held_out.values())), models)
     return results
-
-
-def result_of(one: Ranking | Interval, note: str) -> Result:
-    """Return a statistic with its interval as a named result."""
-    interval = one.interval() if isinstance(one, Ranking) else one
-    return Result(value=interval.value, low=interval.low, high=interval.high, n=interval.n, note=note)

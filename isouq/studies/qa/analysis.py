@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from isouq.studies import evaluation, fits, require
-from isouq.studies.evaluation import Interval, Ranking, Resamples, UndefinedStatisticError
+from isouq.studies.evaluation import Column, Interval, Ranking, Resamples, UndefinedStatisticError
 from isouq.studies.fits import Fit
 from isouq.studies.results import Result
 
@@ -99,10 +99,22 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
     CHEAP that the table has, last_layers (log G over the last five blocks alone), and the controls on (log p, log L)
     and (log p, log L, log G).
 
-    Raises ValueError for a rival without a score for one of the questions, by name.
+    Raises ValueError as `scores`.
+    """
+    raw, fitted = scores(table, aggregation)
+    wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
+    ranked = {name: evaluation.ranking(score, wrong, plan) for name, score in raw.items()}
+    return ranked | {
+        name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
+    }
+
+
+def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, Column], dict[str, Column]]:
+    """Return the raw scores (question,) that `rankings` ranks, and the features (question, feature) that it fits.
+
+    Raises ValueError for a score that a question lacks, by the question's id.
     """
     require.one_of("aggregation", aggregation, AGGREGATIONS)
-    wrong, plan = table["wrong"].to_numpy(dtype=bool), analysis.resamples(table)
     log_u = table[[f"log_aleatoric_{aggregation}", f"log_epistemic_{aggregation}"]].to_numpy()
     control = np.column_stack([table["log_prob"], np.log(table["n_tokens"]), table["log_gradient"]])
     raw: dict[str, Any] = {"aleatoric": log_u[:, 0], "epistemic": log_u[:, 1], "minus_log_prob": table["likelihood"]}
@@ -112,13 +124,15 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
         fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control}
         raw |= {"likelihood": table["likelihood"], "likelihood_per_token": table["likelihood"] / table["n_tokens"]}
         raw |= {"log_gradient": table["log_gradient"], "length": table["n_tokens"]}
-        raw |= {name: require.numbers(name, table[name]) for name in (*RIVALS, *CHEAP) if name in table}
+        raw |= {name: table[name] for name in (*RIVALS, *CHEAP) if name in table}
         if any(str(name).startswith("layer:") for name in table):
             raw["last_layers"] = last_layers(table) - 2 * table["log_prob"].to_numpy()
-    ranked = {name: evaluation.ranking(np.asarray(score, float), wrong, plan) for name, score in raw.items()}
-    return ranked | {
-        name: Fit.of(features, wrong, plan, n_folds=analysis.n_folds).ranking() for name, features in fitted.items()
-    }
+    columns = {name: np.asarray(score, float) for name, score in raw.items()}
+    for name, column in columns.items():
+        if len(lacking := table["item_id"][~np.isfinite(column)]):
+            where = f"{len(lacking)} of {len(table)} questions, the first {lacking.iloc[0]!r}"
+            raise ValueError(f"{name}: NaN or infinite at {where}; a score for each wanted")
+    return columns, fitted
 
 
 def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:
@@ -233,7 +247,7 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         both = np.column_stack([base, extra])
         plan, wrong = analysis.resamples(used), used["wrong"].to_numpy()
         small, large = (Fit.of(features, wrong, plan, n_folds=analysis.n_folds) for features in (base, both))
-        gain = large.log_score().minus(small.log_score()).interval()
+        gain = large.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval()
         row: dict[str, Any] = {"aggregation": aggregation, "n": len(used)}
         for name, one in (("coefficient", large.coefficient(2)), ("gain", gain)):
             row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
@@ -279,9 +293,9 @@ def named_results(
     `ranked` is what `rank` makes of the table.
     """
     prefix, aurocs = f"qa.{subject}", auroc_table(table, ranked)
-    results = {f"{prefix}.accuracy": _result(accuracy(table), note=_SHARE)}
+    results = {f"{prefix}.accuracy": result_of(accuracy(table), _SHARE)}
     if "right_by_mean" in table:
-        results[f"{prefix}.by_mean.accuracy"] = _result(accuracy(table, "right_by_mean"), note=_SHARE)
+        results[f"{prefix}.by_mean.accuracy"] = result_of(accuracy(table, "right_by_mean"), _SHARE)
         chance = float(table["right_by_chance"].mean())
         results[f"{prefix}.by_chance.accuracy"] = Result(value=chance, n=len(table))
         results |= _committed_results(table, prefix, analysis)
@@ -310,7 +324,7 @@ def named_results(
     for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
         if interval is not None:
-            results[f"{prefix}.{method}.{key}"] = _result(interval, note=note)
+            results[f"{prefix}.{method}.{key}"] = result_of(interval, note)
     return results
 
 
@@ -321,7 +335,7 @@ def _compared(table: pd.DataFrame, prefix: str, ranked: Mapping[str, Ranking]) -
     used = scored(table)
     gaps = {name: ranked["combined"].minus(ranked[name]) for name in (*RIVALS, *CONTROLS) if name in ranked}
     n, note = len(used), "paired, refitted in every resample"
-    results = {f"{prefix}.combined.auroc_over_{name}": _result(gap.interval(), note=note) for name, gap in gaps.items()}
+    results = {f"{prefix}.combined.auroc_over_{name}": result_of(gap, note) for name, gap in gaps.items()}
     results[f"{prefix}.combined.max_t"] = Result(value=evaluation.max_t(list(gaps.values())), n=n)
     # Where P(True) is not run log G stands in for it, a score of another kind than the combined one.
     rival = ranked.get("p_true", ranked["log_gradient"])
@@ -336,7 +350,7 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     """Return how often the answer was NO_COMMENT, and the headline AUROCs (suffix _committed) without those."""
     committed = table[table["answer"] != NO_COMMENT]
     share = evaluation.wilson_interval(len(table) - len(committed), len(table))
-    results = {f"{prefix}.no_comment.share": _result(share, note="Wilson")}
+    results = {f"{prefix}.no_comment.share": result_of(share, "Wilson")}
     enough = evaluation.enough_of_both(scored(committed)["wrong"])
     aurocs = auroc_table(committed, {HEADLINE: rankings(scored(committed), HEADLINE, analysis)} if enough else {})
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
@@ -353,7 +367,9 @@ def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _result(interval: Interval, *, note: str) -> Result:
+def result_of(one: Ranking | Interval, note: str) -> Result:
+    """Return a statistic with its interval as a named result."""
+    interval = one.interval() if isinstance(one, Ranking) else one
     return Result(**_columns(interval, interval.n), note=note)
 
 

@@ -1,4 +1,4 @@
-"""Beside the chapter's main table: other judges, a true choice, layers, and what a second of compute buys."""
+"""Beside the chapter's main table: rejection and calibration, judges, prompts, a true choice, layers, compute."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
-from isouq.studies import evaluation
-from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError
+from isouq.studies import evaluation, fits, rejection
+from isouq.studies.evaluation import Column, Interval, Ranking, UndefinedStatisticError
 from isouq.studies.fits import Fit
-from isouq.studies.qa.across import result_of
-from isouq.studies.qa.analysis import HEADLINE, Analysis, accuracy, last_layers, scored
-from isouq.studies.results import Result
+from isouq.studies.qa import across, analysis
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, last_layers, result_of, scored
+from isouq.studies.qa.data import key_part
+from isouq.studies.results import Result, key_of
+
+Pair = tuple[str, str]  # a model and a data set
 
 JUDGED = {"likelihood": "likelihood", "epistemic": f"log_epistemic_{HEADLINE}", "p_true": "p_true"}
+REJECTED = (*RIVALS, "aleatoric", "epistemic", "likelihood")
+METRICS = {"prr": rejection.weighted_prr, "aurc": rejection.weighted_aurc}
+OF_PROBABILITY = {  # of scores that are probabilities: the fitted ones
+    "brier": fits.of_probability(fits.weighted_brier),
+    "ece": fits.of_probability(fits.weighted_ece),
+}
+PROMPTED = ("likelihood", "log_gradient", "epistemic", "aleatoric", "p_true", "combined")
 STAGES = {  # what has to be computed for each score, after the answer itself
     "likelihood": ("cheap",),
     "token_entropy": ("cheap",),
@@ -30,6 +40,56 @@ STAGES = {  # what has to be computed for each score, after the answer itself
     "semantic_entropy": ("sample", "meaning"),
     "p_true": ("sample", "p_true"),
 }
+
+
+def rejections(table: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, Ranking]]:
+    """Return METRICS of REJECTED, and these and OF_PROBABILITY of the fits `combined` and `likelihood_fitted`.
+
+    Keyed by score and metric, on the resamples of the AUROCs. Empty where too few are right or wrong.
+    """
+    used = scored(table)
+    if not evaluation.enough_of_both(used["wrong"]):
+        return {}
+    wrong, plan = used["wrong"].to_numpy(dtype=bool), analysed.resamples(used)
+    raw, features = analysis.scores(used)
+    found = {
+        name: {metric: evaluation.ranking(raw[name], wrong, plan, how) for metric, how in METRICS.items()}
+        for name in REJECTED
+        if name in raw
+    }
+    for name in ("combined", "likelihood_fitted"):
+        fit = Fit.of(features[name], wrong, plan, n_folds=analysed.n_folds)
+        found[name] = {metric: fit.ranking(how) for metric, how in (METRICS | OF_PROBABILITY).items()}
+    return found
+
+
+def curves(table: pd.DataFrame, analysed: Analysis) -> dict[str, Column]:
+    """Return the accuracy of the k most certain answers, (k,), by each of REJECTED and by the pair, out of fold."""
+    used = scored(table)
+    if not evaluation.enough_of_both(used["wrong"]):
+        return {}
+    raw, features = analysis.scores(used)
+    held_out = fits.cross_fitted(features["combined"], used["wrong"], n_folds=analysed.n_folds, seed=analysed.seed)
+    found = {name: rejection.accuracies(raw[name], used["wrong"]) for name in REJECTED if name in raw}
+    return found | {"combined": np.mean([rejection.accuracies(row, used["wrong"]) for row in held_out], axis=0)}
+
+
+def prompts(usual: pd.DataFrame, bare: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, Interval]]:
+    """Return `accuracy` and the AUROCs of PROMPTED with `examples` in the prompt and `bare`, on the same questions.
+
+    `contained` is the share of answers with the reference somewhere in them. No AUROCs with too few right or wrong.
+    """
+    shared = set(usual["item_id"]) & set(bare["item_id"])
+    columns = {}
+    for name, table in {"examples": usual, "bare": bare}.items():
+        asked = table[table["item_id"].isin(shared)]
+        texts = zip(asked["reference"], asked["answer"], strict=True)
+        holding = asked.assign(contained=[reference.lower() in answer.lower() for reference, answer in texts])
+        columns[name] = {"accuracy": accuracy(asked), "contained": accuracy(holding, "contained")}
+        if evaluation.enough_of_both(scored(asked)["wrong"]):
+            ranked = analysis.rankings(scored(asked), HEADLINE, analysed)
+            columns[name] |= {score: ranked[score].interval() for score in PROMPTED if score in ranked}
+    return columns
 
 
 def judges(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,7 +124,7 @@ def _defined(statistic: Any, *columns: Any) -> float:
         return np.nan
 
 
-def choice(table: pd.DataFrame, analysis: Analysis) -> dict[str, Ranking]:
+def choice(table: pd.DataFrame, analysed: Analysis) -> dict[str, Ranking]:
     """Return rankings of the estimates under a true choice, p_c = softmax over the reference answers.
 
     epistemic, aleatoric and minus_log_p are raw, combined is fitted on the logs of both. Right and wrong are those of
@@ -74,14 +134,14 @@ def choice(table: pd.DataFrame, analysis: Analysis) -> dict[str, Ranking]:
     wrong = ~used["right_as_choice"].astype(bool).to_numpy()
     if not evaluation.enough_of_both(wrong):
         return {}
-    plan = analysis.resamples(used)
+    plan = analysed.resamples(used)
     features = used[["log_epistemic_choice", "log_aleatoric_choice"]]
     raw = {"epistemic": features.iloc[:, 0], "aleatoric": features.iloc[:, 1], "minus_log_p": -used["log_p_choice"]}
     ranked = {name: evaluation.ranking(score.to_numpy(), wrong, plan) for name, score in raw.items()}
-    return ranked | {"combined": Fit.of(features.to_numpy(), wrong, plan, n_folds=analysis.n_folds).ranking()}
+    return ranked | {"combined": Fit.of(features.to_numpy(), wrong, plan, n_folds=analysed.n_folds).ranking()}
 
 
-def layers(table: pd.DataFrame, analysis: Analysis) -> tuple[pd.DataFrame, Interval | None]:
+def layers(table: pd.DataFrame, analysed: Analysis) -> tuple[pd.DataFrame, Interval | None]:
     """Return the AUROC of log U_E over each block's parameters of each kind, and that of the last five blocks less all.
 
     The table has columns block (−1 outside blocks), kind, auroc and share, the mean share of U_E. The difference is
@@ -97,7 +157,7 @@ def layers(table: pd.DataFrame, analysis: Analysis) -> tuple[pd.DataFrame, Inter
         values = used[name].to_numpy()
         share = float(np.exp(values - whole).mean())
         rows.append({"block": int(block or -1), "kind": kind, "auroc": evaluation.auroc(values, wrong), "share": share})
-    plan = analysis.resamples(used)
+    plan = analysed.resamples(used)
     last, every = (evaluation.ranking(score, wrong, plan) for score in (last_layers(used), whole))
     return pd.DataFrame(rows), last.minus(every).interval()
 
@@ -117,19 +177,47 @@ def costs(table: pd.DataFrame, rankings: Mapping[str, Ranking]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def named_results(table: pd.DataFrame, subject: str, analysis: Analysis) -> dict[str, Result]:
-    """Return the named results of one `subject`, "<model>.<data set>", about judges, layers, cost and a true choice."""
+def all_results(
+    answers: Mapping[Pair, pd.DataFrame],
+    ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]],
+    bare: Mapping[Pair, pd.DataFrame],
+    analysed: Analysis,
+) -> dict[str, Result]:
+    """Return every named result of the chapter; `ranked` is what `analysis.rank` makes of each table of `answers`."""
+    results: dict[str, Result] = {}
+    for data_set in dict.fromkeys(data_set for _, data_set in answers):
+        pairs = {key_of(pair[0]): pair for pair in answers if pair[1] == data_set}
+        tables = {model: answers[pair] for model, pair in pairs.items()}
+        of_models = {model: ranked[pair] for model, pair in pairs.items()}
+        results |= across.named_results(tables, of_models, key_part(data_set), analysed)
+    for (model, data_set), table in answers.items():
+        subject = f"{key_of(model)}.{key_part(data_set)}"
+        results |= analysis.named_results(table, ranked[model, data_set], subject, analysed)
+        results |= named_results(table, subject, analysed)
+    for (model, data_set), table in bare.items():
+        prefix = f"qa.{key_of(model)}.{key_part(data_set)}"
+        for name, interval in prompts(answers[model, data_set], table, analysed)["bare"].items():
+            key = f"bare.{name}" if name in ("accuracy", "contained") else f"{name}_bare.auroc"
+            results[f"{prefix}.{key}"] = result_of(interval, "asked without examples")
+    return results
+
+
+def named_results(table: pd.DataFrame, subject: str, analysed: Analysis) -> dict[str, Result]:
+    """Return the named results of one `subject`, "<model>.<data set>", about all that this module is about."""
     prefix = f"qa.{subject}"
     results: dict[str, Result] = {}
+    for name, of_metrics in rejections(table, analysed).items():
+        for metric, one in of_metrics.items():
+            results[f"{prefix}.{name}.{metric}"] = result_of(one, "on the resamples of the AUROC")
     for row in judges(table).iloc[1:].to_dict("records"):
         for metric in ("right", "kappa", "auroc_likelihood", "auroc_epistemic"):
             if not np.isnan(row.get(metric, np.nan)):
                 results[f"{prefix}.judge.{row['judge']}.{metric}"] = Result(value=row[metric], n=len(table))
     if "log_p_choice" in table:
-        for name, one in choice(table, analysis).items():
+        for name, one in choice(table, analysed).items():
             results[f"{prefix}.{name}_choice.auroc"] = result_of(one, "p is the softmax over references, bare prompt")
     if any(str(name).startswith("layer:") for name in table):
-        gap = layers(table, analysis)[1]
+        gap = layers(table, analysed)[1]
         if gap is not None:
             results[f"{prefix}.last_layers.auroc_of_u_e_over_all"] = result_of(gap, "paired")
     for stage in ("estimate", "sample", "p_true"):

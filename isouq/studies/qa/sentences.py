@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from isouq.studies import assets
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Show no bar of loaded weights, which would stand in a page of the book."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class SentenceEncoder:
@@ -18,7 +33,8 @@ class SentenceEncoder:
 
         folder = assets.path("all-minilm-l6-v2")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
+        with no_loading_bar():
+            self.model = AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:

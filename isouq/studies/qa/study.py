@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import transformers
 
 from isouq import models
 from isouq.studies import assets, identity
 from isouq.studies.qa import data, rivals, stages
 from isouq.studies.qa.data import Question
+from isouq.studies.qa.sentences import no_loading_bar
 from isouq.studies.qa.stages import complete
 from isouq.studies.qa.subject import Settings, prepare
 from isouq.studies.store import Store, store_path
@@ -194,13 +194,8 @@ def _log_aleatoric(name: str, scores: Mapping[str, float]) -> float:
 
 @functools.lru_cache(maxsize=1)  # a notebook asks the same model about several sets
 def _load_model(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any, str]:
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # no bar of loaded weights in a page of the book
-    try:
+    with no_loading_bar():
         model, tokenizer = assets.load_causal_lm(name, dtype=dtype, device_map=device_map)
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(f"device_map: {name} does not fit into the GPUs, and layers left outside would take days")
     return model, tokenizer, models.weights(model, tokenizer)

@@ -1,40 +1,135 @@
-"""The chapter's tables as readers see them: text with intervals, the paper's Table 2 beside ours."""
+"""The chapter's tables as readers see them: text with intervals, the paper's Table 2 beside ours.
+
+Answers, rankings and AUROCs are keyed by pairs, (model, data set).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
 
+import numpy as np
 import pandas as pd
 
 from isouq.studies import claims, require
-from isouq.studies.evaluation import Ranking
-from isouq.studies.qa import across
-from isouq.studies.qa.analysis import HEADLINE
+from isouq.studies.evaluation import Interval, Ranking
+from isouq.studies.fits import N_BINS
+from isouq.studies.plotting import METHODS
+from isouq.studies.qa import across, analysis, details
+from isouq.studies.qa.analysis import HEADLINE, Analysis
+from isouq.studies.qa.data import key_part
+from isouq.studies.qa.details import Pair
+from isouq.studies.rejection import MAX_REJECTION
+from isouq.studies.results import Result, key_of
 
 SHOWN = (
     *("p_true", "semantic_entropy", "naive_entropy", "aleatoric", "epistemic", "combined"),  # the paper's Table 2
     *("likelihood", "log_gradient", "length"),
 )
+MODELS = {
+    "smollm2-135m-instruct": "SmolLM2",
+    "gemma-3-270m": "Gemma 3",
+    "qwen-coder-0-5b-instruct": "Qwen 0.5B",
+    "qwen-coder-1-5b-instruct": "Qwen 1.5B",
+}
+DATA_SETS = {
+    "triviaqa": "TriviaQA",
+    "wikidata": "Wikidata",
+    "truthfulqa": "TruthfulQA (written)",
+    "truthfulqa_choose": "TruthfulQA (choice)",
+}
+TOO_FEW = "too few right or wrong answers"
 
 
-def table_2(ranked: Mapping[str, Mapping[str, Mapping[str, Ranking]]], data_set: str) -> pd.DataFrame:
-    """Return one data set's AUROCs as text: a row per method of SHOWN, a column per model, their mean, the paper's.
+def label(pair: Pair) -> Pair:
+    """Return a pair as readers see it: a model's short name, which its key has too, and a data set's title."""
+    model, data_set = pair
+    return MODELS.get(key_of(model), model.split("/")[-1]), DATA_SETS.get(data_set, key_part(data_set))
 
-    `ranked` is what `analysis.rank` makes of each model's table. A model with too few right or wrong answers has no
-    numbers and no part in the mean.
+
+def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows that `rows_of` makes of each pair's table, indexed by model and data set, without NaN."""
+    rows = {label(pair): rows_of(table) for pair, table in answers.items()}
+    joined = pd.concat(rows, names=["model", "data set"]).droplevel(-1).round(3)
+    return joined.astype(object).fillna("") if len(joined) else _nothing(TOO_FEW)
+
+
+def examples(answers: Mapping[Pair, pd.DataFrame], model: str, n: int = 3) -> pd.DataFrame:
+    """Return one model's first `n` questions of each data set with answers, verdicts and the headline's scores."""
+    names = {"n_tokens": "L", "log_prob": "S", "log_aleatoric_sequence": "U_A", "log_epistemic_sequence": "log U_E"}
+    columns = ["question", "answer", "reference", "right", *names, "log_gradient"]
+    of_model = {pair: table.head(n)[columns] for pair, table in answers.items() if pair[0] == model}
+    rows = pd.concat({label(pair)[1]: table for pair, table in of_model.items()}).droplevel(1)
+    rows = rows.rename(columns=names | {"log_gradient": "log G"})
+    return rows.assign(U_A=np.exp(rows["U_A"])).round({"S": 1, "U_A": 4, "log U_E": 1, "log G": 1})
+
+
+def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:
+    """Return how many questions each pair has, how many answers are right, empty or failed, and how long they are.
+
+    Of a choice also the share of right ones by the mean per token and by chance.
     """
-    headline = {model: of_model[HEADLINE] for model, of_model in ranked.items() if of_model.get(HEADLINE)}
-    columns = {model: _texts({name: headline.get(model, {}).get(name) for name in SHOWN}) for model in ranked}
-    if len(headline) > 1:
-        shared = [name for name in SHOWN if all(name in of_model for of_model in headline.values())]
-        means = {name: across.mean([of_model[name] for of_model in headline.values()]) for name in shared}
-        columns["mean"] = _texts({name: means.get(name) for name in SHOWN})
-    published = {name: f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for name, (mean, std) in _published(data_set).items()}
-    return pd.DataFrame({**columns, "paper": pd.Series(published)}).reindex(SHOWN).fillna("")
+    rows = {}
+    for pair, table in answers.items():
+        row = {"questions": len(table), "right": str(analysis.accuracy(table)), "empty": int(table["empty"].sum())}
+        row |= {"failed": len(table.attrs["failed"]), "tokens per answer": f"{table['n_tokens'].mean():.1f}"}
+        if "right_by_mean" in table:
+            row["right by mean"] = str(analysis.accuracy(table, "right_by_mean"))
+            row["by chance"] = f"{table['right_by_chance'].mean():.2f}"
+        rows[label(pair)] = row
+    return pd.DataFrame(rows).T.fillna("")
 
 
-def _texts(rankings: Mapping[str, Ranking | None]) -> pd.Series:
-    return pd.Series({name: str(one.interval()).partition(", n =")[0] if one else "" for name, one in rankings.items()})
+def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
+    """Return results as text: a row per model and data set, a column per name that one of `patterns` fits.
+
+    A name is what follows the data set in a key: `epistemic.auroc` in `qa.gemma-3-270m.wikidata.epistemic.auroc`. That
+    of `qa.transfer.MODEL.DATA_SET.auroc` begins with `transfer`.
+    """
+    rows: dict[Pair, dict[str, str]] = {}
+    for pattern in patterns:
+        for key, result in results.items():
+            model, data_set, name = re.sub(r"^(qa\.)(transfer\.)(\w.*?\..*?\.)", r"\1\3\2", key).split(".", 3)[1:]
+            if fnmatch(name, pattern):
+                pair = MODELS.get(model, model), DATA_SETS.get(data_set, data_set)
+                rows.setdefault(pair, {})[name] = _text(result)
+    return pd.DataFrame(rows).T.fillna("") if rows else _nothing(TOO_FEW)
+
+
+def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.DataFrame:
+    """Return the headline AUROCs as text: a row per data set and method of SHOWN, a column per model, mean, paper.
+
+    A cell has the value with its 95 % interval and, after it, mean ± standard deviation over resamples as the paper
+    reports them. A model with too few right or wrong answers has no numbers and no part in the mean.
+    """
+    parts = {}
+    for data_set in dict.fromkeys(data_set for _, data_set in ranked):
+        of_models = {pair: of.get(HEADLINE, {}) for pair, of in ranked.items() if pair[1] == data_set}
+        columns = {label(pair)[0]: _cells(of) for pair, of in of_models.items()}
+        counted = [of for of in of_models.values() if of]
+        if len(counted) > 1:
+            shared = [name for name in SHOWN if all(name in of for of in counted)]
+            columns["mean"] = _cells({name: across.mean([of[name] for of in counted]) for name in shared})
+        published = {name: f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for name, (mean, std) in _published(data_set).items()}
+        table = pd.DataFrame({**columns, "paper": pd.Series(published, dtype=object)}).reindex(SHOWN)
+        parts[label(("", data_set))[1]] = table.rename(index=method_labels(SHOWN))
+    joined = pd.concat(parts).fillna("")
+    last = [name for name in ("mean", "paper") if name in joined]
+    return joined[[name for name in joined if name not in last] + last]
+
+
+def method_labels(methods: Iterable[str]) -> dict[str, str]:
+    """Return how each method is called in tables: as in figures, or by its name."""
+    return {name: METHODS[name].label if name in METHODS else name.replace("_", " ") for name in methods}
+
+
+def _cells(ranked: Mapping[str, Ranking]) -> pd.Series:
+    cells = {}
+    for name in (name for name in SHOWN if name in ranked):
+        mean, std = ranked[name].as_in_paper()
+        cells[name] = f"{_text(ranked[name].interval())} ({mean:.2f}\u00a0±\u00a0{std:.2f})"
+    return pd.Series(cells, dtype=object)
 
 
 def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
@@ -52,32 +147,71 @@ def _published(data_set: str) -> Mapping[str, list[float]]:
     return claims.paper()["table_2"].get(data_set.removesuffix("_choose"), {})
 
 
-def compare(tables: Mapping[str, pd.DataFrame], column: str = "value") -> pd.DataFrame:
-    """Return one model's `auroc_table`s, keyed by data set, as text: a row per score, a column per data set.
+def compare(aurocs: Mapping[Pair, pd.DataFrame], column: str = "value") -> pd.DataFrame:
+    """Return `auroc_table`s as text: a row per aggregation and score, a column per model and data set.
 
-    `column`: "value", with the paper's Table 2 beside it at the headline's rows (what its p(y|x) is, we do not
-    know), or "versus_likelihood". Where right or wrong answers are too few the text says how many there are.
+    `column`: "value" or "versus_likelihood". Where right or wrong answers are too few, the text says how many.
     """
     require.one_of("column", column, ("value", "versus_likelihood"))
-    if not tables:
-        raise ValueError("tables: no table given, at least one wanted")
     columns = {}
-    for data_set, aurocs in tables.items():
-        rows = aurocs.set_index(["aggregation", "method"])
-        columns[data_set] = rows.apply(_as_text, axis=1, column=column)
-        published = _published(data_set)
-        if column == "value" and published:
-            text = {
-                (HEADLINE, method): f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for method, (mean, std) in published.items()
-            }
-            columns[f"paper, {data_set}"] = rows.index.to_series().map(text)
-    order = max(tables.values(), key=len).set_index(["aggregation", "method"]).index
+    for pair, table in aurocs.items():
+        rows = table.set_index(["aggregation", "method"])
+        columns[label(pair)] = rows.apply(_as_text, axis=1, column=column)
+    order = max(aurocs.values(), key=len).set_index(["aggregation", "method"]).index
     return pd.DataFrame(columns).reindex(order).fillna("")
 
 
 def _as_text(row: pd.Series, column: str) -> str:
     if row["note"]:
         return row["note"]
-    low, high = (row[f"{column}_{end}"] if column != "value" else row[end] for end in ("low", "high"))
-    sign = "+" if column != "value" else ""
-    return f"{row[column]:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")
+    low, high = (row[f"{column}_{end}" if column != "value" else end] for end in ("low", "high"))
+    return _interval_text(row[column], low, high, sign="+" if column != "value" else "")
+
+
+def rejection(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> pd.DataFrame:
+    """Return PRR, AURC, Brier score and ECE as text, a row per pair and score.
+
+    A pair's last row is what knowing nothing has: a score that is the same for all answers, or the share of wrong
+    answers as every answer's probability.
+    """
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for pair, table in answers.items():
+        of_scores = details.rejections(table, analysed)
+        titles = method_labels(of_scores)
+        for name, of_metrics in of_scores.items():
+            rows[(*label(pair), titles[name])] = {m: _text(one.interval()) for m, one in of_metrics.items()}
+        if of_scores:
+            share = float(analysis.scored(table)["wrong"].mean())
+            nothing = {"prr": 0.0, "aurc": share, "brier": share * (1 - share), "ece": 0.0}
+            rows[(*label(pair), "(knows nothing)")] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
+    limit = f"PRR, under {MAX_REJECTION:.0%} unsaid"
+    names = {"prr": limit, "aurc": "AURC", "brier": "Brier", "ece": f"ECE, {N_BINS} bins"}
+    return pd.DataFrame(rows).T.rename(columns=names).fillna("") if rows else _nothing(TOO_FEW)
+
+
+def prompts(
+    answers: Mapping[Pair, pd.DataFrame], bare: Mapping[Pair, pd.DataFrame], analysed: Analysis
+) -> pd.DataFrame:
+    """Return accuracy and AUROCs with examples in the prompt and without, as text; a column per pair and prompt."""
+    columns = {}
+    for pair, table in bare.items():
+        for prompt, of in details.prompts(answers[pair], table, analysed).items():
+            cells = pd.Series({name: str(interval) for name, interval in of.items()})
+            columns[(*label(pair), prompt)] = cells.rename(method_labels(of))
+    names = ["accuracy", "contained", *method_labels(details.PROMPTED).values()]
+    return pd.DataFrame(columns).reindex(names).fillna(TOO_FEW) if columns else _nothing("not asked")
+
+
+def _nothing(why: str) -> pd.DataFrame:
+    """A table that says why there is none."""
+    return pd.DataFrame({"": [why]}, index=[""])
+
+
+def _text(one: Interval | Result) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.value:.0f}" if float(one.value).is_integer() else f"{one.value:.2g}"
+    return _interval_text(float(one.value), float(one.low), float(one.high))
+
+
+def _interval_text(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]".replace(" ", "\u00a0")
