@@ -269,7 +269,7 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: distortion.structure(SCORE, np.ones((N, 1)), SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
-        (lambda: jobs.mean_interval([3.0, 4.0]), "values: 3.0 given"),
+        (lambda: jobs.mean_interval([3.0, 4.0]), "correlations: 3 to 4 given"),
         (lambda: networks.form(REGRESSION, "fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
         (lambda: networks.form(REGRESSION, "fisher"), "problem: 'regression'"),
         (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),
