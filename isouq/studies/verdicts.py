@@ -250,7 +250,7 @@ class _Estimate:
 
 
 def _scaled(check: Check, value: Any) -> float:
-    return float(fisher_z(value)) if check.interval == "fisher" and math.isfinite(value) else float(value)
+    return float(fisher_z([float(value)])[0]) if check.interval == "fisher" and math.isfinite(value) else float(value)
 
 
 def _p_value(distance: float, errors: tuple[float, float], df: float) -> float:

@@ -10,10 +10,12 @@ import io
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -148,7 +150,7 @@ def find(job: Job, folders: Iterable[str | Path]) -> Record | None:
             given = Job(**{**facts["job"], "settings": Settings(**facts["job"]["settings"])})
             if facts["content"] != _content(facts, fields) or given.file() != job.file():
                 raise ValueError("it holds another job, or was changed")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
             raise ValueError(f"{file} is not the record of this posterior ({error}); {advice}") from error
         if facts["version"] == [posterior.VERSION, VERSION]:

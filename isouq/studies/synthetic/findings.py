@@ -4,7 +4,7 @@ Every mean of correlations is one of Fisher's z, and its interval Student's t ov
 a setting, and problems where settings are compared, since seeds of one problem are not independent problems.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from scipy import stats
 from isouq.studies import claims
 from isouq.studies.evaluation import Interval
 from isouq.studies.results import Result
-from isouq.studies.synthetic.atlas import FACTORS
-from isouq.studies.synthetic.jobs import mean_interval
+from isouq.studies.synthetic.atlas import FACTORS, cell
+from isouq.studies.synthetic.jobs import Job, mean_interval
+from isouq.studies.synthetic.posterior import Settings
 from isouq.studies.verdicts import fisher_z
 
 MARGIN = 0.1  # "agrees" needs the whole interval within this distance of the paper's number
@@ -23,6 +24,7 @@ NEAR_CEILING = 0.95  # of what a perfect estimate reaches: a correlation above i
 # The paper's three columns and the θ* of each: the trained network, but for Laplace, which needs a mode, the MAP.
 METHODS = {"gn": "trained", "la": "map", "aleatoric": "trained"}
 RELIABILITY = {"gn": "reliability", "la": "reliability", "aleatoric": "aleatoric_reliability"}
+COLUMNS = ["method", "statistic", "problem", "value", "low", "high", "n", "paper"]
 POINTS = ("trained", "mode", "map")
 OTHER = {
     "activation": "relu",
@@ -94,7 +96,7 @@ def settings(table: pd.DataFrame, statistic: str = "spearman") -> pd.DataFrame:
             own = dict(zip(FACTORS, names, strict=True)) | {"method": method, "value": value, "low": low, "high": high}
             own |= {"n": n, "n_failed": int((~group["passed"].astype(bool)).sum())}
             rows.append(own | {"paper": paper_value(method, statistic, str(own["problem"]))})
-    result = pd.DataFrame(rows)
+    result = pd.DataFrame(rows, columns=[*FACTORS, "method", "value", "low", "high", "n", "n_failed", "paper"])
     return result.assign(reaches=result["value"] >= result["paper"] - MARGIN, headline=is_headline(result))
 
 
@@ -112,9 +114,9 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
             half = mean(of(own, "posterior", RELIABILITY[method])[statistic])[0]
             parts = {region: mean(of(own, point, method, region)[statistic])[0] for region in ("near", "far")}
             verdict = beside_paper(row["low"], row["high"], row["paper"])
-            names = {"statistic": statistic, "ceiling": np.sqrt(max(half, 0.0)), **parts, "verdict": verdict}
-            rows.append({key: row[key] for key in ("method", "problem", "value", "low", "high", "n", "paper")} | names)
-    return pd.DataFrame(rows)
+            names = {"ceiling": np.sqrt(max(half, 0.0)), **parts, "verdict": verdict}
+            rows.append({key: row[key] for key in COLUMNS if key in row} | {"statistic": statistic} | names)
+    return pd.DataFrame(rows, columns=[*COLUMNS, "ceiling", "near", "far", "verdict"])
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -228,11 +230,29 @@ def approximations(table: pd.DataFrame) -> pd.DataFrame:
     columns["prior units"] = of(table, "trained", "gn_prior")
     names = {"mode_taylor": "gᵀΣg", "mode_isotropic": "isotropic, no line", "mode_variance": "one mode, exact"}
     columns |= {label: of(table, "mode", name) for name, label in names.items()}
-    means = {
-        label: part.groupby("problem", sort=False)["spearman"].agg(lambda v: mean(v)[0])
-        for label, part in columns.items()
-    }
-    return pd.DataFrame(means)
+    by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
+    return pd.DataFrame({label: groups.agg(_mean_of) for label, groups in by.items()})
+
+
+def of_records(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return mean ρ of ‖g‖² by activation, prior, examples, depth and width, from records of ``jobs``.
+
+    At the MAP, which may have collapsed, and averaged over draws; n: posteriors that passed, of `all`.
+    """
+    rows, names = [], ["activation", "prior", "examples", "depth", "width"]
+    for record in records:
+        own = cell(Job(**{**record["job"], "settings": Settings()})) | {"depth": record["job"]["depth"] or 1}
+        rho = {"MAP": "gn", "draws": "gn_draws"} if record["passed"] else {}
+        own |= {name: record["correlation"][key]["spearman"] for name, key in rho.items()}
+        rows.append(own | {"examples": record["n_examples"], "n": record["passed"], "all": 1})
+    by = pd.DataFrame(rows, columns=[*names, "MAP", "draws", "n", "all"]).astype({"MAP": float, "draws": float})
+    groups = by.groupby(names)
+    means = {name: groups[name].agg(_mean_of) for name in ("MAP", "draws")}
+    return pd.DataFrame(means).join(groups[["n", "all"]].sum())
+
+
+def _mean_of(values: pd.Series) -> float:
+    return mean(values)[0]
 
 
 def named_results(table: pd.DataFrame) -> dict[str, Result]:

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from isouq.studies import require
 from isouq.studies.synthetic import point, posterior
-from isouq.studies.synthetic.problems import Network, Problem, float64
+from isouq.studies.synthetic.problems import ACTIVATIONS, Network, Problem, float64
 
 # How a network is trained: Adam without weight decay over all examples at once, until the mean loss of an example is
 # low enough: 0.1 nats, or for a regression a residual of the size of the noise. None of it uses the posterior.
@@ -96,6 +96,28 @@ def find(problem: Problem, draws: np.ndarray, *, n_starts: int, seed: int = 0) -
     return Thetas(
         points=points, kinds=kinds, loss=loss, gradient_norm=gradient_norm, admitted=gains & still, draws=kept
     )
+
+
+def parts(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the share of ‖g‖² that each layer's weights and biases have at the grid: name → (point,)."""
+    squares, layers = np.square(point.gradients(problem, theta, classes)), problem.model.network.layers
+    names = [f"hidden layer {i + 1}" for i in range(problem.model.network.depth)] + ["output layer"]
+    shares: dict[str, np.ndarray] = {}
+    for name, (weight, bias) in zip(names, layers(np.arange(squares.shape[1])), strict=True):
+        shares |= {
+            f"{name}, weights": squares[:, weight.ravel()].sum(axis=1),
+            f"{name}, biases": squares[:, bias].sum(axis=1),
+        }
+    return shares
+
+
+@float64
+def hidden_units(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Return what the units of the first hidden layer give at the grid: (point, unit), no unit without such a layer."""
+    network = problem.model.network
+    (weight, bias), *later = network.layers(theta)
+    values = np.asarray(ACTIVATIONS[network.activation](problem.grid @ weight + bias))
+    return values if later else values[:, :0]
 
 
 def match(network: Network, scales: np.ndarray, reference: np.ndarray, thetas: np.ndarray) -> np.ndarray:
