@@ -38,12 +38,14 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
         chosen = [job for job in part if problem in (None, job.problem) and seed in (None, job.seed)]
         return dict(zip(chosen, jobs.run_all(chosen, folder, also=[committed], **more, **options), strict=True))
 
-    # What a stopped study cannot do without comes first. Only the draws that 02_isotropy shares are kept.
     others = [*plan.data_sizes(section), *plan.sizes(section)]
-    planned = plan.table(section), plan.atlas(section), others
-    of_atlas = run(planned[1], section.atlas_dir, atlas.COMMITTED, study=atlas)
+    shared, settings = plan.table(section), plan.atlas(section)
+    for job in (*shared, *settings, *others):
+        job.make()  # refuses what is impossible before anything is sampled
+    # What a stopped study cannot do without comes first. Only the draws that 02_isotropy shares are kept.
+    of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED, study=atlas)
     records |= {job: record.facts for job, record in of_atlas.items()}
-    for part, draws in ((planned[0], store / "mcmc"), (others, None)):
+    for part, draws in ((shared, store / "mcmc"), (others, None)):
         part.sort(key=lambda job: job.seed)
         records |= run(part, section.records_dir, jobs.COMMITTED, draws=draws)
     failed = sum(not record["passed"] for record in records.values())

@@ -202,11 +202,11 @@ class Mcmc(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _makes_sense(self) -> "Mcmc":
-        if self.problem.startswith("regression") != self.design.endswith("gap"):
-            raise ValueError(
-                f"design: {self.design!r} given for {self.problem}; a regression has gap or no_gap, a "
-                "classification few or many"
-            )
+        named = [("design", self.problem, [self.design])]
+        for field, problem, given in [*named, *(("designs", name, self.designs) for name in self.atlas_problems)]:
+            wanted = ("gap", "no_gap") if problem.startswith("regression") else ("few", "many")
+            if not set(given) & set(wanted):
+                raise ValueError(f"{field}: {', '.join(given)} given; {problem} has {' or '.join(wanted)}")
         return self
 
 

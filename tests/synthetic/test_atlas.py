@@ -213,6 +213,7 @@ def test_the_width_has_a_verdict_of_its_own_for_each_kind_of_network(table):
     assert len(found) == 6 * 4 * 3
     assert found.groupby("prior")["verdict"].unique().map(list).to_dict() == {"fan_in": ["falls"], "fixed": ["grows"]}
     assert found["change"].abs().to_numpy() == pytest.approx(0.2)
+    assert len(findings.widths(table[table["width"] != 32])) == 0, "one width has no change"
     near = table.assign(spearman=table["spearman"].where(table["measure"] != "gn", table["spearman"].clip(upper=0.5)))
     assert len(findings.widths(near.assign(spearman=0.99), with_ceiling=False)) == 0
 

@@ -93,10 +93,14 @@ def test_the_committed_records_are_those_that_published_asks_for_and_the_code_ma
         ({"n_chains": 1}, "n_chains: 1 given; wanted greater than or equal to 4"),
         ({"size_widths": [0, 4]}, "size_widths.0: 0 given; wanted greater than or equal to 1"),
         ({"size_problems": ["binary_ring"]}, "did you mean 'binary_rings'"),
-        ({"n_draws": 10**9, "atlas_problems": ["regression_linear"], "designs": ["many"]}, "over memory_gb = 2"),
+        ({"n_draws": 10**9, "atlas_problems": ["binary_linear"]}, "over memory_gb = 2"),
+        (
+            {"atlas_problems": ["regression_linear"], "designs": ["many"]},
+            "designs: many given; regression_linear has gap",
+        ),
         ({"widths": [0]}, "widths.0: 0 given; wanted greater than or equal to 1"),
         ({"designs": ["gaps"]}, "designs.0: 'gaps' given.*did you mean 'gap'"),
-        ({"design": "few"}, "design: 'few' given for regression_nonlinear; a regression has gap or no_gap"),
+        ({"design": "few"}, "design: few given; regression_nonlinear has gap or no_gap"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, section, message):

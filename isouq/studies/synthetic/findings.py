@@ -155,7 +155,7 @@ def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
     rows = pd.concat(frames)
     rows = rows[rows["activation"] != "linear"].assign(z=lambda r: fisher_z(r["spearman"]))
     trained = rows[rows["point"] == "trained"].dropna(subset=["z"])
-    total = np.square(trained["z"] - trained["z"].mean()).sum()
+    total = np.square(trained["z"] - trained["z"].mean()).sum() or np.nan
     between = trained.groupby("problem")["z"].transform("mean")
     found = [{"factor": "problem", "share": np.square(between - trained["z"].mean()).sum() / total}]
     for factor, second in OTHER.items():
@@ -188,6 +188,7 @@ def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
     """
     hidden = table[table["activation"] != "linear"]
     widest, narrowest = hidden["width"].max(), hidden["width"].min()
+    hidden = hidden[hidden["width"].isin([widest, narrowest])] if widest != narrowest else hidden.head(0)
     rows: list[dict[str, Any]] = []
     ceiling = of(hidden, "posterior", "reliability")[[*FACTORS, "seed", "spearman"]]
     for point in POINTS:

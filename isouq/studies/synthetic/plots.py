@@ -48,7 +48,7 @@ def atlas(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             design = next(name for name, levels in DESIGNS.items() if entry["design"] in levels)
             first, linear = outer.index((entry["prior"], design)) * len(inner), entry["activation"] == "linear"
             place = 0 if linear else inner.index((entry["activation"], entry["width"]))
-            corner = first + place, rows.index(entry["problem"])
+            corner = float(first + place), float(rows.index(entry["problem"]))
             _cell(ax, corner, len(inner) if linear else 1, entry["value"], framed=entry["headline"])
             _cell(ax, (n + 0.3, corner[1]), 1, entry["paper"], framed=False, absent="–")
     labels = [f"{WORDS.get(activation, activation)} {width}" for activation, width in inner] * len(outer)
@@ -104,11 +104,12 @@ def explain(problem, curves: Mapping[str, Array], parts: Mapping[str, Array], fe
     """
     figure, axes = panels(3, aspect=1.0)
     x = problem.grid[:, 0]
-    spread_curves(problem, curves, axes[0, 0]).legend(fontsize="x-small")
+    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.3), "fontsize": "x-small"}
+    spread_curves(problem, curves, axes[0, 0]).legend(**below)
     for (name, part), colour, style in zip(parts.items(), PALETTE, ("-", "--", "-.", ":"), strict=False):
         axes[0, 1].plot(x, part, style, color=colour, label=name)
     axes[0, 1].set(xlabel="input $x$", title="‖g‖² by layer")
-    axes[0, 1].legend(fontsize="xx-small")
+    axes[0, 1].legend(**below)
     axes[0, 2].plot(x, features, color="#777777", linewidth=0.8)
     axes[0, 2].set(xlabel="input $x$", title="hidden units")
     for ax in axes[0]:
