@@ -38,6 +38,7 @@ def test_a_record_of_a_linear_model_has_what_the_closed_form_says(made):
     fields = made[1].fields
     np.testing.assert_allclose(fields["gn"][0], 1 + SMALL.make().grid[:, 0] ** 2, rtol=1e-6)
     np.testing.assert_allclose(fields["mode_taylor"], fields["mode_variance"], rtol=1e-3)
+    assert fields["mode_share"] == 1, "a Gaussian has one mode"
     np.testing.assert_allclose(fields["la"][1], fields["variance"], rtol=0.3)
     assert len(fields["gn"]) == len(fields["thetas"]) == 2 + modes.N_DRAWS
     rows = atlas.table([made[1]]).set_index(["point", "measure", "region"])
@@ -99,6 +100,16 @@ def test_matching_undoes_any_exchange_of_units_and_leaves_the_function(problem):
     before, after = (posterior.functions(problem, thetas[None]) for thetas in (others, moved))
     np.testing.assert_allclose(after, before, atol=1e-12)
     assert (np.linalg.norm(moved - reference, axis=1) <= np.linalg.norm(others - reference, axis=1) + 1e-12).all()
+
+
+def test_draws_lie_around_the_nearer_mode_whatever_the_order_of_their_units():
+    rng, n = np.random.default_rng(2), TANH.model.network.n_parameters
+    scales, centres = TANH.model.scales(), np.random.default_rng(3).normal(size=(2, n)) * TANH.model.scales() * 5
+    draws = np.repeat(centres, (30, 90), axis=0) + 0.1 * scales * rng.normal(size=(120, n))
+    mode, local, share = modes.around(TANH, -draws.reshape(4, 30, n), np.array([centres[0], -centres[1], -centres[1]]))
+    np.testing.assert_array_equal(mode, -centres[1])
+    assert share == len(local) / 120 == 0.75, "a mode that was found twice keeps its draws"
+    assert np.abs((local - mode) / scales).max() < 1
 
 
 def test_units_of_two_hidden_layers_are_not_matched():
@@ -214,6 +225,7 @@ def test_the_width_has_a_verdict_of_its_own_for_each_kind_of_network(table):
     assert found.groupby("prior")["verdict"].unique().map(list).to_dict() == {"fan_in": ["falls"], "fixed": ["grows"]}
     assert found["change"].abs().to_numpy() == pytest.approx(0.2)
     assert len(findings.widths(table[table["width"] != 32])) == 0, "one width has no change"
+    assert found["below_ceiling"].to_numpy() == pytest.approx(found["change"].to_numpy())
     near = table.assign(spearman=table["spearman"].where(table["measure"] != "gn", table["spearman"].clip(upper=0.5)))
     assert len(findings.widths(near.assign(spearman=0.99), with_ceiling=False)) == 0
 

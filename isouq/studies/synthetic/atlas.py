@@ -208,7 +208,6 @@ def _measures(fields: dict[str, np.ndarray], kinds: np.ndarray, admitted: np.nda
     for name in ("mode_gn", "mode_taylor", "mode_isotropic", "mode_variance"):
         if name in fields:
             yield "mode", name, fields[name][None], variance, 1.0
-            yield "mode", f"{name}_within", fields[name][None], fields["mode_variance"], 1.0
     yield "posterior", "reliability", fields["halves"][:1], fields["halves"][1], 1.0
     if with_classes:
         halves = fields["aleatoric_halves"]

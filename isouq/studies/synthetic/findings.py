@@ -183,8 +183,9 @@ def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
     """Return C5: how Fisher's z of ρ changes with each doubling of the width, from the narrowest to the widest.
 
     A row per problem, activation, prior and θ*: `change`, its t-interval `low`, `high` over the `n` pairs (data seed
-    and design) of posteriors that passed and have a correlation at both widths, the `rho` at both, and the verdict.
-    Without `with_ceiling`, pairs in which either ρ is above NEAR_CEILING of its ceiling are left out.
+    and design) of posteriors that passed and have a correlation at both widths, mean ρ at the narrowest and the widest,
+    the verdict, and `below_ceiling`: the change without pairs in which either ρ is above NEAR_CEILING of its ceiling,
+    which is all that counts without `with_ceiling`.
     """
     hidden = table[table["activation"] != "linear"]
     widest, narrowest = hidden["width"].max(), hidden["width"].min()
@@ -209,6 +210,10 @@ def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
         rows, columns=["problem", "activation", "prior", "point", "change", "low", "high", "n", "narrow", "wide"]
     )
     sign = np.sign(result["low"]).eq(1).map({True: "grows", False: "undecided"})
+    names = ["problem", "activation", "prior", "point"]
+    if with_ceiling:
+        below = widths(table, with_ceiling=False)[[*names, "change"]].rename(columns={"change": "below_ceiling"})
+        result = result.merge(below, on=names, how="left")
     return result.assign(verdict=sign.mask(np.sign(result["high"]).eq(-1), "falls"))
 
 

@@ -143,8 +143,8 @@ def match(network: Network, scales: np.ndarray, reference: np.ndarray, thetas: n
     return matched
 
 
-def around(problem: Problem, draws: np.ndarray, modes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mode (param,) that most draws lie nearest to, and those draws (draw, param), matched to it.
+def around(problem: Problem, draws: np.ndarray, modes: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the mode (param,) that most draws lie nearest to, those draws (draw, param) matched to it, their share.
 
     A draw belongs to every mode whose distance is within 0.1 prior scales of the least: two searches that ended at one
     mode do not share its draws out between them. draws: (chain, draw, param); modes: (mode, param).
@@ -155,7 +155,7 @@ def around(problem: Problem, draws: np.ndarray, modes: np.ndarray) -> tuple[np.n
     away = np.stack([np.linalg.norm((m - mode) / scales, axis=1) for m, mode in zip(matched, modes, strict=True)])
     near = away <= away.min(axis=0) + 0.1
     largest = int(near.sum(axis=1).argmax())
-    return modes[largest], matched[largest][near[largest]]
+    return modes[largest], matched[largest][near[largest]], float(near[largest].mean())
 
 
 def steps(problem: Problem, draws: np.ndarray, modes: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,11 +164,11 @@ def steps(problem: Problem, draws: np.ndarray, modes: np.ndarray, classes: np.nd
     `mode_gn`: ‖g‖² at the mode. `mode_taylor`: gᵀΣg with the covariance Σ of the draws around this mode: the line is
     kept, isotropy dropped. `mode_isotropic`: the variance of p(θ* + σε) through the network itself, σ² = tr(Σ)/P:
     isotropy is kept, the line dropped. `mode_variance`: the variance of p over the draws around the mode: both dropped.
-    Empty where fewer than LEAST_DRAWS draws lie around one mode.
+    `mode_share` (1,): the share of the draws that lie there. Empty where these are fewer than LEAST_DRAWS.
     """
     if not len(modes):
         return {}
-    theta, local = around(problem, draws, modes)
+    theta, local, share = around(problem, draws, modes)
     if len(local) < LEAST_DRAWS:
         return {}
     g, away = point.gradients(problem, theta, classes), local - local.mean(axis=0)
@@ -184,4 +184,5 @@ def steps(problem: Problem, draws: np.ndarray, modes: np.ndarray, classes: np.nd
         "mode_taylor": np.square(away @ g.T).mean(axis=0),
         "mode_isotropic": spread(theta + noise),
         "mode_variance": spread(local),
+        "mode_share": np.array([share]),
     }

@@ -50,7 +50,8 @@ def atlas(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             place = 0 if linear else inner.index((entry["activation"], entry["width"]))
             corner = float(first + place), float(rows.index(entry["problem"]))
             _cell(ax, corner, len(inner) if linear else 1, entry["value"], framed=entry["headline"])
-            _cell(ax, (n + 0.3, corner[1]), 1, entry["paper"], framed=False, absent="–")
+        for problem, paper in table[table["method"] == method].groupby("problem")["paper"].first().items():
+            _cell(ax, (n + 0.3, float(rows.index(str(problem)))), 1, paper, framed=False, absent="–")
     labels = [f"{WORDS.get(activation, activation)} {width}" for activation, width in inner] * len(outer)
     axes[-1, 0].set_xticks([*(np.arange(n) + 0.5), n + 0.8], [*labels, "the paper"], rotation=90, fontsize="xx-small")
     for place, (prior, design) in enumerate(outer):

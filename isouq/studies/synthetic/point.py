@@ -54,13 +54,15 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
     Raises ValueError for fewer than one start or one step.
     """
-    require.count("n_starts", n_starts), require.count("max_steps", max_steps)
+    require.count("n_starts", n_starts)
     rng = np.random.default_rng(require.seed("seed", seed))
     return descend(problem, rng.normal(size=(n_starts, problem.model.network.n_parameters)), max_steps=max_steps)
 
 
 def descend(problem: Problem, starts: np.ndarray, *, max_steps: int = 5000) -> Point:
     """Minimise the energy by L-BFGS from each of `starts` (start, param), in units of the prior's scale."""
+    starts = require.numbers("starts", starts, 2, width=problem.model.network.n_parameters)
+    require.count("max_steps", max_steps)
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": 1e-7, "ftol": 0.0, "maxcor": 30}
     search = {"jac": True, "method": "L-BFGS-B", "options": options}
     ends = [scipy.optimize.minimize(objective(problem), z, **search) for z in starts]
