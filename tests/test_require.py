@@ -121,6 +121,7 @@ ROWS_OF = {
     point.find_map: {
         "problem": (PROBLEM, ""), "n_starts": (1, "count"), "seed": (0, "seed"), "max_steps": (5, "count")
     },
+    point.descend: {"problem": (PROBLEM, ""), "starts": (THETA[None], "alone"), "max_steps": (5, "count")},
     point.predicted_classes: AT,
     point.gradients: AT | {"classes": (CLASSES, "classes")},
     point.probabilities: AT | {"classes": (CLASSES, "classes")},
@@ -139,7 +140,7 @@ ROWS_OF = {
     posterior.isotropy: {"draws": (DRAWS, "alone")},
     problems.make: {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "n_examples": (9, "count or None"), "model": (None, ""),
-        "resolution": (5, "count or None"),
+        "resolution": (5, "count or None"), "gap": (None, ""),
     },
     networks.proxies: {"problem": (PROBLEM, ""), "source": ("unseen", "name"), "n": (5, "count")},
     spectra.train: {"problem": (PROBLEM, ""), "target_loss": (9.0, "number"), "step_size": (0.1, "positive")},
@@ -269,7 +270,7 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: distortion.structure(SCORE, np.ones((N, 1)), SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
-        (lambda: jobs.mean_interval([3.0, 4.0]), "values: 3.0 given"),
+        (lambda: jobs.mean_interval([3.0, 4.0]), "correlations: 3 to 4 given"),
         (lambda: networks.form(REGRESSION, "fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
         (lambda: networks.form(REGRESSION, "fisher"), "problem: 'regression'"),
         (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),

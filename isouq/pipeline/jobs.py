@@ -26,21 +26,28 @@ def score(profile: str, model: str, data_set: str) -> str:
 
 def sample(profile: str, problem: str | None, seed: int | None, workers: int | None) -> str:
     """Sample the posteriors that 03_mcmc asks for, those of one problem or data seed only; return a summary."""
-    from isouq.studies.synthetic import jobs, plan
+    from isouq.studies.synthetic import atlas, jobs, plan
 
     _say(f"Sampling posteriors of {problem or 'all problems'}")
     section: Any = profiles.load(profile).parameters("03_mcmc")
     store = Path(section.store_dir)
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": store / "jax"}
-    records: dict[jobs.Job, dict[str, Any]] = {}  # Table 1 and the data sizes share jobs
-    # What a stopped study cannot do without comes first: Table 1, then sizes, each seed by seed. Only the draws of
-    # Table 1 are kept, for its figures.
-    others = [*plan.data_sizes(section), *plan.sizes(section)]
-    for part, draws in ((plan.table(section), store / "mcmc"), (others, None)):
+    records: dict[jobs.Job, dict[str, Any]] = {}  # the problems as they stand and the data sizes share jobs
+
+    def run(part: list[jobs.Job], folder: str, committed: Path, **more: Any) -> dict[jobs.Job, Any]:
         chosen = [job for job in part if problem in (None, job.problem) and seed in (None, job.seed)]
-        chosen.sort(key=lambda job: job.seed)
-        new = jobs.run_all(chosen, section.records_dir, draws=draws, also=[jobs.COMMITTED], **options)
-        records.update(zip(chosen, new, strict=True))
+        return dict(zip(chosen, jobs.run_all(chosen, folder, also=[committed], **more, **options), strict=True))
+
+    others = [*plan.data_sizes(section), *plan.sizes(section)]
+    shared, settings = plan.table(section), plan.atlas(section)
+    for job in (*shared, *settings, *others):
+        job.make()  # refuses what is impossible before anything is sampled
+    # What a stopped study cannot do without comes first. Only the draws that 02_isotropy shares are kept.
+    of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED, study=atlas)
+    records |= {job: record.facts for job, record in of_atlas.items()}
+    for part, draws in ((shared, store / "mcmc"), (others, None)):
+        part.sort(key=lambda job: job.seed)
+        records |= run(part, section.records_dir, jobs.COMMITTED, draws=draws)
     failed = sum(not record["passed"] for record in records.values())
     hours = sum(record["cpu_seconds"] for record in records.values()) / 3600
     return f"{len(records)} records, {failed} of them failed the gate; {hours:.2f} hours of one core"

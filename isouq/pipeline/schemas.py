@@ -28,6 +28,9 @@ IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "m
 SyntheticProblem = Literal[
     MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
 ]
+Activation = Literal["tanh", "relu"]
+Prior = Literal["fan_in", "fixed"]
+Design = Literal["few", "many", "gap", "no_gap"]  # of a classification's examples, of a regression's inputs
 Item = TypeVar("Item")
 NotEmpty = Annotated[list[Item], Field(min_length=1)]
 Several = Annotated[list[Item], Field(min_length=2)]
@@ -174,12 +177,29 @@ class Isotropy(Parameters):
 
 
 class Mcmc(Parameters):
-    """Eight problems against reference posteriors, and the network's size."""
+    """Eight problems against reference posteriors: the atlas of settings, one of them in detail, the network's size.
+
+    The atlas has every problem with every activation, width, prior and design named, and `atlas_seeds` data seeds of
+    each. `problem` to `design` are the setting that is looked at in detail. `n_seeds` to `n_draws` are the posteriors
+    that 02_isotropy shares.
+    """
 
     chapter = "03_mcmc"
     store_dir: str
     records_dir: str
+    atlas_dir: str
     n_workers: Count
+    problem: SyntheticProblem
+    activation: Activation
+    width: Count
+    prior: Prior
+    design: Design
+    atlas_problems: NotEmpty[SyntheticProblem]
+    activations: NotEmpty[Activation]
+    widths: NotEmpty[Count]
+    priors: NotEmpty[Prior]
+    designs: NotEmpty[Design]
+    atlas_seeds: Count
     n_seeds: Count
     n_chains: Chains
     n_warmup: Count
@@ -189,6 +209,15 @@ class Mcmc(Parameters):
     size_widths: Several[Count]
     size_depths: NotEmpty[Count]
     size_seeds: Count
+
+    @pydantic.model_validator(mode="after")
+    def _makes_sense(self) -> "Mcmc":
+        named = [("design", self.problem, [self.design])]
+        for field, problem, given in [*named, *(("designs", name, self.designs) for name in self.atlas_problems)]:
+            wanted = ("gap", "no_gap") if problem.startswith("regression") else ("few", "many")
+            if not set(given) & set(wanted):
+                raise ValueError(f"{field}: {', '.join(given)} given; {problem} has {' or '.join(wanted)}")
+        return self
 
 
 class LlmQa(Parameters):

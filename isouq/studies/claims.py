@@ -23,13 +23,14 @@ from isouq.studies import require
 from isouq.studies.results import check_key
 
 Outcome = Literal["holds", "partly", "does not hold", "undecided", "not run"]
-INTERVALS = ("bootstrap", "t", "exact")
+INTERVALS = ("bootstrap", "t", "fisher", "exact")
 OUTCOMES: tuple[Outcome, ...] = ("holds", "partly", "does not hold", "undecided")  # of a claim that was run
 _CLAIM_FIELDS = {"id", "claim", "short", "finding", "chapter", "paper", "note", "written", "joint", "each", "checks"}
-_CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper"}
+_CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper", "once"}
 WRITTEN = {
     "before": "Its rules were written before any of these numbers was seen.",
     "look": "Its rules were written after a first look at another model, before any number for a core check was seen.",
+    "trials": "Its rules were written before the run that they judge, with some of its correlations seen in trials.",
     "after": "The limits of its rules were set before its chapter was run at this size. Which checks are core, and how "
     "several are corrected for, was decided afterwards, with the numbers known.",
 }
@@ -54,14 +55,18 @@ class Region:
     most: float = math.inf
 
     @classmethod
-    def of(cls, rule: Mapping[str, Any], name: str = "rule") -> Region:
-        """Return the region of `{above: x}`, `{below: x}` or `{near: {value: x, margin: m}}`.
+    def of(cls, rule: Mapping[str, Any], name: str = "rule", paper: Printed | None = None) -> Region:
+        """Return the region of `{above: x}`, `{below: x}`, `{near: {value: x, margin: m}}` or `{paper_less: m}`.
 
-        `near` is an equivalence rule: the whole interval has to lie within the margin.
+        `near` is an equivalence rule: the whole interval has to lie within the margin. `paper_less` is above the
+        paper's own number less a margin.
 
         Raises:
-            ValueError: another rule, more than one, a border that is not finite, or a margin that is not positive.
+            ValueError: another rule, more than one, a border that is not finite, a margin that is not positive, or
+                `paper_less` without a number of the paper.
         """
+        if paper is not None and isinstance(rule, Mapping) and set(rule) == {"paper_less"}:
+            return cls(least=round(paper.value - require.number(f"{name}: paper_less", rule["paper_less"], 0.0), 9))
         if not isinstance(rule, Mapping) or len(rule) != 1 or not set(rule) <= {"above", "below", "near"}:
             raise ValueError(f"{name}: {rule} given, exactly one of above, below, near wanted")
         ((kind, operand),) = rule.items()
@@ -91,8 +96,9 @@ class Region:
 class Check:
     """One result, the region in which the claim wants it, and the paper's number in its place.
 
-    `interval` says how the result's interval was made: by a bootstrap, from Student's t over n units, or not at all
-    (`exact`, for a deviation that has no sampling error). `planned` marks a result that no chapter computes yet.
+    `interval` says how the result's interval was made: by a bootstrap, from Student's t over n units, from the same for
+    Fisher's z of correlations (`fisher`), or not at all (`exact`, for a deviation that has no sampling error).
+    `planned` marks a result that no chapter computes yet.
     """
 
     label: str
@@ -178,7 +184,10 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     require.one_of(f"{name}: written", entry.get("written"), WRITTEN)
     axes = [[(axis, pair) for pair in names.items()] for axis, names in entry.get("each", {}).items()]
     products = [dict(product) for product in itertools.product(*axes)]
-    checks = [_check(name, check, values) for values in products for check in entry.get("checks", [])]
+    stated = [
+        (check, v) for v in products for check in entry.get("checks", []) if v is products[0] or not check.get("once")
+    ]
+    checks = [_check(name, check, values) for check, values in stated]
     if not any(check.core for check in checks):
         raise ValueError(f"{name}: {len(checks)} checks given, none of them core; at least one core check wanted")
     joint = [entry["joint"].format(**_parts(values, 0)) for values in products] if "joint" in entry else []
@@ -198,8 +207,8 @@ def _check(name: str, entry: Mapping[str, Any], values: Mapping[str, tuple[str, 
     check_key(key)
     require.one_of(f"{name}: {label}: interval", entry.get("interval", "bootstrap"), INTERVALS)
     plain = {key: entry[key] for key in ("core", "interval", "planned") if key in entry}
-    region = Region.of(entry["rule"], f"{name}: {label}: rule")
     number = printed(entry["paper"].format(**_parts(values, 0))) if "paper" in entry else None
+    region = Region.of(entry["rule"], f"{name}: {label}: rule", number)
     return Check(label, key, region, paper=number, **plain)
 
 

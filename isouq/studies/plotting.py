@@ -240,23 +240,6 @@ def data_sets(problems: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def map_table(problems: Mapping[str, Any], columns: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """Draw maps with one row per problem and one column per quantity, each map scaled to its own extremes.
-
-    `columns`: title → one array (point,) per problem. A title with a minus sign (−) is a difference, from −1 to 1.
-    """
-    figure, axes = panels(len(columns), len(problems), aspect=1.0)
-    for row, name in zip(axes, problems, strict=True):
-        row[0].set_ylabel(name, fontsize="x-small")
-    for column, (title, arrays) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize="x-small")
-        for ax, problem, values in zip(axes[:, column], problems.values(), arrays, strict=True):
-            look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if "−" in title else {"cmap": "viridis"}
-            plane_map(problem, values, ax, **look)
-            ax.plot(*problem.inputs.T, ".", color="white", markersize=1.2, alpha=0.7)
-    return figure
-
-
 def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
     """Draw standard deviations over a one-dimensional input, each divided by its largest; ticks mark the data.
 
@@ -268,23 +251,6 @@ def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
         ax.plot(problem.grid[:, 0], height, color=colour, marker=marker, markevery=12, markersize=4, label=label)
     ax.plot(problem.inputs[:, 0], np.full(len(problem.inputs), -0.03), "|", color="#444444", markersize=6)
     ax.set(xlabel="input $x$", ylabel="standard deviation\n(largest = 1)", ylim=(-0.06, 1.05))
-    return ax
-
-
-def against_width(table: pd.DataFrame, ax: Axes, *, y: str, ylabel: str) -> Axes:
-    """Draw `y` against the width of the network: thin lines for data seeds, a thick one for each problem's mean.
-
-    Columns: problem, seed, width and `y`.
-    """
-    for (name, group), (colour, marker) in zip(table.groupby("problem"), CLASSES, strict=False):
-        for _, of_seed in group.groupby("seed"):
-            ax.plot(of_seed["width"], of_seed[y], color=colour, linewidth=0.7, alpha=0.5)
-        mean = group.groupby("width")[y].mean()
-        ax.plot(mean.index, mean, marker=marker, color=colour, markersize=5, label=name)
-    ax.set_xscale("log", base=2)
-    widths = sorted(table["width"].unique())
-    ax.set_xticks(widths, widths)
-    ax.set(xlabel="width", ylabel=ylabel)
     return ax
 
 

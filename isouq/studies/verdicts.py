@@ -19,6 +19,7 @@ from scipy import special, stats
 from isouq.studies import require
 from isouq.studies.claims import Check, Claim, Outcome
 
+LARGEST_RHO = 0.9999  # a correlation of one would be infinitely far from all others
 LEVEL = 0.05  # of the intervals within a claim (familywise) and of the false discovery rate over the book
 
 
@@ -145,6 +146,18 @@ def effective_number(critical_value: float, level: float = LEVEL) -> float:
     return max(1.0, math.log1p(-level) / math.log1p(-2 * float(special.ndtr(-value))))
 
 
+def fisher_z(correlations: ArrayLike) -> NDArray[np.float64]:
+    """Return Fisher's z = artanh(ρ), whose spread does not depend on ρ; |ρ| counts as LARGEST_RHO at most, NaN stays.
+
+    Raises:
+        ValueError: values outside [−1, 1].
+    """
+    rho = require.array_of("correlations", correlations).astype(np.float64)
+    if (np.abs(rho) > 1 + 1e-9).any():
+        raise ValueError(f"correlations: {rho.min():g} to {rho.max():g} given, values from -1 to 1 wanted")
+    return np.asarray(np.arctanh(np.clip(rho, -LARGEST_RHO, LARGEST_RHO)))
+
+
 def _missing_core(claim: Claim, results: Mapping[str, Measured]) -> list[str]:
     return [check.label for check in claim.checks if check.core and check.key not in results]
 
@@ -189,7 +202,10 @@ def _after_discovery(verdict: CheckVerdict, q_value: float | None) -> CheckVerdi
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A check's value with standard errors to both sides, and its p-value against the nearest border."""
+    """A check's value with standard errors to both sides, and its p-value against the nearest border.
+
+    All on the scale on which the interval is symmetric: Fisher's z for "fisher", else the result's own.
+    """
 
     check: Check
     value: float
@@ -199,23 +215,22 @@ class _Estimate:
 
     @classmethod
     def of(cls, check: Check, result: Measured) -> _Estimate:
-        """Read the standard errors off the 95 % interval; a bootstrap's two sides may differ, a t-interval's do not.
-
-        A t-interval of correlations is cut at ±1, so its longer side is the one that is whole.
-        """
-        value = float(result.value)
-        if result.low is None or (check.interval == "t" and (result.n is None or result.n < 2)):
-            return cls(check, value, (0.0, 0.0), math.inf, None)
-        df = float(result.n - 1) if check.interval == "t" else math.inf
-        below, above = value - float(result.low), float(result.high) - value
-        if check.interval == "t":
+        """Read the standard errors off the 95 % interval; a bootstrap's two sides may differ, a t-interval's do not."""
+        by_t = check.interval in ("t", "fisher")
+        if result.low is None or (by_t and (result.n is None or result.n < 2)):
+            return cls(check, float(result.value), (0.0, 0.0), math.inf, None)
+        value, low, high, least, most = (
+            _scaled(check, edge)
+            for edge in (result.value, result.low, result.high, check.region.least, check.region.most)
+        )
+        df = float(result.n - 1) if by_t else math.inf
+        below, above = value - low, high - value
+        if by_t:
             below = above = max(below, above)
         quantile = -float(special.stdtrit(df, 0.025))
         errors = below / quantile, above / quantile
-        inside = check.region.least < value < check.region.most
-        borders = [border for border in (check.region.least, check.region.most) if math.isfinite(border)]
-        p_values = [_p_value(value - border, errors, df) for border in borders]
-        return cls(check, value, errors, df, max(p_values) if inside else min(p_values))
+        p_values = [_p_value(value - border, errors, df) for border in (least, most) if math.isfinite(border)]
+        return cls(check, value, errors, df, max(p_values) if least < value < most else min(p_values))
 
     def verdict(self, factor: float = 1.0, adjusted: float | None = None) -> CheckVerdict:
         """Return the outcome by the interval of level 1 − LEVEL / factor."""
@@ -226,12 +241,16 @@ class _Estimate:
             return CheckVerdict(check, check.region.place(self.value, self.value))
         quantile = -float(special.stdtrit(self.df, LEVEL / (2 * factor)))
         low, high = self.value - quantile * self.errors[0], self.value + quantile * self.errors[1]
-        if check.key.endswith((".pearson", ".spearman")):  # t-intervals know no end of a scale
-            low, high = max(low, -1.0), min(high, 1.0)
+        if check.interval == "fisher":
+            low, high = math.tanh(low), math.tanh(high)
         outcome = check.region.place(low, high)
         edges = [f"{edge:g}" for edge in (check.region.least, check.region.most) if low <= edge <= high]
         reason = f"interval includes {' and '.join(edges)}" if outcome == "undecided" else ""
         return CheckVerdict(check, outcome, reason, low, high, adjusted)
+
+
+def _scaled(check: Check, value: Any) -> float:
+    return float(fisher_z([float(value)])[0]) if check.interval == "fisher" and math.isfinite(value) else float(value)
 
 
 def _p_value(distance: float, errors: tuple[float, float], df: float) -> float:

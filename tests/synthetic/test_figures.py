@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from isouq.studies import plotting
-from isouq.studies.synthetic import problems
+from isouq.studies.synthetic import plots, problems
 
 matplotlib.use("agg")
 
@@ -39,13 +39,6 @@ def test_a_map_has_its_values_at_their_points(rings):
     assert sum(len(part.get_offsets()) for part in examples) == len(rings.inputs)
 
 
-def test_map_table_draws_differences_from_minus_one_to_one(rings):
-    values = np.linspace(0, 1, 25)
-    figure = plotting.map_table({"rings": rings}, {"GN": [values], "GN − MCMC": [values - 0.5]})
-    limits = [ax.collections[0].get_clim() for ax in figure.axes]
-    assert limits == [(0, 1), (-1, 1)]
-
-
 def test_intervals_mark_the_paper_and_the_ceiling_of_each_labelled_row():
     row = {"method": "epistemic", "label": "rings", "value": 0.6, "low": 0.5, "high": 0.7, "paper": 0.44}
     ax = plotting.intervals(pd.DataFrame([row | {"ceiling": 0.98}]), plt.gca(), xlabel="ρ")
@@ -54,10 +47,46 @@ def test_intervals_mark_the_paper_and_the_ceiling_of_each_labelled_row():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["rings"]
 
 
-def test_against_width_has_a_line_per_seed_and_the_mean_of_a_problem():
-    table = pd.DataFrame({"problem": "rings", "seed": [0, 0, 1, 1], "width": [4, 8, 4, 8], "rho": [0.1, 0.3, 0.3, 0.7]})
-    ax = plotting.against_width(table, plt.gca(), y="rho", ylabel="ρ")
-    assert [list(line.get_ydata()) for line in ax.lines] == [[0.1, 0.3], [0.3, 0.7], pytest.approx([0.2, 0.5])]
+def atlas_rows(**changes):
+    row = {
+        "problem": "binary_rings",
+        "activation": "tanh",
+        "width": 32,
+        "prior": "fixed",
+        "design": "few",
+        "method": "gn",
+    }
+    return pd.DataFrame([row | {"value": 0.5, "paper": 0.44, "headline": True} | changes])
+
+
+def test_the_atlas_shows_each_number_in_its_cell_and_what_has_none():
+    titles = {name: spec.title for name, spec in problems.SPECS.items()}
+    others = [{"width": 8, "value": np.nan, "headline": False}, {"activation": "relu", "value": -0.25}]
+    rows = pd.concat([atlas_rows(), *[atlas_rows(**one) for one in others]])
+    linear = atlas_rows(problem="binary_linear", activation="linear", width=0, value=0.75, paper=0.99)
+    ax = plots.atlas(pd.concat([rows, linear]), titles).axes[0]
+    cells = {text.get_text(): text.get_position() for text in ax.texts}
+    assert cells[".50"] == (1.5, 1.5)
+    assert cells["×"] == (0.5, 1.5)
+    assert cells["−.25"] == (3.5, 1.5)
+    assert cells[".75"] == (2.0, 0.5), "a linear problem has one cell over all networks"
+    assert cells[".44"][0] > 4
+    shades = {patch.get_xy(): patch.get_facecolor() for patch in ax.patches}
+    assert shades[1, 1] != shades[3, 1]
+
+
+def test_points_shows_every_setting_and_the_median():
+    table = pd.DataFrame({"problem": "binary_rings", "point": "mode", "rho": [0.1, 0.2, 0.9, np.nan]})
+    ax = plots.points(table, {"binary_rings": "rings"}, plt.gca())
+    marks = [list(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) and line.get_marker() == "s"]
+    assert marks == [[0.1, 0.2, 0.9], [0.2]]
+
+
+def test_explain_draws_the_parts_and_every_hidden_unit():
+    wave, x = problems.make("regression_nonlinear", resolution=20), np.arange(20.0)
+    figure = plots.explain(wave, {"mcmc": x + 1}, {"output layer, weights": x}, np.stack([x, -x], axis=1))
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), x)
+    assert [line.get_ydata()[1] for line in figure.axes[2].lines[:2]] == [1, -1]
 
 
 def test_stepwise_draws_a_line_of_slope_one_through_the_geometric_mean():

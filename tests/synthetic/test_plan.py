@@ -3,11 +3,12 @@
 import json
 from typing import get_args
 
+import pandas as pd
 import pytest
 
 from isouq.pipeline import jobs as pipeline_jobs
 from isouq.pipeline import profiles, schemas
-from isouq.studies.synthetic import jobs, plan, problems
+from isouq.studies.synthetic import atlas, findings, jobs, plan, problems
 
 
 @pytest.mark.parametrize("name", ["smoke", "embedded", "published"])
@@ -39,14 +40,40 @@ def test_costly_networks_come_in_fewer_widths_and_seeds():
 def test_the_command_line_runs_one_problem(tmp_path, capsys):
     section = {"n_seeds": 1, "n_chains": 4, "n_warmup": 100, "n_draws": 100}
     section |= {"records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)}
+    section |= {"atlas_dir": str(tmp_path / "atlas"), "atlas_problems": ["regression_linear"], "designs": ["no_gap"]}
     profile = {"name": "tiny", "description": "one job", "minutes": 1, "memory_gb": 1}
     (tmp_path / "tiny.yml").write_text(json.dumps(profile | {"notebooks": {"03_mcmc": section}}))
     arguments = ["--profile", str(tmp_path / "tiny.yml"), "--problem", "regression_linear"]
     pipeline_jobs.main(["sample", *arguments])
     (record,) = (tmp_path / "records").iterdir()
     assert record.name.startswith("regression_linear-w8-d0")
-    assert capsys.readouterr().out.startswith("1 records")
+    assert [file.suffix for file in (tmp_path / "atlas").iterdir()] == [".npz"]
+    assert capsys.readouterr().out.startswith("2 records")
     assert len(list((tmp_path / "mcmc").glob("*.nc"))) == 1
+
+
+def test_the_atlas_has_every_setting_once_and_the_headline_first():
+    section = profiles.load("published").parameters("03_mcmc")
+    chosen = plan.atlas(section)
+    cells = pd.DataFrame([atlas.cell(job) for job in chosen])
+    assert len({job.file() for job in chosen}) == len(chosen) == 3 * (6 * 16 + 2 * 4)
+    assert len(cells.drop_duplicates()) == 6 * 16 + 2 * 4
+    n_headline = 3 * len(problems.SPECS)
+    assert findings.is_headline(cells).to_numpy().nonzero()[0].tolist() == list(range(n_headline))
+    assert {job.problem for job in chosen[:n_headline]} == set(problems.SPECS)
+    embedded = plan.atlas(profiles.load("embedded").parameters("03_mcmc"))
+    assert {job.file() for job in embedded} < {job.file() for job in chosen}, (
+        "a small run reads the records of a large one"
+    )
+
+
+def test_the_committed_atlas_is_small_and_of_this_version():
+    section = profiles.load("published").parameters("03_mcmc")
+    files = {file.name: file for file in atlas.COMMITTED.glob("*.npz")}
+    wanted = {atlas.path(job, "").name: job for job in plan.atlas(section)}
+    assert files.keys() <= wanted.keys(), "records that no job of published asks for"
+    assert not [name for name in files if atlas.find(wanted[name], [atlas.COMMITTED]) is None], "of another version"
+    assert sum(file.stat().st_size for file in files.values()) < 25_000_000
 
 
 def test_the_committed_records_are_those_that_published_asks_for_and_the_code_makes():
@@ -66,7 +93,14 @@ def test_the_committed_records_are_those_that_published_asks_for_and_the_code_ma
         ({"n_chains": 1}, "n_chains: 1 given; wanted greater than or equal to 4"),
         ({"size_widths": [0, 4]}, "size_widths.0: 0 given; wanted greater than or equal to 1"),
         ({"size_problems": ["binary_ring"]}, "did you mean 'binary_rings'"),
-        ({"n_draws": 10**9}, "over memory_gb = 2"),
+        ({"n_draws": 10**9, "atlas_problems": ["binary_linear"]}, "over memory_gb = 2"),
+        (
+            {"atlas_problems": ["regression_linear"], "designs": ["many"]},
+            "designs: many given; regression_linear has gap",
+        ),
+        ({"widths": [0]}, "widths.0: 0 given; wanted greater than or equal to 1"),
+        ({"designs": ["gaps"]}, "designs.0: 'gaps' given.*did you mean 'gap'"),
+        ({"design": "few"}, "design: few given; regression_nonlinear has gap or no_gap"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, section, message):

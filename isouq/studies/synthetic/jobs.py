@@ -9,10 +9,12 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from isouq.studies.identity import digest, versions
 from isouq.studies.synthetic import cache, point, posterior, problems
 from isouq.studies.synthetic.posterior import Posterior, Reference, Settings
 from isouq.studies.synthetic.problems import Problem
+from isouq.studies.verdicts import fisher_z
 
 PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process crashed after 130 jobs
 LARGEST_HESSIAN = 600  # parameters; larger networks have no estimate of the Laplace family
@@ -45,6 +48,7 @@ class Job:
     prior_scale: float | None = None
     prior_scaling: str | None = None
     n_examples: int | None = None
+    gap: bool | None = None
     resolution: int | None = None
     n_starts: int = 16
     settings: Settings = field(default_factory=Settings)
@@ -56,9 +60,8 @@ class Job:
         model = problems.SPECS[self.problem].model
         network = replace(model.network, **self._given("width", "depth", "activation"))
         model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
-        problem = problems.make(
-            self.problem, seed=self.seed, model=model, n_examples=self.n_examples, resolution=self.resolution
-        )
+        data = {name: getattr(self, name) for name in ("seed", "n_examples", "resolution", "gap")}
+        problem = problems.make(self.problem, model=model, **data)
         self.settings.require_memory(problem)
         return problem
 
@@ -202,7 +205,7 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[s
     """
     begun = time.process_time()
     content = record(analyse(job, draws))
-    content = _rounded({**content, "cpu_seconds": time.process_time() - begun})
+    content = rounded({**content, "cpu_seconds": time.process_time() - begun})
     content["content"] = digest(content)
     file = Path(folder) / job.file()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,13 +215,12 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> dict[s
     return content
 
 
-def _rounded(value: Any) -> Any:
-    # Six digits suffice for every statistic of a record, and hundreds of records are committed. JSON has no NaN, so a
-    # number that a failed posterior lacks becomes None.
+def rounded(value: Any) -> Any:
+    """Return a record's content with floats of six digits, and None for NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
+        return {name: rounded(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -232,13 +234,16 @@ def run_all(
     also: Sequence[str | Path] = (),
     n_workers: int = 2,
     compiled: str | Path | None = None,
-) -> list[dict[str, Any]]:
+    study: ModuleType | None = None,
+) -> list[Any]:
     """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
 
-    Every job is checked before the first one runs. Jobs start in the order given, so that a stopped study has done the
-    first ones. Processes share what they compile through the folder `compiled`.
+    `study` is the module whose `find` and `run` make the records: this one, or ``atlas``. Every job is checked before
+    the first one runs. Jobs start in the order given, so that a stopped study has done the first ones. Processes share
+    what they compile through the folder `compiled`.
     """
-    records = [find(job, [folder, *also]) for job in jobs]
+    study = study or sys.modules[__name__]
+    records = [study.find(job, [folder, *also]) for job in jobs]
     missing = [i for i, record in enumerate(records) if record is None]
     n_workers = min(require.count("n_workers", n_workers), max(1, len(missing)))
     context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
@@ -246,7 +251,7 @@ def run_all(
     with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as bar:
         for start in range(0, len(missing), share):
             with concurrent.futures.ProcessPoolExecutor(n_workers, context, _keep_compiled, (compiled,)) as pool:
-                waiting = {pool.submit(run, jobs[i], folder, draws): i for i in missing[start : start + share]}
+                waiting = {pool.submit(study.run, jobs[i], folder, draws): i for i in missing[start : start + share]}
                 for future in concurrent.futures.as_completed(waiting):
                     records[waiting[future]] = future.result()
                     bar.update()
@@ -261,18 +266,16 @@ def _keep_compiled(folder: str | Path | None) -> None:
 
 
 def mean_interval(values: ArrayLike) -> Interval | None:
-    """Return the mean of correlations with its 95 % t-interval, cut to [−1, 1]; None for fewer than two.
+    """Return the mean of correlations by Fisher's z with its 95 % t-interval; None for fewer than two.
 
     Raises ValueError for values that are no correlations.
     """
-    values = require.numbers("values", values, least=0)
-    n = len(values)
-    for value in values:
-        require.number("values", value, -1 - 1e-9, 1 + 1e-9)
-    if n < 2:
+    z = fisher_z(require.numbers("values", values, least=0))
+    if len(z) < 2:
         return None
-    mean, reach = float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
-    return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach), n)
+    reach = float(stats.t.ppf(0.975, len(z) - 1) * stats.sem(z))
+    value, low, high = np.tanh(z.mean() + np.array([0.0, -reach, reach]))
+    return Interval(float(value), float(low), float(high), len(z))
 
 
 def trend(doublings: ArrayLike, values: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Interval:

@@ -8,7 +8,11 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from isouq.studies.synthetic import jobs
+import numpy as np
+import pandas as pd
+
+from isouq.studies.synthetic import findings, jobs
+from isouq.studies.synthetic.atlas import MANY, cell
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
@@ -25,6 +29,9 @@ ACTIVATIONS, PRIORS = ("tanh", "relu"), ("fan_in", "fixed")
 # at these of the widths asked for, and on fewer seeds.
 DEEP_WIDTHS, DEEP_SEEDS = (4, 16, 32), 2
 FIXED_WIDTHS, FIXED_SEEDS = (4, 16, 64, 256), 3
+# Those of the atlas, the same for every profile, too.
+WIDE_ATLAS = Settings(n_chains=4, n_warmup=300, n_draws=750, target_accept=0.8, max_tree_depth=9)
+NARROW_ATLAS = replace(WIDE_ATLAS, n_draws=1000, target_accept=0.95)
 DATA_SIZE_PROBLEM, DATA_SIZE_SEEDS = "binary_rings", 3
 
 
@@ -78,6 +85,40 @@ def sizes(section: Any) -> list[Job]:
             )
             chosen.append(job)
     return chosen
+
+
+def atlas(section: Any) -> list[Job]:
+    """Return the jobs of the atlas: every problem with every setting and data seed that the section names.
+
+    The headline setting comes first, then data seed by data seed. A design that a kind of problem does not have, and
+    the activation and width of a problem without a hidden layer, make no jobs of their own.
+    """
+    factors = (section.activations, section.widths, section.priors, section.designs)
+    seeds = range(section.seed, section.seed + section.atlas_seeds)
+    grid = itertools.product(seeds, section.atlas_problems, *factors)
+    chosen = list(dict.fromkeys(job for setting in grid if (job := atlas_job(*setting)) is not None))
+    later = ~findings.is_headline(pd.DataFrame([cell(job) for job in chosen])).to_numpy()
+    return [chosen[i] for i in np.argsort(later, kind="stable")]
+
+
+def atlas_job(seed: int, problem: str, activation: str, width: int, prior: str, design: str) -> Job | None:
+    """Return the job of one setting with one data seed, or None for a design that the problem does not have."""
+    model = jobs.problems.SPECS[problem].model
+    linear, regression = model.network.depth == 0, model.kind == "regression"
+    if regression != (design in ("gap", "no_gap")):
+        return None
+    return Job(
+        problem=problem,
+        seed=seed,
+        width=None if linear else width,
+        activation=None if linear else activation,
+        prior_scaling=prior,
+        prior_scale=FIXED_SCALE if prior == "fixed" else None,
+        n_examples=MANY if design == "many" else None,
+        gap=(design == "gap") if regression else None,
+        n_starts=8,
+        settings=NARROW_ATLAS if linear or width <= NARROW else WIDE_ATLAS,
+    )
 
 
 def _size_settings(width: int, prior: str) -> Settings:

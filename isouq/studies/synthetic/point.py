@@ -35,9 +35,10 @@ def _energy_and_gradient(model: Model, z, scales, inputs, targets):
     return jax.value_and_grad(model.energy)(z, scales, inputs, targets)
 
 
-def objective(problem: Problem) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    """Return z = θ/scale ↦ (energy in nats, its gradient in z), for an optimiser."""
-    data = (problem.model.scales(), problem.inputs, problem.targets)
+def objective(problem: Problem, scales: float | None = None) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """Return z = θ/scale ↦ (energy in nats, its gradient in z), for an optimiser; `scales` stands for the prior's."""
+    own = problem.model.scales()
+    data = (own if scales is None else np.full_like(own, scales), problem.inputs, problem.targets)
 
     @float64
     def energy(z: np.ndarray) -> tuple[float, np.ndarray]:
@@ -53,14 +54,20 @@ def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: 
     The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
     Raises ValueError for fewer than one start or one step.
     """
-    require.count("n_starts", n_starts), require.count("max_steps", max_steps)
-    model, rng = problem.model, np.random.default_rng(require.seed("seed", seed))
+    require.count("n_starts", n_starts)
+    rng = np.random.default_rng(require.seed("seed", seed))
+    return descend(problem, rng.normal(size=(n_starts, problem.model.network.n_parameters)), max_steps=max_steps)
+
+
+def descend(problem: Problem, starts: np.ndarray, *, max_steps: int = 5000) -> Point:
+    """Minimise the energy by L-BFGS from each of `starts` (start, param), in units of the prior's scale."""
+    starts = require.numbers("starts", starts, 2, width=problem.model.network.n_parameters)
+    require.count("max_steps", max_steps)
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": 1e-7, "ftol": 0.0, "maxcor": 30}
-    starts = rng.normal(size=(n_starts, model.network.n_parameters))
     search = {"jac": True, "method": "L-BFGS-B", "options": options}
     ends = [scipy.optimize.minimize(objective(problem), z, **search) for z in starts]
     ends.sort(key=lambda end: end.fun)
-    thetas = np.stack([end.x for end in ends]) * model.scales()
+    thetas = np.stack([end.x for end in ends]) * problem.model.scales()
     return Point(
         theta=thetas[0],
         energy=float(ends[0].fun),

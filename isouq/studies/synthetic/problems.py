@@ -237,15 +237,19 @@ def _spirals(rng, n):
     return inputs + rng.normal(0, 0.15, (n, 2)), classes
 
 
-def _line(rng, n, *, noise):
-    inputs = rng.uniform(-1, 1, (n, 1))
-    return inputs, 0.8 * inputs[:, 0] - 0.2 + rng.normal(0, noise, n)
+def _line(rng, n, *, noise, gap=False):
+    inputs = _stretches(rng, n, (-1, -0.4), (0.4, 1)) if gap else rng.uniform(-1, 1, n)
+    return inputs[:, None], 0.8 * inputs - 0.2 + rng.normal(0, noise, n)
 
 
-def _wave(rng, n, *, noise):
+def _wave(rng, n, *, noise, gap=True):
     # two stretches of data with a gap between: uncertainty has somewhere to grow inside the data's range
-    inputs = np.where(rng.uniform(size=n) < 0.5, rng.uniform(-2, -0.5, n), rng.uniform(0.7, 2, n))
+    inputs = _stretches(rng, n, (-2, -0.5), (0.7, 2)) if gap else rng.uniform(-2, 2, n)
     return inputs[:, None], np.sin(2 * inputs) + 0.3 * inputs + rng.normal(0, noise, n)
+
+
+def _stretches(rng, n, first, second):
+    return np.where(rng.uniform(size=n) < 0.5, rng.uniform(*first, n), rng.uniform(*second, n))
 
 
 @dataclass(frozen=True)
@@ -288,11 +292,14 @@ def make(
     n_examples: int | None = None,
     model: Model | None = None,
     resolution: int | None = None,
+    gap: bool | None = None,
 ) -> Problem:
     """Make the problem `name` with the data of `seed`; arguments left None take the values of ``SPECS``.
 
-    The grid has `resolution` points a side: 20 for two inputs, 100 for one.
-    Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid.
+    The grid has `resolution` points a side: 20 for two inputs, 100 for one. `gap`: whether a regression's inputs leave
+    the middle of their range empty; by default those of the nonlinear one do.
+    Raises ValueError for an unknown name, fewer than 3 examples, a model of another kind or size, a bad grid, and a
+    gap in a classification.
     """
     one_of("name", name, SPECS)
     spec = SPECS[name]
@@ -304,7 +311,10 @@ def make(
         raise ValueError(f"model has (kind, n_inputs, n_outputs) {given}; {name} wants {expected}")
     # a fixed number per problem, so that two problems of one seed do not share their random numbers
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    inputs, targets = spec.generate(np.random.default_rng([require.seed("seed", seed), stream]), n)
+    if gap is not None and spec.model.kind != "regression":
+        raise ValueError(f"gap: {gap} given for {name}; None wanted: only a regression has inputs with a gap")
+    design = {} if gap is None else {"gap": gap}
+    inputs, targets = spec.generate(np.random.default_rng([require.seed("seed", seed), stream]), n, **design)
     n_inputs = inputs.shape[1]
     resolution = {1: 100, 2: 20}[n_inputs] if resolution is None else require.count("resolution", resolution, 2)
     axes = np.meshgrid(*[np.linspace(*spec.limits, resolution)] * n_inputs)

@@ -1,0 +1,221 @@
+"""The atlas: in which settings of a small network does ‖g‖² follow the variance of its posterior?
+
+A cell is a problem with an activation, a width, a prior and a design of the data; a posterior is a cell with a data
+seed. Each leaves a record: the fields over the grid, every θ*, 16 draws and the diagnostics, so that a later question
+needs no new sampling. `table` turns records into correlations.
+"""
+
+import hashlib
+import io
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+
+from isouq.studies import require
+from isouq.studies.evaluation import pearson, spearman
+from isouq.studies.identity import digest, versions
+from isouq.studies.synthetic import cache, jobs, modes, point, posterior, problems
+from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.posterior import Settings
+
+VERSION = 1  # of what a record holds beyond posterior.VERSION: the three θ* and their fields
+COMMITTED = jobs.COMMITTED.parent / "atlas"
+FACTORS = ["problem", "activation", "width", "prior", "design"]
+MANY = 200  # examples of a classification in its other design
+REGIONS = ("whole", "near", "far")
+CONSTANT = 1e-6  # of a field's largest value; float32, in which fields are kept, rounds at 6e-8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One posterior: its job, its facts (diagnostics, θ* and who is admitted) and its `fields`, float32.
+
+    mean, variance, mcse, aleatoric (point,); halves, aleatoric_halves (2, point); classes (point,): whose probability
+    is meant, those that the trained network predicts. gn (theta, point): ‖g‖² at every θ*. Of the trained network and
+    the MAP: p, la (NaN where the Hessian is not positive definite) and gn_prior, ‖Sg‖² with the prior's scales S,
+    each (2, point). gn_draws (point,): the mean over the draws. mode_… (point,): see ``modes.steps``. thetas and draws
+    (…, param).
+    """
+
+    job: Job
+    facts: dict[str, Any]
+    fields: dict[str, np.ndarray]
+
+
+def cell(job: Job) -> dict[str, Any]:
+    """Return a job's FACTORS by name; a problem without a hidden layer has the activation "linear" and width 0."""
+    spec = problems.SPECS[job.problem]
+    model, linear = spec.model, spec.model.network.depth == 0
+    if model.kind == "regression":
+        with_gap = job.problem == "regression_nonlinear" if job.gap is None else job.gap
+        design = "gap" if with_gap else "no_gap"
+    else:
+        design = "many" if job.n_examples == MANY else "few"
+    return {
+        "problem": job.problem,
+        "activation": "linear" if linear else job.activation or model.network.activation,
+        "width": 0 if linear else job.width or model.network.width,
+        "prior": job.prior_scaling or model.prior_scaling,
+        "design": design,
+    }
+
+
+def analyse(job: Job, folder: str | Path | None = None) -> Record:
+    """Sample (or load from `folder`) the posterior of a job and compute all that its record holds."""
+    problem = job.make()
+    drawn = cache.draw(problem, job.settings, folder)
+    thetas = modes.find(problem, drawn.draws, n_starts=job.n_starts, seed=job.seed)
+    classes = point.predicted_classes(problem, thetas.points[0])
+    reference = posterior.reference(drawn, classes)
+
+    def squares(theta: np.ndarray, scales: np.ndarray | float = 1.0) -> np.ndarray:
+        return np.square(point.gradients(problem, theta, classes) * scales).sum(axis=1)
+
+    own, n = thetas.points[:2], len(problem.grid)
+    of_own = [point.estimates(problem, theta, classes) for theta in own]
+    usable = thetas.admitted & (np.array(thetas.kinds) == "mode")
+    fields = {name: getattr(reference, name) for name in ("mean", "variance", "mcse", "halves")}
+    if reference.aleatoric is not None and reference.aleatoric_halves is not None:
+        fields |= {"aleatoric": reference.aleatoric, "aleatoric_halves": reference.aleatoric_halves}
+    fields |= {
+        "gn": np.stack([squares(theta) for theta in thetas.points]),
+        "p": np.stack([point.probabilities(problem, theta, classes) for theta in own]),
+        "la": np.stack([found.get("la", np.full(n, np.nan)) for found in of_own]),
+        "gn_prior": np.stack([squares(theta, problem.model.scales()) for theta in own]),
+        "gn_draws": np.mean([squares(theta) for theta in thetas.draws], axis=0),
+        **modes.steps(problem, drawn.draws, thetas.points[usable], classes),
+        "thetas": thetas.points,
+        "draws": thetas.draws,
+    }
+    facts = {
+        "passed": drawn.diagnostics.passed,
+        "failures": list(drawn.diagnostics.failures),
+        "diagnostics": asdict(drawn.diagnostics),
+        "kinds": list(thetas.kinds),
+        "admitted": thetas.admitted.tolist(),
+        "loss": thetas.loss.tolist(),
+        "gradient_norm": thetas.gradient_norm.tolist(),
+        "constant_loss": modes.constant_loss(problem),
+        "isotropy": posterior.isotropy(drawn.draws),
+    }
+    kept = {name: values.astype(np.float32) for name, values in fields.items()}
+    return Record(job=job, facts=facts, fields=kept | {"classes": classes.astype(np.uint8)})
+
+
+def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> Record:
+    """Run one job and leave its record in `folder`; the file appears whole or not at all."""
+    begun = time.process_time()
+    found = analyse(job, draws)
+    facts = found.facts | {"cpu_seconds": time.process_time() - begun, "versions": versions(*cache.PACKAGES)}
+    facts |= {"job": asdict(job), "version": [posterior.VERSION, VERSION]}
+    facts = jobs.rounded(facts)
+    facts["content"] = _content(facts, found.fields)
+    file = path(job, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts, sort_keys=True)), **found.fields}
+    np.savez_compressed(buffer, **arrays)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(buffer.getvalue())
+    os.replace(partial, file)
+    return Record(job=job, facts=facts, fields=found.fields)
+
+
+def path(job: Job, folder: str | Path) -> Path:
+    """Return where the record of a job is kept in `folder`."""
+    return Path(folder) / job.file().replace(".json", ".npz")
+
+
+def find(job: Job, folders: Iterable[str | Path]) -> Record | None:
+    """Return the job's record from the first of `folders` that has one of this version, or None.
+
+    Raises ValueError for a file that cannot be read, that was changed, or that holds another job.
+    """
+    for file in (path(job, folder) for folder in folders):
+        if not file.exists():
+            continue
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                fields = {name: stored[name] for name in stored.files if name != "facts"}
+                facts = json.loads(str(stored["facts"]))
+            given = Job(**{**facts["job"], "settings": Settings(**facts["job"]["settings"])})
+            if facts["content"] != _content(facts, fields) or given.file() != job.file():
+                raise ValueError("it holds another job, or was changed")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            advice = "delete it, and the job runs again; a committed one comes back with `git checkout`"
+            raise ValueError(f"{file} is not the record of this posterior ({error}); {advice}") from error
+        if facts["version"] == [posterior.VERSION, VERSION]:
+            return Record(job=job, facts=facts, fields=fields)
+    return None
+
+
+def _content(facts: dict[str, Any], fields: dict[str, np.ndarray]) -> str:
+    plain = {name: value for name, value in facts.items() if name != "content"}
+    hashes = {n: [str(v.dtype), v.shape, hashlib.sha256(v.tobytes()).hexdigest()] for n, v in fields.items()}
+    return digest([plain, sorted(hashes.items())])
+
+
+def table(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one row per posterior, θ*, measure and region, with the correlations with MCMC.
+
+    Columns: FACTORS, seed, passed; point (trained, mode, map, draws or posterior), measure, region, pearson, spearman
+    (NaN where the θ* is not admitted or one side is constant) and admitted, the share of the θ* of this kind. `mode`
+    is the median over the admitted modes. The measure `reliability` is one half of the chains against the other: a
+    perfect estimate reaches its square root.
+    """
+    rows = [row for one in records for row in _rows(one)]
+    return pd.DataFrame(rows).astype({"pearson": float, "spearman": float})
+
+
+def _rows(one: Record) -> list[dict[str, Any]]:
+    problem, fields = one.job.make(), {name: values.astype(float) for name, values in one.fields.items()}
+    near, admitted = problem.near_data(), np.array(one.facts["admitted"])
+    where = dict(zip(REGIONS, (np.ones(len(near), dtype=bool), near, ~near), strict=True))
+    own = {**cell(one.job), "seed": one.job.seed, "passed": one.facts["passed"]}
+    rows = []
+    for kind, measure, estimates, target, share in _measures(fields, np.array(one.facts["kinds"]), admitted):
+        for region, points in where.items():
+            values = [correlation(estimate[points], target[points]) for estimate in estimates]
+            middle = np.nanmedian(values, axis=0) if np.isfinite(values).any() else (np.nan, np.nan)
+            names = {"point": kind, "measure": measure, "region": region, "admitted": share}
+            rows.append({**own, **names, "pearson": middle[0], "spearman": middle[1]})
+    return rows
+
+
+def _measures(fields: dict[str, np.ndarray], kinds: np.ndarray, admitted: np.ndarray) -> Iterable[tuple]:
+    """Yield (point, measure, [admitted estimates (point,)], target (point,), share admitted)."""
+    variance, with_classes = fields["variance"], "aleatoric" in fields
+    for kind in ("trained", "mode", "map"):
+        of_kind = kinds == kind
+        yield kind, "gn", fields["gn"][of_kind & admitted], variance, admitted[of_kind].mean()
+    for row, kind in enumerate(("trained", "map")):
+        use = slice(row, row + 1 if admitted[row] else row)
+        for name in ("gn_prior", "la"):
+            yield kind, name, fields[name][use], variance, float(admitted[row])
+        if with_classes:
+            p = fields["p"][use]
+            yield kind, "aleatoric", p * (1 - p), fields["aleatoric"], float(admitted[row])
+    yield "draws", "gn", fields["gn_draws"][None], variance, 1.0
+    for name in ("mode_gn", "mode_taylor", "mode_isotropic", "mode_variance"):
+        if name in fields:
+            yield "mode", name, fields[name][None], variance, 1.0
+    yield "posterior", "reliability", fields["halves"][:1], fields["halves"][1], 1.0
+    if with_classes:
+        halves = fields["aleatoric_halves"]
+        yield "posterior", "aleatoric_reliability", halves[:1], halves[1], 1.0
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Return Pearson's r and Spearman's ρ; NaN where a side varies by less than CONSTANT of its largest value."""
+    require.same_rows(a=a, b=b)
+    flat = len(a) < 3 or any(not np.ptp(side) > CONSTANT * np.abs(side).max() for side in (a, b))
+    return (np.nan, np.nan) if flat else (pearson(a, b), spearman(a, b))

@@ -1,0 +1,293 @@
+"""What the atlas says: its rules, which were committed before it was run, and the tables that they make.
+
+Every mean of correlations is one of Fisher's z, and its interval Student's t over what was repeated: data seeds within
+a setting, and problems where settings are compared, since seeds of one problem are not independent problems.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from isouq.studies import claims
+from isouq.studies.evaluation import Interval
+from isouq.studies.results import Result
+from isouq.studies.synthetic.atlas import FACTORS, cell
+from isouq.studies.synthetic.jobs import Job, mean_interval
+from isouq.studies.synthetic.posterior import Settings
+from isouq.studies.verdicts import fisher_z
+
+MARGIN = 0.1  # "agrees" needs the whole interval within this distance of the paper's number
+NEAR_CEILING = 0.95  # of what a perfect estimate reaches: a correlation above it has no room to grow
+# The paper's three columns and the θ* of each: the trained network, but for Laplace, which needs a mode, the MAP.
+METHODS = {"gn": "trained", "la": "map", "aleatoric": "trained"}
+RELIABILITY = {"gn": "reliability", "la": "reliability", "aleatoric": "aleatoric_reliability"}
+COLUMNS = ["method", "statistic", "problem", "value", "low", "high", "n", "paper"]
+POINTS = ("trained", "mode", "map")
+OTHER = {
+    "activation": "relu",
+    "width": 32,
+    "prior": "fixed",
+    "design": ("many", "no_gap"),
+}  # each factor's second level
+
+
+def is_headline(table: pd.DataFrame) -> pd.Series:
+    """Return which rows belong to the headline setting, declared before the atlas was run.
+
+    A fixed prior N(0, 1), 32 hidden units, ReLU for several classes and tanh for two and for a regression, no gap in a
+    regression's inputs, and as many examples as the problem has. The first author's public notebooks use 32 units,
+    ReLU for several classes, a saturating unit for two, and one fixed prior; they are not the paper's code. Some
+    correlations had been seen when this was chosen.
+    """
+    activation = table["problem"].str.startswith("multiclass").map({True: "relu", False: "tanh"})
+    network = (table["activation"] == activation) & (table["width"] == 32) | (table["activation"] == "linear")
+    return network & (table["prior"] == "fixed") & table["design"].isin(["few", "no_gap"])
+
+
+def beside_paper(low: float, high: float, paper: float) -> str:
+    """Return how an interval stands to the paper's number.
+
+    agrees: all of it lies within MARGIN. compatible: some of it does. higher, lower: none of it does.
+    """
+    if np.isnan(paper):
+        return "not in the paper"
+    if np.isnan(low):
+        return "no interval"
+    if paper - MARGIN <= low and high <= paper + MARGIN:
+        return "agrees"
+    return "higher" if low > paper + MARGIN else "lower" if high < paper - MARGIN else "compatible"
+
+
+def paper_value(method: str, statistic: str, problem: str) -> float:
+    """Return the paper's number in Table 1, NaN where it has none."""
+    return float(claims.paper()["table_1"][method][statistic].get(problem, np.nan))
+
+
+def mean(values: Any) -> tuple[float, float, float, int]:
+    """Return the mean of correlations with its interval (NaN for fewer than two) and their number; NaN is left out."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else np.nan), np.nan, np.nan, len(values)
+    band = mean_interval(values)
+    assert band is not None
+    return band.value, band.low, band.high, band.n
+
+
+def of(table: pd.DataFrame, point: str, measure: str, region: str = "whole") -> pd.DataFrame:
+    """Return the rows of one θ*, measure and region; posteriors that failed the gate have NaN for a correlation."""
+    rows = table[(table["point"] == point) & (table["measure"] == measure) & (table["region"] == region)].copy()
+    rows.loc[~rows["passed"].astype(bool), ["pearson", "spearman"]] = np.nan
+    return rows
+
+
+def settings(table: pd.DataFrame, statistic: str = "spearman") -> pd.DataFrame:
+    """Return a row per setting and method: FACTORS, method, value, low, high, n, n_failed, paper, reaches.
+
+    `n` posteriors count; `n_failed` failed the gate. `reaches`: the value is at least the paper's less MARGIN.
+    """
+    rows: list[dict[str, Any]] = []
+    for method, point in METHODS.items():
+        for names, group in of(table, point, method).groupby(FACTORS, sort=False):
+            value, low, high, n = mean(group[statistic])
+            own = dict(zip(FACTORS, names, strict=True)) | {"method": method, "value": value, "low": low, "high": high}
+            own |= {"n": n, "n_failed": int((~group["passed"].astype(bool)).sum())}
+            rows.append(own | {"paper": paper_value(method, statistic, str(own["problem"]))})
+    result = pd.DataFrame(rows, columns=[*FACTORS, "method", "value", "low", "high", "n", "n_failed", "paper"])
+    return result.assign(reaches=result["value"] >= result["paper"] - MARGIN, headline=is_headline(result))
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the headline setting beside the paper's Table 1, a row per method, statistic and problem.
+
+    Columns: value, low, high, n, ceiling (what a perfect estimate reaches: √r of one half of the chains with the
+    other), near and far (the same correlation close to the data and far from them), paper and verdict.
+    """
+    chosen, rows = table[is_headline(table)], []
+    for statistic in ("spearman", "pearson"):
+        for row in _rows(settings(chosen, statistic)):
+            own = chosen[chosen["problem"] == row["problem"]]
+            point, method = METHODS[row["method"]], row["method"]
+            half = mean(of(own, "posterior", RELIABILITY[method])[statistic])[0]
+            parts = {region: mean(of(own, point, method, region)[statistic])[0] for region in ("near", "far")}
+            verdict = beside_paper(row["low"], row["high"], row["paper"])
+            names = {"ceiling": np.sqrt(max(half, 0.0)), **parts, "verdict": verdict}
+            rows.append({key: row[key] for key in COLUMNS if key in row} | {"statistic": statistic} | names)
+    return pd.DataFrame(rows, columns=[*COLUMNS, "ceiling", "near", "far", "verdict"])
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def share(table: pd.DataFrame) -> Interval | None:
+    """Return in which share of settings ‖g‖² reaches the paper's ρ less MARGIN: mean over problems, t-interval."""
+    rows = settings(table)
+    rows = rows[(rows["method"] == "gn") & rows["value"].notna()]
+    return _over_problems(rows.groupby("problem")["reaches"].mean())
+
+
+def difference(table: pd.DataFrame) -> Interval | None:
+    """Return the mean over problems of ρ in the headline setting less the paper's, with its t-interval."""
+    rows = headline(table)
+    rows = rows[(rows["method"] == "gn") & (rows["statistic"] == "spearman")].set_index("problem")
+    return _over_problems((rows["value"] - rows["paper"]).dropna())
+
+
+def _over_problems(values: pd.Series) -> Interval | None:
+    if len(values) < 2:
+        return None
+    reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach), len(values))
+
+
+def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
+    """Return what decides: an analysis of variance of Fisher's z of ρ over the factors, hidden-layer problems only.
+
+    A row per factor: `change` in z from its first level to its second (ReLU, 32 units, fixed prior, no gap or 200
+    examples; a mode or the MAP for the trained network), the mean over problems of paired changes with its t-interval
+    `low`, `high` over the `n` problems; and `share` of the variance of z that lies between its levels within problems.
+    """
+    frames = [of(table, point, "gn", region).assign(point=point) for point in POINTS]
+    rows = pd.concat(frames)
+    rows = rows[rows["activation"] != "linear"].assign(z=lambda r: fisher_z(r["spearman"]))
+    trained = rows[rows["point"] == "trained"].dropna(subset=["z"])
+    total = np.square(trained["z"] - trained["z"].mean()).sum() or np.nan
+    between = trained.groupby("problem")["z"].transform("mean")
+    found = [{"factor": "problem", "share": np.square(between - trained["z"].mean()).sum() / total}]
+    for factor, second in OTHER.items():
+        level = trained[factor].isin(second if isinstance(second, tuple) else [second])
+        keys = [name for name in [*FACTORS, "seed"] if name != factor]
+        row = _contrast(trained[~level], trained[level], keys)
+        inner = trained.assign(level=level).groupby(["problem", "level"])["z"].transform("mean")
+        found.append({"factor": factor, **row, "share": np.square(inner - between).sum() / total})
+    of_points = {point: rows[rows["point"] == point] for point in POINTS[1:]}
+    found += [{"factor": p, **_contrast(trained, part, [*FACTORS, "seed"])} for p, part in of_points.items()]
+    return pd.DataFrame(found).set_index("factor")
+
+
+def _contrast(first: pd.DataFrame, second: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
+    """Return the mean over problems of paired changes in z between rows that agree in `keys`."""
+    pairs = first.merge(second, on=keys, suffixes=("", "_second"))
+    changes = (pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean().dropna()
+    band = _over_problems(changes)
+    if band is None:
+        return {"change": changes.mean(), "low": np.nan, "high": np.nan, "n": len(changes)}
+    return {"change": band.value, "low": band.low, "high": band.high, "n": band.n}
+
+
+def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
+    """Return C5: how Fisher's z of ρ changes with each doubling of the width, from the narrowest to the widest.
+
+    A row per problem, activation, prior and θ*: `change`, its t-interval `low`, `high` over the `n` pairs (data seed
+    and design) of posteriors that passed and have a correlation at both widths, mean ρ at the narrowest and the widest,
+    the verdict, and `below_ceiling`: the change without pairs in which either ρ is above NEAR_CEILING of its ceiling,
+    which is all that counts without `with_ceiling`.
+    """
+    hidden = table[table["activation"] != "linear"]
+    widest, narrowest = hidden["width"].max(), hidden["width"].min()
+    hidden = hidden[hidden["width"].isin([widest, narrowest])] if widest != narrowest else hidden.head(0)
+    rows: list[dict[str, Any]] = []
+    ceiling = of(hidden, "posterior", "reliability")[[*FACTORS, "seed", "spearman"]]
+    for point in POINTS:
+        part = of(hidden, point, "gn").merge(ceiling, on=[*FACTORS, "seed"], suffixes=("", "_half"))
+        if not with_ceiling:
+            part = part[part["spearman"] < NEAR_CEILING * np.sqrt(part["spearman_half"].clip(lower=0))]
+        keys = [name for name in [*FACTORS, "seed"] if name != "width"]
+        pairs = part[part["width"] == narrowest].merge(part[part["width"] == widest], on=keys, suffixes=("", "_wide"))
+        pairs = pairs.dropna(subset=["spearman", "spearman_wide"])
+        for names, group in pairs.groupby(["problem", "activation", "prior"], sort=False):
+            z = fisher_z(group[["spearman", "spearman_wide"]]) / np.log2(widest / narrowest)
+            band = _over_problems(pd.Series(z[:, 1] - z[:, 0]))
+            own = dict(zip(["problem", "activation", "prior"], names, strict=True)) | {"point": point, "n": len(group)}
+            own |= {"change": float((z[:, 1] - z[:, 0]).mean()), "low": np.nan, "high": np.nan}
+            own |= {"narrow": mean(group["spearman"])[0], "wide": mean(group["spearman_wide"])[0]}
+            rows.append(own | ({} if band is None else {"low": band.low, "high": band.high}))
+    result = pd.DataFrame(
+        rows, columns=["problem", "activation", "prior", "point", "change", "low", "high", "n", "narrow", "wide"]
+    )
+    sign = np.sign(result["low"]).eq(1).map({True: "grows", False: "undecided"})
+    names = ["problem", "activation", "prior", "point"]
+    if with_ceiling:
+        below = widths(table, with_ceiling=False)[[*names, "change"]].rename(columns={"change": "below_ceiling"})
+        result = result.merge(below, on=names, how="left")
+    return result.assign(verdict=sign.mask(np.sign(result["high"]).eq(-1), "falls"))
+
+
+def gate(table: pd.DataFrame) -> pd.DataFrame:
+    """Return by problem and width how many posteriors there are, passed the gate, and had each θ* admitted."""
+    rows = table[(table["measure"] == "gn") & (table["region"] == "whole")]
+    shares = rows.pivot_table(index=["problem", "width"], columns="point", values="admitted", sort=False)
+    of_one = rows[rows["point"] == "trained"].groupby(["problem", "width"], sort=False)["passed"]
+    counts = pd.DataFrame({"posteriors": of_one.size(), "passed": of_one.sum()})
+    return counts.join(shares[[name for name in POINTS if name in shares]])
+
+
+def approximations(table: pd.DataFrame) -> pd.DataFrame:
+    """Return by problem the mean ρ with MCMC of ‖g‖² and of what drops one approximation after the other.
+
+    trained, mode, map, draws: ‖g‖² there, `draws` averaged over 16; prior units: ‖Sg‖² trained; then around
+    one mode: gᵀΣg (isotropy dropped), the isotropic variance through the network (the line dropped), both dropped.
+    """
+    columns = {point: of(table, point, "gn") for point in (*POINTS, "draws")}
+    columns["prior units"] = of(table, "trained", "gn_prior")
+    names = {"mode_taylor": "gᵀΣg", "mode_isotropic": "isotropic, no line", "mode_variance": "one mode, exact"}
+    columns |= {label: of(table, "mode", name) for name, label in names.items()}
+    by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
+    return pd.DataFrame({label: groups.agg(_mean_of) for label, groups in by.items()})
+
+
+def of_records(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return mean ρ of ‖g‖² by activation, prior, examples, depth and width, from records of ``jobs``.
+
+    At the MAP, which may have collapsed, and averaged over draws; n: posteriors that passed, of `all`.
+    """
+    rows, names = [], ["activation", "prior", "examples", "depth", "width"]
+    for record in records:
+        own = cell(Job(**{**record["job"], "settings": Settings()})) | {"depth": record["job"]["depth"] or 1}
+        rho = {"MAP": "gn", "draws": "gn_draws"} if record["passed"] else {}
+        own |= {name: record["correlation"][key]["spearman"] for name, key in rho.items()}
+        rows.append(own | {"examples": record["n_examples"], "n": record["passed"], "all": 1})
+    by = pd.DataFrame(rows, columns=[*names, "MAP", "draws", "n", "all"]).astype({"MAP": float, "draws": float})
+    groups = by.groupby(names)
+    means = {name: groups[name].agg(_mean_of) for name in ("MAP", "draws")}
+    return pd.DataFrame(means).join(groups[["n", "all"]].sum())
+
+
+def _mean_of(values: pd.Series) -> float:
+    return mean(values)[0]
+
+
+def named_results(table: pd.DataFrame) -> dict[str, Result]:
+    """Return the results of the chapter by key: headline, atlas, what decides, and the width (C4 and C5)."""
+    results: dict[str, Result] = {}
+
+    def add(key: str, row: Mapping[str, Any], value: str = "value", **more: Any) -> None:
+        if np.isfinite(row[value]):
+            band = {} if np.isnan(row["low"]) else {"low": row["low"], "high": row["high"]}
+            results[f"mcmc.{key}"] = Result(value=row[value], n=int(row["n"]), **band, **more)
+
+    for row in _rows(headline(table)):
+        add(f"{row['problem']}.{row['method']}.{row['statistic']}", row, claim="C4" if row["method"] == "gn" else None)
+    for row in _rows(settings(table)):
+        add("atlas.{problem}.{activation}.w{width}.{prior}.{design}.{method}.spearman".format(**row), row)
+    for row in _rows(widths(table)):
+        add(
+            "size.{problem}.{activation}_{prior}.{point}.slope".format(**row),
+            row,
+            "change",
+            unit="z per doubling",
+            claim="C5",
+        )
+    for row in _rows(effects(table).reset_index().dropna(subset=["change"])):
+        add(f"atlas.effect.{row['factor']}", row, "change", unit="z")
+    for key, band in {"atlas.share": share(table), "headline.difference": difference(table)}.items():
+        if band is not None:
+            results[f"mcmc.{key}"] = Result(value=band.value, low=band.low, high=band.high, n=band.n, claim="C4")
+    posteriors = of(table, "trained", "gn")
+    results["mcmc.gate.n"] = Result(value=len(posteriors))
+    results["mcmc.gate.n_passed"] = Result(value=int(posteriors["passed"].sum()))
+    return results
