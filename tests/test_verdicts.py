@@ -310,7 +310,7 @@ def test_the_page_says_in_words_what_the_simulation_found():
         for case in ("eight checks at the border: refuted", "eight checks of 80 % power: holds")
     )
     assert f"was refuted in every {refuted} study" in page
-    assert f"power of 80 % held in every {held}." in page
+    assert f"power of 80 % held in only every {held}." in page
 
 
 def test_the_papers_numbers_in_a_claims_words_come_from_its_tables(tmp_path):
