@@ -34,9 +34,9 @@ def test_each_job_before_a_notebook_is_named_after_what_it_does():
     assert run.shards["qa-smollm2-135m-instruct-wikidata"] == ("smollm2-135m-instruct", "wikidata")
     assert len(run.shards) == 4
     assert run.before("04_llm_qa") == [f"build/smoke/qa/{shard}.done" for shard in run.shards]
-    assert len(run.before("03_mcmc")) == len(run.problems) == 8
+    assert len(run.before("02_mcmc")) == len(run.problems) == 8
     wanted = ["mcmc-binary_xor.done", "mcmc-multiclass_clusters.done"]
-    assert sorted(path.rpartition("/")[2] for path in run.before("02_isotropy")) == wanted
+    assert sorted(path.rpartition("/")[2] for path in run.before("03_isotropy")) == wanted
     assert run.before("01_derivation") == run.before("05_cost") == []
 
 

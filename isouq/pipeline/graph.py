@@ -52,14 +52,14 @@ class Graph:
 
     @property
     def problems(self) -> list[str]:
-        """The problems whose posteriors are sampled before 03_mcmc starts."""
-        return list(get_args(schemas.SyntheticProblem)) if "03_mcmc" in self.sections else []
+        """The problems whose posteriors are sampled before 02_mcmc starts."""
+        return list(get_args(schemas.SyntheticProblem)) if "02_mcmc" in self.sections else []
 
     def before(self, chapter: str) -> list[str]:
         """Return the files of the jobs that have to be done before a notebook starts."""
         if chapter == "04_llm_qa":
             return [f"{self.build}/qa/{shard}.done" for shard in self.shards]
-        used = getattr(self.sections[chapter], "problem_names", []) if chapter != "03_mcmc" else self.problems
+        used = getattr(self.sections[chapter], "problem_names", []) if chapter != "02_mcmc" else self.problems
         return [f"{self.build}/mcmc/mcmc-{problem}.done" for problem in self.problems if problem in used]
 
     def parameters(self) -> dict[str, Callable[[Any], str]]:
@@ -94,8 +94,8 @@ class Graph:
         return {name: functools.partial(line, name) for name in names} | {"file": file}
 
     def sampling(self) -> list[str]:
-        """Return a line per parameter of 03_mcmc."""
-        return lines(self.sections["03_mcmc"].model_dump()) if self.problems else []
+        """Return a line per parameter of 02_mcmc."""
+        return lines(self.sections["02_mcmc"].model_dump()) if self.problems else []
 
     def contents(self, models: Iterable[str]) -> list[str]:
         """Return what each model's name stands for now, since other bytes or another commit are another model."""

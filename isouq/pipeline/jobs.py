@@ -25,11 +25,11 @@ def score(profile: str, model: str, data_set: str) -> str:
 
 
 def sample(profile: str, problem: str | None, seed: int | None, workers: int | None) -> str:
-    """Sample the posteriors that 03_mcmc asks for, those of one problem or data seed only; return a summary."""
+    """Sample the posteriors that 02_mcmc asks for, those of one problem or data seed only; return a summary."""
     from isouq.studies.synthetic import atlas, jobs, plan
 
     _say(f"Sampling posteriors of {problem or 'all problems'}")
-    section: Any = profiles.load(profile).parameters("03_mcmc")
+    section: Any = profiles.load(profile).parameters("02_mcmc")
     store = Path(section.store_dir)
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": store / "jax"}
     records: dict[jobs.Job, dict[str, Any]] = {}  # the problems as they stand and the data sizes share jobs
@@ -42,7 +42,7 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     shared, settings = plan.table(section), plan.atlas(section)
     for job in (*shared, *settings, *others):
         job.make()  # refuses what is impossible before anything is sampled
-    # What a stopped study cannot do without comes first. Only the draws that 02_isotropy shares are kept.
+    # What a stopped study cannot do without comes first. Only the draws that 03_isotropy shares are kept.
     of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED, study=atlas)
     records |= {job: record.facts for job, record in of_atlas.items()}
     for part, draws in ((shared, store / "mcmc"), (others, None)):

@@ -155,36 +155,15 @@ class Derivation(Parameters):
     n_draws: Count
 
 
-class Isotropy(Parameters):
-    """An isotropic covariance against those made from data, on small networks and real models."""
-
-    chapter = "02_isotropy"
-    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
-    store_dir: str
-    problem_names: NotEmpty[IsotropyProblem]
-    n_seeds: Count
-    n_chains: Chains
-    n_warmup: Count
-    n_draws: Draws
-    widths: Several[Count]
-    width_seeds: Count
-    models: Models
-    n_proxies: Annotated[int, Field(ge=3)]  # of each of five kinds
-    n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
-    n_checked: Count  # proxies and queries whose inner products autograd computes again
-    memory_gb: Gigabytes
-    n_resamples: Resamples
-
-
 class Mcmc(Parameters):
     """Eight problems against reference posteriors: the atlas of settings, one of them in detail, the network's size.
 
     The atlas has every problem with every activation, width, prior and design named, and `atlas_seeds` data seeds of
     each. `problem` to `design` are the setting that is looked at in detail. `n_seeds` to `n_draws` are the posteriors
-    that 02_isotropy shares.
+    that 03_isotropy shares.
     """
 
-    chapter = "03_mcmc"
+    chapter = "02_mcmc"
     store_dir: str
     records_dir: str
     atlas_dir: str
@@ -218,6 +197,27 @@ class Mcmc(Parameters):
             if not set(given) & set(wanted):
                 raise ValueError(f"{field}: {', '.join(given)} given; {problem} has {' or '.join(wanted)}")
         return self
+
+
+class Isotropy(Parameters):
+    """An isotropic covariance against those made from data, on small networks and real models."""
+
+    chapter = "03_isotropy"
+    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
+    store_dir: str
+    problem_names: NotEmpty[IsotropyProblem]
+    n_seeds: Count
+    n_chains: Chains
+    n_warmup: Count
+    n_draws: Draws
+    widths: Several[Count]
+    width_seeds: Count
+    models: Models
+    n_proxies: Annotated[int, Field(ge=3)]  # of each of five kinds
+    n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
+    n_checked: Count  # proxies and queries whose inner products autograd computes again
+    memory_gb: Gigabytes
+    n_resamples: Resamples
 
 
 class LlmQa(Parameters):
@@ -336,4 +336,4 @@ class Cost(Parameters):
 
 
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {schema.chapter: schema for schema in (Derivation, Isotropy, Mcmc, LlmQa, Cost)}
+SCHEMAS: dict[str, type[Parameters]] = {schema.chapter: schema for schema in (Derivation, Mcmc, Isotropy, LlmQa, Cost)}

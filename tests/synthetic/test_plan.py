@@ -13,7 +13,7 @@ from isouq.studies.synthetic import atlas, findings, jobs, plan, problems
 
 @pytest.mark.parametrize("name", ["smoke", "embedded", "published"])
 def test_a_profile_asks_for_every_problem_and_repeats_nothing(name):
-    section = profiles.load(name).parameters("03_mcmc")
+    section = profiles.load(name).parameters("02_mcmc")
     table, sizes = plan.table(section), plan.sizes(section)
     assert {job.problem for job in table} == set(problems.SPECS) == set(get_args(schemas.SyntheticProblem))
     assert len(table) == len(problems.SPECS) * section.n_seeds
@@ -42,7 +42,7 @@ def test_the_command_line_runs_one_problem(tmp_path, capsys):
     section |= {"records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)}
     section |= {"atlas_dir": str(tmp_path / "atlas"), "atlas_problems": ["regression_linear"], "designs": ["no_gap"]}
     profile = {"name": "tiny", "description": "one job", "minutes": 1, "memory_gb": 1}
-    (tmp_path / "tiny.yml").write_text(json.dumps(profile | {"notebooks": {"03_mcmc": section}}))
+    (tmp_path / "tiny.yml").write_text(json.dumps(profile | {"notebooks": {"02_mcmc": section}}))
     arguments = ["--profile", str(tmp_path / "tiny.yml"), "--problem", "regression_linear"]
     pipeline_jobs.main(["sample", *arguments])
     (record,) = (tmp_path / "records").iterdir()
@@ -53,7 +53,7 @@ def test_the_command_line_runs_one_problem(tmp_path, capsys):
 
 
 def test_the_atlas_has_every_setting_once_and_the_headline_first():
-    section = profiles.load("published").parameters("03_mcmc")
+    section = profiles.load("published").parameters("02_mcmc")
     chosen = plan.atlas(section)
     cells = pd.DataFrame([atlas.cell(job) for job in chosen])
     assert len({job.file() for job in chosen}) == len(chosen) == 3 * (6 * 16 + 2 * 4)
@@ -61,14 +61,14 @@ def test_the_atlas_has_every_setting_once_and_the_headline_first():
     n_headline = 3 * len(problems.SPECS)
     assert findings.is_headline(cells).to_numpy().nonzero()[0].tolist() == list(range(n_headline))
     assert {job.problem for job in chosen[:n_headline]} == set(problems.SPECS)
-    embedded = plan.atlas(profiles.load("embedded").parameters("03_mcmc"))
+    embedded = plan.atlas(profiles.load("embedded").parameters("02_mcmc"))
     assert {job.file() for job in embedded} < {job.file() for job in chosen}, (
         "a small run reads the records of a large one"
     )
 
 
 def test_the_committed_atlas_is_small_and_of_this_version():
-    section = profiles.load("published").parameters("03_mcmc")
+    section = profiles.load("published").parameters("02_mcmc")
     files = {file.name: file for file in atlas.COMMITTED.glob("*.npz")}
     wanted = {atlas.path(job, "").name: job for job in plan.atlas(section)}
     assert files.keys() <= wanted.keys(), "records that no job of published asks for"
@@ -77,7 +77,7 @@ def test_the_committed_atlas_is_small_and_of_this_version():
 
 
 def test_the_committed_records_are_those_that_published_asks_for_and_the_code_makes():
-    section = profiles.load("published").parameters("03_mcmc")
+    section = profiles.load("published").parameters("02_mcmc")
     wanted = [*plan.table(section), *plan.data_sizes(section), *plan.sizes(section)]
     files = {file.name: file for file in jobs.COMMITTED.glob("*.json")}
     assert files, "no record is committed: python -m isouq.pipeline.jobs sample --profile published"
@@ -105,7 +105,7 @@ def test_the_committed_records_are_those_that_published_asks_for_and_the_code_ma
 )
 def test_a_study_that_cannot_be_run_is_refused_before_it_starts(tmp_path, section, message):
     section = {"n_seeds": 1, "records_dir": str(tmp_path / "records"), "store_dir": str(tmp_path)} | section
-    profile = {"name": "tiny", "description": "none", "minutes": 1, "memory_gb": 1, "notebooks": {"03_mcmc": section}}
+    profile = {"name": "tiny", "description": "none", "minutes": 1, "memory_gb": 1, "notebooks": {"02_mcmc": section}}
     (tmp_path / "tiny.yml").write_text(json.dumps(profile))
     with pytest.raises(ValueError, match=message):
         pipeline_jobs.main(["sample", "--profile", str(tmp_path / "tiny.yml")])

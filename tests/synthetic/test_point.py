@@ -134,7 +134,7 @@ def test_rescaling_a_relu_layer_changes_the_norm_and_not_the_function():
     theta = np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
     classes = point.predicted_classes(problem, theta)
     other = theta.copy()
-    (weight, bias), (following, _) = problem.model.network.layers(other)  # views, on which chapter 03 counts
+    (weight, bias), (following, _) = problem.model.network.layers(other)  # views, on which chapter 02 counts
     weight *= 10
     bias *= 10
     following /= 10
