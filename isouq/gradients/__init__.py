@@ -33,20 +33,23 @@ def squared_norms(
     """‖∇θ objective[i, k]‖² of every example i and column k.
 
     Args:
-        model: what computes the objective; it is left as it was.
-        objective: a slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
-        n_examples: how many rows the batch has.
+        model: The model that computes the objective; it is left as it was.
+        objective: A slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
+        n_examples: The number of rows in the batch.
         engine: "ghost" is exact or raises NotCovered, "autograd" goes one example at a time, "auto" takes the second
             where the first refuses.
-        parameters: name patterns, such as "layers.2.*", to restrict the norm to; None for all.
-        apart: whether all that `objective` does around the model treats examples apart. Then nothing has to be
-            compared for a model that is known to do so (`isolation`).
-        rows: the examples' places in the caller's order, for error messages.
+        parameters: Name patterns, such as "layers.2.*", to restrict the norm to; None for all.
+        apart: Whether all that `objective` does around the model treats examples apart. Then nothing has to be
+            compared for a model whose class is known to do so (`isolation`).
+        rows: The examples' places in the caller's order, for error messages.
+
+    Returns:
+        Squared norms (example, objective, param) float64, with the values that were differentiated.
 
     Raises:
-        ValueError: for an unknown engine, and as `select_parameters`.
-        NotCovered: for engine "ghost", with the parameter's name.
-        ExampleError: for a gradient that is not finite.
+        ValueError: The engine is unknown, or `parameters` are wrong as in `select_parameters`.
+        NotCovered: Engine "ghost" has no rule for a use of a parameter; the message names it.
+        ExampleError: A gradient is NaN or infinite.
 
     Example:
         >>> import torch

@@ -113,7 +113,7 @@ class Layout:
             same_rows = source is not None and (name in RESHAPES or output_shape(source, child)[:1] == shape[:1])
             if same_rows and (owner := self._trace(source, child)) is not False:
                 return owner
-        return None if shape and shape[0] == self.n_examples else False
+        return None if shape[:1] == (self.n_examples,) and name not in DATA_INPUT else False
 
     def _through_index(self, node: Node) -> Owner:
         index = [i for i in saved(node, "indices") if i is not None]

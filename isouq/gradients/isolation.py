@@ -46,10 +46,11 @@ def is_known(model: nn.Module, plan: Plan, *, apart: bool) -> bool:
     """Whether nothing has to be compared, since a class known to treat examples apart answers for this batch.
 
     `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. A decoder's graph
-    must be made of operations that are known of decoders.
+    must be made of operations that are known of decoders. All parameters of a stack must be asked for, as their rules
+    refuse a layer that takes the axis of the examples for another.
     """
-    familiar = apart and is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
-    return plan.n_examples == 1 or familiar or (apart and is_stack(model))
+    familiar = is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
+    return plan.n_examples == 1 or (apart and (familiar or (plan.watches_all and is_stack(model))))
 
 
 def compare(plan: Plan, examples: Examples, squares: Tensor) -> None:

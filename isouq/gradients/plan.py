@@ -52,9 +52,9 @@ class Plan:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
         # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
-        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
+        self.watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
         for node in self.custom:
-            if not watches_all or "checkpoint" in node.name().lower():
+            if not self.watches_all or "checkpoint" in node.name().lower():
                 raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
         self.roots = self.graph.roots(set(self.by_node))
 

@@ -204,6 +204,9 @@ def test_a_pile_that_takes_the_axis_of_the_examples_for_another_gets_no_score(la
     assert is_stack(model)
     with pytest.raises((ValueError, RuntimeError)):
         squared_norms(model, classes(model, x), N, apart=True)
+    model = nn.Sequential(layer, nn.Linear(4, 3)).eval()  # nor where the layer's own rule is not asked
+    with pytest.raises((ValueError, RuntimeError)):
+        squared_norms(model, classes(model, x), N, apart=True, parameters=["1.*"])
 
 
 @pytest.mark.parametrize("name", sorted(STACKED))
