@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import Literal
 
@@ -155,12 +154,7 @@ def _squared_norms(
         parts.append(
             squared_norms(model, values, len(batch), engine=engine, parameters=parameters, apart=True, rows=batch)
         )
-    return replace(
-        parts[0],
-        objective=torch.cat([part.objective for part in parts]),
-        by_parameter=torch.cat([part.by_parameter for part in parts]),
-        engine="+".join(sorted({part.engine for part in parts})),
-    )
+    return SquaredNorms.joined(parts)
 
 
 def _length(inputs: Inputs) -> int:

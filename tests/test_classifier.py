@@ -134,19 +134,20 @@ def test_a_noise_variance_is_a_finite_number(value, unchecked):
 
 
 class Named(nn.Module):
-    """Takes its inputs by name, gives `.logits`; even batches have a form that ghost does not cover."""
+    """Takes its inputs by name, gives `.logits`; without a shift it has a form that ghost does not cover."""
 
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.randn(4, 3))
 
     def forward(self, x, shift):
-        odd = x @ self.w if len(x) % 2 else torch.einsum("ni,ij->nj", x, self.w.tanh())
-        return type("Output", (), {"logits": odd + shift})
+        logits = x @ self.w if shift.any() else torch.einsum("ni,ij->nj", x, self.w.tanh())
+        return type("Output", (), {"logits": logits + shift})
 
 
 def test_engines_that_differ_between_batches_are_both_named():
-    found = isouq.score_classes(Named().eval(), {"x": INPUTS, "shift": torch.ones(5, 3)}, batch_size=4)
+    shift = torch.zeros(5, 3).index_fill(0, torch.tensor([4]), 1.0)
+    found = isouq.score_classes(Named().eval(), {"x": INPUTS, "shift": shift}, batch_size=4)
     assert found.engine == "autograd+ghost"
 
 

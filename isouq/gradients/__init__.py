@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
-from isouq.gradients import autograd, ghost
+from isouq.gradients import autograd, isolation
 from isouq.gradients.autograd import Examples, Objective, SquaredNorms
 from isouq.gradients.model import ExampleError, select_parameters
+from isouq.gradients.plan import planned
 from isouq.gradients.torch_contract import NotCovered
 
 Engine = Literal["auto", "ghost", "autograd"]
@@ -30,20 +33,23 @@ def squared_norms(
     """‖∇θ objective[i, k]‖² of every example i and column k.
 
     Args:
-        model: what computes the objective; it is left as it was.
-        objective: a slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
-        n_examples: how many rows the batch has.
+        model: The model that computes the objective; it is left as it was.
+        objective: A slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
+        n_examples: The number of rows in the batch.
         engine: "ghost" is exact or raises NotCovered, "autograd" goes one example at a time, "auto" takes the second
             where the first refuses.
-        parameters: name patterns, such as "layers.2.*", to restrict the norm to; None for all.
-        apart: whether all that `objective` does around the model treats examples apart. Then nothing has to be
-            compared for a model that is known to do so (`isolation`).
-        rows: the examples' places in the caller's order, for error messages.
+        parameters: Name patterns, such as "layers.2.*", to restrict the norm to; None for all.
+        apart: Whether all that `objective` does around the model treats examples apart. Then nothing has to be
+            compared for a model whose class is known to do so (`isolation`).
+        rows: The examples' places in the caller's order, for error messages.
+
+    Returns:
+        Squared norms (example, objective, param) float64, with the values that were differentiated.
 
     Raises:
-        ValueError: for an unknown engine, and as `select_parameters`.
-        NotCovered: for engine "ghost", with the parameter's name.
-        ExampleError: for a gradient that is not finite.
+        ValueError: The engine is unknown, or `parameters` are wrong as in `select_parameters`.
+        NotCovered: Engine "ghost" has no rule for a use of a parameter; the message names it.
+        ExampleError: A gradient is NaN or infinite.
 
     Example:
         >>> import torch
@@ -57,11 +63,35 @@ def squared_norms(
     chosen, examples = select_parameters(model, parameters), Examples(objective, n_examples)
     if engine != "autograd":
         try:
-            return _finite(ghost.squared_norms(model, examples, chosen, apart=apart), rows)
+            return _finite(_ghost(model, examples, chosen, apart), rows)
         except NotCovered:
             if engine == "ghost":
                 raise
     return _finite(autograd.squared_norms(model, examples, chosen), rows)
+
+
+def _ghost(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter], apart: bool) -> SquaredNorms:
+    """The fast engine: a batch together, or one example at a time where the examples meet or only they have a rule."""
+    try:
+        return _together(model, examples, parameters, apart)
+    except NotCovered:
+        if examples.n == 1:
+            raise
+    singles = [_together(model, single, parameters, apart) for single in examples.singly()]
+    return replace(SquaredNorms.joined(singles), engine="ghost, one at a time")
+
+
+def _together(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter], apart: bool) -> SquaredNorms:
+    """One forward pass, and one activation-gradient pass for each column of the objective."""
+    with planned(model, examples, parameters) as plan:
+        known = isolation.is_known(model, plan, apart=apart)
+        last = plan.values.shape[1] - 1
+        columns = [plan.squares(plan.values[:, k].sum(), retain=k < last or not known) for k in range(last + 1)]
+        if not known:
+            isolation.compare(plan, examples, columns[0])
+        values = plan.values.detach().double().cpu()
+    n_parameters = sum(p.numel() for p in parameters.values())
+    return SquaredNorms(values, torch.stack(columns, 1), tuple(parameters), "ghost", n_parameters)
 
 
 def _finite(norms: SquaredNorms, rows: Sequence[int] | None) -> SquaredNorms:

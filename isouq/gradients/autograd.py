@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isouq.gradients.graph import Graph
@@ -53,6 +54,17 @@ class SquaredNorms:
     names: tuple[str, ...]
     engine: str
     n_parameters: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[SquaredNorms], order: Tensor | slice = slice(None)) -> SquaredNorms:
+        """The parts' examples one after the other, then in this `order`; zeros where a part has fewer objectives."""
+        width = max(part.objective.shape[1] for part in parts)
+        missing = [width - part.objective.shape[1] for part in parts]
+        objective = [F.pad(part.objective, (0, n)) for part, n in zip(parts, missing, strict=True)]
+        squares = [F.pad(part.by_parameter, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
+        engine = "+".join(sorted({part.engine for part in parts}))
+        joined = {"objective": torch.cat(objective)[order], "by_parameter": torch.cat(squares)[order]}
+        return replace(parts[0], engine=engine, **joined)  # type: ignore[arg-type]
 
     def columns(self, which: slice) -> SquaredNorms:
         """The same for the objectives `which`."""
@@ -123,7 +135,7 @@ def _accumulate(
 ) -> None:
     """The same through .grad: a custom function (reentrant checkpointing) may bring a gradient in parts, or refuse
     `torch.autograd.grad`."""
-    outside = [leaf for _, leaf in graph.leaves() if all(leaf is not p for p in leaves)]
+    outside = [leaf for leaf in graph.leaves.values() if all(leaf is not p for p in leaves)]
     kept = [leaf.grad for leaf in outside]
     try:
         for leaf in outside:

@@ -161,15 +161,11 @@ class Outer(Tokens):
 
     def left_products(self, other: Tokens) -> Tensor:
         """Zero for different slices of one parameter."""
-        if isinstance(other, Rows):
-            return self.columns(other.index)
+        if isinstance(other, Rows):  # left_s[index_t]
+            return wide(self.left).gather(2, other.index.unsqueeze(1).expand(-1, self.left.shape[1], -1))
         assert isinstance(other, Outer)
         products = wide(self.left) @ wide(other.left).transpose(1, 2)
         return products if self.slot == other.slot else torch.zeros_like(products)
-
-    def columns(self, index: Tensor) -> Tensor:
-        """left_s[index_t] as (example, s, t): all that an embedding of the same weight needs of the left side."""
-        return wide(self.left).gather(2, index.unsqueeze(1).expand(-1, self.left.shape[1], -1))
 
     def squared_norm(self) -> Tensor:
         """By token×token products or by the explicit gradient, whichever is cheaper."""
@@ -246,19 +242,6 @@ class Rows(Tokens):
         outside = (self.index < rows.start) | (self.index >= rows.stop)
         right = self.right.masked_fill(outside.unsqueeze(2), 0)
         return Rows((self.index - rows.start).masked_fill(outside, 0), right)
-
-
-@dataclass(frozen=True, eq=False)
-class Picked(Tokens):
-    """What an Outer leaves for an embedding of the same weight: its `columns` at the embedding's tokens, and right."""
-
-    columns: Tensor
-    right: Tensor
-
-    def left_products(self, other: Tokens) -> Tensor:
-        """The columns, for the embedding that they were picked for."""
-        assert isinstance(other, Rows)
-        return self.columns
 
 
 def wide(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ can be left out silently: no custom module, no tied weight, no parameter used th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +30,7 @@ class Graph:
 
     def __init__(self, output: Tensor) -> None:
         self.consumers: dict[Node, list[tuple[Node, int]]] = {}  # node → (consumer, at which of its inputs)
+        self.leaves: dict[Node, Tensor] = {}  # what gathers a gradient → the tensor that it belongs to
         nodes: dict[Node, None] = {}
         stack: list[Node] = [output.grad_fn]
         while stack:
@@ -38,17 +38,13 @@ class Graph:
             if node in nodes:
                 continue
             nodes[node] = None
+            if (tensor := leaf_tensor(node)) is not None:
+                self.leaves[node] = tensor
             for slot, (child, _) in enumerate(node.next_functions):
                 if child is not None:
                     self.consumers.setdefault(child, []).append((node, slot))
                     stack.append(child)
         self.order = list(nodes)
-
-    def leaves(self) -> Iterable[tuple[Node, Tensor]]:
-        """(node, parameter) of every tensor that gathers a gradient."""
-        for node in self.order:
-            if (tensor := leaf_tensor(node)) is not None:
-                yield node, tensor
 
     def roots(self, consumers: set[Node]) -> list[Node]:
         """Those of `consumers` that have none of the others below them: where a backward pass may stop."""
@@ -108,20 +104,16 @@ class Layout:
             return None
         if name == "Index":
             return self._through_index(node)
+        inputs = node.next_functions if name in KEEPS_ROWS else ()
         if name in DATA_INPUT:
-            return self._through_input(node, DATA_INPUT[name], shape)
-        for slot in range(len(node.next_functions)) if name in KEEPS_ROWS else ():
-            if (owner := self._through_input(node, slot, shape)) is not False:
+            inputs = node.next_functions[DATA_INPUT[name] :][:1]
+        for place, (source, child) in enumerate(inputs):
+            if source is None and place == 0 and shape and shape[0] % self.n_examples == 0:
+                return None  # the raw input
+            same_rows = source is not None and (name in RESHAPES or output_shape(source, child)[:1] == shape[:1])
+            if same_rows and (owner := self._trace(source, child)) is not False:
                 return owner
-        return None if shape and shape[0] == self.n_examples else False
-
-    def _through_input(self, node: Node, slot: int, shape: tuple[int, ...]) -> Owner:
-        source, number = node.next_functions[slot]
-        if source is None:
-            return None if slot == 0 and shape and shape[0] % self.n_examples == 0 else False
-        if output_shape(source, number)[:1] != shape[:1] and operation(node) not in RESHAPES:
-            return False
-        return self._trace(source, number)
+        return None if shape[:1] == (self.n_examples,) and name not in DATA_INPUT else False
 
     def _through_index(self, node: Node) -> Owner:
         index = [i for i in saved(node, "indices") if i is not None]

@@ -6,104 +6,26 @@ the batch, and on what was attached to the model in between. Each batch is held 
 *Does an example have the same value alone?* A graph cannot tell: masks, routes and sizes leave no trace in it. So the
 answer is a class known to treat examples apart, or one forward pass of every example alone.
 
-*Does a gradient belong to the example that it is counted for?* The operations of the graph prove it where each keeps
-the first axis or reshapes it into equal blocks. Otherwise objective i is weighted by w_i, and each squared norm must
-grow by w_i² exactly, or another example's gradient is in it.
+*Does a gradient belong to the example that it is counted for?* A class known to treat examples apart answers that too.
+For all other models objective i is weighted by w_i, and each squared norm must grow by w_i² exactly, or another
+example's gradient is in it.
 
-Where an answer is no, or is not known, `Meeting` is raised and the examples go one at a time.
+Where an answer is no, NotCovered is raised and the examples go one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from isouq.gradients.autograd import Examples
-from isouq.gradients.graph import Graph
 from isouq.gradients.plan import Plan
-from isouq.gradients.torch_contract import (
-    POINTWISE,
-    RESHAPES,
-    SAVED,
-    Node,
-    NotCovered,
-    declares,
-    forward_hooks,
-    operation,
-    output_shape,
-    saved,
-    saved_axes,
-)
+from isouq.gradients.torch_contract import POINTWISE, RESHAPES, NotCovered, forward_hooks, operation
 
 
-class Meeting(NotCovered):
-    """The examples of this batch meet, or nothing shows that they do not; one at a time they are scored exactly."""
-
-
-Check = Callable[[Tensor], None]
-"""Raises Meeting unless gradients are those of each example alone; is given column 0's squares (example, param)."""
-
-
-def examine(model: nn.Module, plan: Plan, examples: Examples, *, apart: bool) -> list[Check]:
-    """Compare each example's value with the one it has alone, unless the model's class answers for it.
-
-    `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. Raises Meeting.
-    Returns the checks to be made after the backward pass, which has to retain the plan's graph for them.
-    """
-    familiar = apart and is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
-    if plan.n_examples == 1 or familiar:
-        return []
-    separate = separates(plan.graph, plan.n_examples, plan.by_node)
-    checks: list[Check] = [] if separate else [partial(_check_weights, plan)]
-    if apart and separate and is_stack(model):
-        return checks
-    for one, together in zip(examples.singly(), plan.values.detach(), strict=True):
-        alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
-        if not bool(((alone - together).abs() <= _slack(plan).value * (1 + together.abs())).all()):
-            raise Meeting("the output", "for an example changes with the others of its batch, or with its padding")
-    return [*checks, partial(_check_last, plan, examples)]
-
-
-def _check_last(plan: Plan, examples: Examples, squares: Tensor) -> None:
-    """The last example, of which a full batch has no room left, has the same gradient alone.
-
-    A branch whose value is zero may have one.
-    """
-    alone = Plan(examples.singly()[-1].values(), plan.tracked, 1)
-    _check_equal(alone.squares(alone.values[:, 0].sum(), retain=False), squares[-1:], plan, _slack(plan).norm)
-
-
-def _check_weights(plan: Plan, squares: Tensor) -> None:
-    """Each squared norm must grow by the square of its own objective's weight.
-
-    Weights are powers of two, which scale exactly, and differ for any two examples in one pass at least. Of several
-    columns a sum with random factors is tried.
-    """
-    n, n_columns, radix = plan.n_examples, plan.values.shape[1], _slack(plan).radix
-    column = plan.values[:, 0]
-    if n_columns > 1:
-        column = plan.values @ (torch.rand(n_columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(column)
-        squares = plan.squares(column.sum(), retain=True)
-    for base in (radix**k for k in range(n) if radix**k < n):
-        weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
-        scaled = plan.squares(column @ weights.to(column), retain=True)
-        _check_equal(scaled / weights.double().square()[:, None], squares, plan, _slack(plan).scaled)
-
-
-def _check_equal(other: Tensor, squares: Tensor, plan: Plan, slack: float) -> None:
-    wrong = (other - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
-    if bool(wrong.any()):
-        name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
-        raise Meeting(name, "gathers gradients of one example in another's: the examples of a batch meet")
-
-
-@dataclass(frozen=True)
-class _Slack:
+class Slack(NamedTuple):
     """By how much, relatively, rounding may change a norm scaled by a power of two, a value, and a norm."""
 
     scaled: float
@@ -112,17 +34,65 @@ class _Slack:
     radix: int = 16  # how many weights the type's range allows
 
 
-_SLACK = {  # the narrowest type of the parameters decides
-    torch.float16: _Slack(0.2, 0.05, 0.2, radix=4),
-    torch.bfloat16: _Slack(1e-5, 0.05, 0.2),
-    torch.float32: _Slack(1e-5, 5e-5, 1e-3),
-    torch.float64: _Slack(1e-9, 1e-9, 1e-6),
+SLACK = {  # the narrowest type of the parameters decides
+    torch.float16: Slack(0.2, 0.05, 0.2, radix=4),
+    torch.bfloat16: Slack(1e-5, 0.05, 0.2),
+    torch.float32: Slack(1e-5, 5e-5, 1e-3),
+    torch.float64: Slack(1e-9, 1e-9, 1e-6),
 }
 
 
-def _slack(plan: Plan) -> _Slack:
+def is_known(model: nn.Module, plan: Plan, *, apart: bool) -> bool:
+    """Whether nothing has to be compared, since a class known to treat examples apart answers for this batch.
+
+    `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. A decoder's graph
+    must be made of operations that are known of decoders. All parameters of a stack must be asked for, as their rules
+    refuse a layer that takes the axis of the examples for another.
+    """
+    familiar = is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
+    return plan.n_examples == 1 or (apart and (familiar or (plan.watches_all and is_stack(model))))
+
+
+def compare(plan: Plan, examples: Examples, squares: Tensor) -> None:
+    """Raise NotCovered unless each example's value and gradient are what it has alone.
+
+    `squares` are those of the plan's column 0, (example, param); the backward pass must have retained the graph. The
+    last example, of which a full batch has no room left, also needs the same gradient alone: a branch of value zero may
+    have one.
+    """
     types = {tensor.dtype for tensor in plan.tracked.tensors}
-    return next(slack for dtype, slack in _SLACK.items() if dtype in types)
+    slack = next(slack for dtype, slack in SLACK.items() if dtype in types)
+    for one, together in zip(examples.singly(), plan.values.detach(), strict=True):
+        alone = one.values()[0].detach()  # not under no_grad: a forward pass may register hooks
+        if not bool(((alone - together).abs() <= slack.value * (1 + together.abs())).all()):
+            raise NotCovered("the output", "for an example changes with the others of its batch, or with its padding")
+    _check_weights(plan, squares, slack)
+    last = Plan(examples.singly()[-1].values(), plan.tracked, 1)
+    _check_equal(last.squares(last.values[:, 0].sum(), retain=False), squares[-1:], plan, slack.norm)
+
+
+def _check_weights(plan: Plan, squares: Tensor, slack: Slack) -> None:
+    """Each squared norm must grow by the square of its own objective's weight.
+
+    Weights are powers of two, which scale exactly, and differ for any two examples in one pass at least. Of several
+    columns a sum with random factors is tried.
+    """
+    n, n_columns, radix = plan.n_examples, plan.values.shape[1], slack.radix
+    column = plan.values[:, 0]
+    if n_columns > 1:
+        column = plan.values @ (torch.rand(n_columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(column)
+        squares = plan.squares(column.sum(), retain=True)
+    for base in (radix**k for k in range(n) if radix**k < n):
+        weights = 2.0 ** (torch.arange(n) // base % radix - radix // 2)
+        scaled = plan.squares(column @ weights.to(column), retain=True)
+        _check_equal(scaled / weights.double().square()[:, None], squares, plan, slack.scaled)
+
+
+def _check_equal(other: Tensor, squares: Tensor, plan: Plan, slack: float) -> None:
+    wrong = (other - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
+    if bool(wrong.any()):
+        name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
+        raise NotCovered(name, "gathers gradients of one example in another's: the examples of a batch meet")
 
 
 # ── By class ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,66 +153,3 @@ def _as_installed(model: nn.Module, *homes: str) -> bool:
         return in_place and ("forward" not in own or moved) and not module.training and not any(forward_hooks(module))
 
     return not any(forward_hooks(None)) and all(map(untouched, model.modules()))
-
-
-# ── By the graph ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def separates(graph: Graph, n_examples: int, uses: Any = ()) -> bool:
-    """Whether example i owns the i-th n-th of every gradient, by the operations of the graph alone.
-
-    By induction from the output, whose first axis is the examples': each operation must keep the first axis, or
-    reshape (row-major) to another that n divides. What the operations are fed with plays no part. `uses` are the nodes
-    where parameters enter; none may be among those that act on parameters alone. False means unproven.
-    """
-    shared = _from_parameters_alone(graph, n_examples)
-    return not any(node in shared for node in uses) and all(
-        node in shared or _row_by_row(node, shared, n_examples) for node in graph.order
-    )
-
-
-def _from_parameters_alone(graph: Graph, n_examples: int) -> set[Node]:
-    """The parameters' own nodes, and what is made of them for all examples at once."""
-    shared = {node for node, _ in graph.leaves()}
-    stack = list(shared)
-    while stack:
-        for node, _ in graph.consumers.get(stack.pop(), ()):
-            look_up = operation(node) == "Embedding" and output_shape(node)[0] != n_examples
-            alone = operation(node) in _ALONE and all(child in shared for child, _ in node.next_functions)
-            if node not in shared and (alone or look_up):
-                shared.add(node)
-                stack.append(node)
-    return shared
-
-
-def _row_by_row(node: Node, shared: set[Node], n_examples: int) -> bool:
-    name, shape = operation(node), output_shape(node)
-    data = {slot: child for slot, child in enumerate(node.next_functions) if child[0] and child[0] not in shared}
-    shapes = [output_shape(*child) for child in data.values()]
-    if any(child[1] for child in data.values()) or any(not s or s[0] % n_examples for s in [shape, *shapes]):
-        return False
-    if name in RESHAPES:
-        return True
-    if any(s[0] != shape[0] for s in shapes):
-        return False
-    if name in _FIRST_ONLY:
-        kept = SAVED.get(name, ())
-        n_normalized = len(saved(node, "normalized_shape")) if "normalized_shape" in kept else 0
-        over_batch = n_normalized >= len(shape) or ("training" in kept and saved(node, "training"))
-        return set(data) <= {_FIRST_ONLY[name]} and not over_batch
-    if name in _ALONG:
-        return bool(shapes) and 0 not in saved_axes(node, len(shapes[0]), "dim")
-    if name == "Embedding" or declares(node, "row_by_row"):
-        return True
-    return name in POINTWISE and all(len(s) == len(shape) for s in shapes)
-
-
-_ALONE = RESHAPES | {"T", "Transpose", "Permute", "ToCopy", "Clone", "Alias", "Select"}
-_ALONG = frozenset(
-    "Softmax LogSoftmax Logsumexp Gather Scatter ScatterBackward1 Slice SumBackward1 MeanBackward1".split()
-)
-_FIRST_ONLY = {"Addmm": 1} | dict.fromkeys(  # operations on one activation, with weights; at which input it enters
-    "Mm Convolution NativeBatchNorm NativeGroupNorm NativeLayerNorm FusedRmsNorm MaxPool2DWithIndices AvgPool2D"
-    " AdaptiveAvgPool2D".split(),
-    0,
-)

@@ -16,10 +16,10 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
 from isouq.gradients.autograd import Examples
-from isouq.gradients.factors import Factor, NoRule, Outer, Picked
+from isouq.gradients.factors import Factor, NoRule
 from isouq.gradients.graph import Graph, Layout
 from isouq.gradients.model import Tracked, differentiable
-from isouq.gradients.rules import RULES, Step, Use, step
+from isouq.gradients.rules import Step, Use, step
 from isouq.gradients.torch_contract import Grads, Node, NotCovered, is_custom, output_shape
 
 Visit = Callable[[Use, list[Factor]], None]
@@ -44,7 +44,7 @@ class Plan:
         self.graph, self.layout = Graph(values), Layout(n_examples)
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.by_node: dict[Node, list[Use]] = defaultdict(list)
-        for leaf, tensor in self.graph.leaves():
+        for leaf, tensor in self.graph.leaves.items():
             name = self.tracked.names.get(id(tensor))
             if name is None:
                 raise NotCovered("a tensor outside the model's parameters", "takes part in the forward pass")
@@ -52,9 +52,9 @@ class Plan:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
         # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
-        watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
+        self.watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
         for node in self.custom:
-            if not watches_all or "checkpoint" in node.name().lower():
+            if not self.watches_all or "checkpoint" in node.name().lower():
                 raise NotCovered("an activation", f"goes through {node.name()}, which may use any parameter")
         self.roots = self.graph.roots(set(self.by_node))
 
@@ -85,19 +85,10 @@ class Plan:
                 square = factor.squared_norm() + sum(2 * factor.inner(other) for other in earlier[name])
                 squares[name] = squares[name] + square.to(nothing.device)
             if len(self.uses[name]) > 1:
-                earlier[name] += [self._shrunk(use, factor) for factor in factors]
+                earlier[name] += factors
 
         self.backward(seed, add, retain=retain)
         return torch.stack(list(squares.values()), 1).cpu()  # waits for a card once
-
-    def _shrunk(self, use: Use, factor: Factor) -> Factor:
-        """Of a head's (token, vocab) gradient, only the columns that the tied embedding's tokens will ask for."""
-        others = [u for u in self.uses[use.parameter] if u is not use]
-        look_up = len(others) == 1 and others[0].rule is RULES["Embedding"] and not others[0].steps
-        if isinstance(factor, Outer) and look_up:
-            index = others[0].saved("indices").reshape(self.n_examples, -1)
-            return Picked(factor.columns(index), factor.right)
-        return factor
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
         """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it.

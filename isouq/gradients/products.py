@@ -79,13 +79,10 @@ class Work:
     def visit(self, examples: Examples, parameters: dict[str, nn.Parameter], visit: Visit) -> None:
         """One batch's pass, checked as the norms are."""
         with planned(self.model, examples, parameters) as plan:
-            checks = isolation.examine(self.model, plan, examples, apart=True)
-            seed = plan.values[:, 0].sum()
-            plan.backward(seed, visit, retain=bool(checks))
-            if checks:
-                squares = plan.squares(seed, retain=True)
-                for check in checks:
-                    check(squares)
+            known, seed = isolation.is_known(self.model, plan, apart=True), plan.values[:, 0].sum()
+            plan.backward(seed, visit, retain=not known)
+            if not known:
+                isolation.compare(plan, examples, plan.squares(seed, retain=True))
 
 
 class Piece(NamedTuple):
@@ -177,7 +174,7 @@ def inner_products(
     this run's store, a run that was killed resumes after its last whole group of parameters.
 
     Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
-    NotCovered as `ghost.squared_norms`, but with engine "auto" the reference then does the work.
+    NotCovered as `squared_norms`, but with engine "auto" the reference then does the work.
     """
     if not any(size for _, size in batches):
         raise ValueError("batches: no example given, at least one wanted")
@@ -187,12 +184,9 @@ def inner_products(
     for attempt in (work, alone) if engine != "autograd" else ():
         try:
             return _by_factors(attempt)
-        except isolation.Meeting:
-            continue
         except NotCovered:
-            if engine == "ghost":
+            if engine == "ghost" and attempt is alone:
                 raise
-            break
     return _by_gradients(alone)
 
 

@@ -28,8 +28,8 @@ SAVED: dict[str, tuple[str, ...]] = {  # operation → the attributes of its nod
     "Embedding": ("indices", "padding_idx", "scale_grad_by_freq"),
     "Mul": ("self", "other"),
     "Add": ("alpha",),  # self + alpha · other
-    "NativeLayerNorm": ("input", "result1", "result2", "normalized_shape"),  # results: mean, 1 / standard deviation
-    "FusedRmsNorm": ("input", "result1", "normalized_shape"),  # result: 1 / root mean square
+    "NativeLayerNorm": ("input", "result1", "result2"),  # results: mean, 1 / standard deviation
+    "FusedRmsNorm": ("input", "result1"),  # result: 1 / root mean square
     "NativeBatchNorm": ("input", "running_mean", "running_var", "eps", "training"),
     "NativeGroupNorm": ("input", "result1", "result2", "group"),  # results: mean, 1 / standard deviation, by group
     "Convolution": ("input", "stride", "padding", "dilation", "transposed", "groups"),
@@ -40,15 +40,6 @@ SAVED: dict[str, tuple[str, ...]] = {  # operation → the attributes of its nod
     "UnsafeView": ("self_sym_sizes",),
     "ReshapeAlias": ("self_sym_sizes",),
     "Squeeze": ("self_sym_sizes",),
-    "Softmax": ("dim",),
-    "LogSoftmax": ("dim",),
-    "Logsumexp": ("dim",),
-    "Gather": ("dim",),
-    "Scatter": ("dim",),  # of a tensor
-    "ScatterBackward1": ("dim",),  # of a number
-    "Slice": ("dim",),
-    "SumBackward1": ("dim",),  # over given axes, as below
-    "MeanBackward1": ("dim",),
 }
 RESHAPES = frozenset("View UnsafeView ReshapeAlias Unsqueeze Squeeze".split())
 POINTWISE = frozenset(  # every number of the output depends on the numbers at its own place only
@@ -83,23 +74,16 @@ def saved(node: Node, name: str) -> Any:
     if name not in SAVED[operation(node)]:
         raise LookupError(f"name: {operation(node)} and {name} are no entry of SAVED, which a test compares with torch")
     try:
-        return _signed(getattr(node, f"_saved_{name}"))
+        value = getattr(node, f"_saved_{name}")
     except AttributeError:
         why = f"goes through {node.name()}, which has no _saved_{name} in torch {torch.__version__}"
         raise NotCovered("a tensor", why) from None
-
-
-def _signed(value: Any) -> Any:
-    """Torch keeps integers as unsigned numbers of 64 bits."""
-    if isinstance(value, tuple):
-        return tuple(map(_signed, value))
-    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value  # torch keeps them unsigned
 
 
 def saved_axes(node: Node, n_axes: int, *names: str) -> set[int]:
     """The axes, counted from the first, that the operation kept under `names`, of a value with `n_axes`."""
-    kept = [saved(node, name) for name in names]
-    return {axis % n_axes for value in kept for axis in (value if isinstance(value, tuple) else (value,))}
+    return {saved(node, name) % n_axes for name in names}
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -119,12 +103,8 @@ def is_custom(node: Node) -> bool:
     declare themselves `parameter_free`.
     """
     registered = node.name().startswith("GeneratedBackwardFor_")
-    return isinstance(node, BackwardCFunction) and not registered and not declares(node, "parameter_free")
-
-
-def declares(node: Node, name: str) -> bool:
-    """Whether the Python autograd.Function at the node has the class attribute `name`, set to True."""
-    return bool(getattr(getattr(node, "_forward_cls", None), name, False))
+    free = getattr(getattr(node, "_forward_cls", None), "parameter_free", False)
+    return isinstance(node, BackwardCFunction) and not registered and not free
 
 
 def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[int, Any]]:

@@ -80,8 +80,7 @@ class LogProb(torch.autograd.Function):
     1. Of the logits' size only they themselves are saved.
     """
 
-    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here,
-    row_by_row = True  # and each row of logits by itself
+    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:

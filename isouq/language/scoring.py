@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -210,7 +210,7 @@ def score(model: nn.Module, examples: Sequence[Example], how: Scoring) -> dict[A
     for batch in _batches(model, examples, how):
         parts.append(_squared_norms(model, batch, how))
         order += batch.rows
-    norms = _joined(parts, torch.tensor(order).argsort())
+    norms = SquaredNorms.joined(parts, torch.tensor(order).argsort())
     n_tokens = torch.tensor([example.n_answer for example in examples])
     return {name: _estimate(name, n_tokens, norms, how) for name in how.aggregations}
 
@@ -306,18 +306,6 @@ def _squared_norms(model: nn.Module, batch: Batch, how: Scoring) -> SquaredNorms
 
     asked: dict[str, Any] = {"engine": how.engine, "parameters": how.parameters}
     return squared_norms(model, objective, len(batch.ids), apart=True, rows=batch.rows, **asked)
-
-
-def _joined(parts: Sequence[SquaredNorms], order: Tensor) -> SquaredNorms:
-    """The batches' norms as one, with columns for the longest answer, the examples in `order`."""
-    width = max(part.objective.shape[1] for part in parts)
-    lacking = [width - part.objective.shape[1] for part in parts]
-    objective = [nn.functional.pad(part.objective, (0, n)) for part, n in zip(parts, lacking, strict=True)]
-    squares = [nn.functional.pad(part.by_parameter, (0, 0, 0, n)) for part, n in zip(parts, lacking, strict=True)]
-    engine = "+".join(sorted({part.engine for part in parts}))
-    return replace(
-        parts[0], objective=torch.cat(objective)[order], by_parameter=torch.cat(squares)[order], engine=engine
-    )
 
 
 def _estimate(name: Aggregation, n_tokens: Tensor, norms: SquaredNorms, how: Scoring) -> Estimate:

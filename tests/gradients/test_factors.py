@@ -5,7 +5,7 @@ import torch
 from closeness import assert_close
 
 from isouq.gradients import factors
-from isouq.gradients.factors import Dense, NoRule, Outer, Picked, Rows
+from isouq.gradients.factors import Dense, NoRule, Outer, Rows
 
 N, VOCAB, WIDTH = 3, 7, 5
 
@@ -87,22 +87,12 @@ def test_inner_product_of_two_forms(f, g):
     assert_close(g.inner(f), right)
 
 
-def test_what_an_outer_keeps_for_an_embedding_of_its_weight_is_enough():
-    f, g = outer(4), rows(6, seed=1)
-    picked = Picked(f.columns(g.index), f.right)
-    assert_close(picked.inner(g), f.inner(g))
-    assert_close(g.inner(picked), f.inner(g))
-
-
 def test_gradients_of_different_slices_are_orthogonal():
     assert (outer(4, slot=0).inner(outer(6, slot=1)) == 0).all()
     assert_close(outer(4, slot=1).inner(outer(6, slot=1)), outer(4).inner(outer(6)))
 
 
-@pytest.mark.parametrize(
-    ("f", "g"),
-    [(rows(4), dense()), (outer(4, slot=0), dense()), (Picked(torch.ones(N, 4, 6), torch.ones(N, 4, 5)), dense())],
-)
+@pytest.mark.parametrize(("f", "g"), [(rows(4), dense()), (outer(4, slot=0), dense())])
 def test_forms_without_a_common_rule_are_refused(f, g):
     with pytest.raises(NoRule, match="dense"):
         f.inner(g)

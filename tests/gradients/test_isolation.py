@@ -1,4 +1,4 @@
-"""May the examples of a batch meet: what classes answer for, what the graph proves, what a batch itself shows.
+"""May the examples of a batch meet: what classes answer for, what a batch itself shows.
 
 Right is always what an example gets alone, whatever came before and whoever stands beside it.
 """
@@ -17,12 +17,9 @@ from toy import N_WORDS, Toy, random_ids
 
 import isouq
 from isouq.gradients import NotCovered, isolation, squared_norms
-from isouq.gradients.graph import Graph
-from isouq.gradients.isolation import DECODERS, STACKED, is_decoder, is_stack, separates
+from isouq.gradients.isolation import DECODERS, STACKED, is_decoder, is_stack
 
-# ── By the graph ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-N, WIDTH = 6, 6  # equal on purpose: an axis of features may be taken for that of the examples
+N = 6
 
 
 def convolutional():
@@ -35,89 +32,6 @@ def convolutional():
         nn.Linear(36, 3),
         nn.LogSoftmax(1),
     )
-
-
-class Between(nn.Module):
-    """Something done to the (example, feature) values between two layers."""
-
-    def __init__(self, what):
-        super().__init__()
-        self.first, self.what, self.last = nn.Linear(WIDTH, WIDTH), what, nn.Linear(WIDTH, 3)
-
-    def forward(self, x):
-        return self.last(self.what(self.first(x).tanh())).log_softmax(1)
-
-
-APART = {
-    "nothing": lambda h: h,
-    "layer norm": nn.LayerNorm(WIDTH),
-    "softmax over features": lambda h: h.softmax(1),
-    "mean over features": lambda h: h - h.mean(1, keepdim=True),
-    "tokens flattened into rows": lambda h: nn.functional.linear(h.view(2 * N, 3), torch.eye(3)).view(N, WIDTH),
-    "a mask": lambda h: h * torch.eye(N),
-}
-TOGETHER = {
-    "transposed": lambda h: h.T,
-    "batch mean": lambda h: h - h.mean(0),
-    "batch mean kept": lambda h: h - h.mean(0, keepdim=True),
-    "softmax over examples": lambda h: h.softmax(0),
-    "rolled": lambda h: h.roll(1, 0),
-    "picked": lambda h: h[torch.randperm(N)],
-    "gathered": lambda h: h.gather(0, torch.randint(N, (N, WIDTH))),
-    "attention over examples": lambda h: (h @ h.T) @ h,
-    "multiplied from the left": lambda h: torch.eye(N) @ h,
-    "batch norm": nn.BatchNorm1d(WIDTH).train(),
-    "outer sum": lambda h: (h[:, None] + h[None]).sum(1),
-    "sorted": lambda h: h.sort(0).values,
-    "cumulated": lambda h: h.cumsum(0),
-}
-
-
-@pytest.mark.parametrize("name", APART)
-def test_row_by_row_operations_prove_that_examples_stay_apart(name):
-    assert separates(Graph(Between(APART[name])(torch.randn(N, WIDTH))), N)
-
-
-def test_a_convolutional_network_is_proved_too():
-    assert separates(Graph(convolutional()(torch.randn(N, 2, 6, 6))), N)
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_nothing_is_proved_where_examples_meet_or_change_places(name):
-    assert not separates(Graph(Between(TOGETHER[name])(torch.randn(N, WIDTH))), N)
-
-
-@pytest.mark.parametrize("name", APART)
-def test_what_is_proved_is_so(name):
-    """The gradient of example i's output is zero at every other row of the input."""
-    x = torch.randn(N, WIDTH, requires_grad=True)
-    for i in range(N):
-        (grad,) = torch.autograd.grad(Between(APART[name])(x)[i].sum(), x)
-        assert not grad[torch.arange(N) != i].any()
-
-
-@pytest.mark.parametrize(
-    ("what", "proved"),
-    [
-        ("each row by itself", True),
-        ("mean over examples", False),
-        ("an operation that is not known", False),
-        ("another order", False),
-        ("a class token", False),
-    ],
-)
-def test_an_embedding_of_ids_is_data_and_not_made_from_weights_alone(what, proved):
-    """Fed with ids, a model has no input that carries a gradient: an empty proof would cover anything."""
-    embed, linear = nn.Embedding(N_WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
-    x = embed(random_ids(N, 4))
-    x = {
-        "each row by itself": lambda: linear(x).tanh(),
-        "mean over examples": lambda: x - x.mean(0, keepdim=True),
-        "an operation that is not known": lambda: x.cumsum(1),
-        "another order": lambda: x[torch.randperm(N)],
-        "a class token": lambda: torch.cat([linear.bias.expand(N, 1, -1), x], 1),
-    }[what]()
-    assert separates(Graph(x.mean(1)), N) == proved
 
 
 # ── By class ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +163,7 @@ STACKS = {
     "nested": nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.GELU()), nn.Linear(8, 3)),
 }
 NO_STACKS = {
-    "an own module": lambda: nn.Sequential(nn.Flatten(), Between(nn.Identity())),
+    "an own module": lambda: nn.Sequential(nn.Flatten(), Own("none")),
     "softmax of the raw examples": lambda: nn.Sequential(nn.Softmax(0), nn.Flatten(), nn.Linear(72, 3)),
     "statistics of the batch": lambda: nn.Sequential(
         nn.BatchNorm2d(2, affine=False, track_running_stats=False), nn.Flatten(), nn.Linear(72, 3)
@@ -281,6 +195,18 @@ def test_a_pile_of_torchs_layers_takes_one_pass_a_batch(name):
 def test_what_is_not_a_pile_of_torchs_layers(name):
     model = NO_STACKS[name]()
     assert not is_stack(model if name == "training mode" else model.eval())
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm([N, 4]), nn.RMSNorm([N, 4]), nn.Conv1d(N, N, 1)], ids=repr)
+def test_a_pile_that_takes_the_axis_of_the_examples_for_another_gets_no_score(layer):
+    """Its layers are known, but none of the examples could run alone."""
+    model, x = nn.Sequential(layer).eval(), torch.randn(N, 4)
+    assert is_stack(model)
+    with pytest.raises((ValueError, RuntimeError)):
+        squared_norms(model, classes(model, x), N, apart=True)
+    model = nn.Sequential(layer, nn.Linear(4, 3)).eval()  # nor where the layer's own rule is not asked
+    with pytest.raises((ValueError, RuntimeError)):
+        squared_norms(model, classes(model, x), N, apart=True, parameters=["1.*"])
 
 
 @pytest.mark.parametrize("name", sorted(STACKED))
@@ -401,6 +327,19 @@ def test_the_result_says_when_examples_went_one_at_a_time(way):
         assert engine == "ghost, one at a time"
 
 
+def test_a_layer_directly_on_a_layer_is_taken_together():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    model = Direct().double().eval()
+    assert is_exact(model, classes(model, torch.randn(5, 4, dtype=torch.float64)), 5)
+
+
 @pytest.mark.parametrize("way", ["capacity", "sorted by the data", "mask against the batch's mean"])
 def test_inner_products_of_examples_that_meet_are_those_of_each_alone(way):
     torch.manual_seed(0)
@@ -474,17 +413,17 @@ def test_many_examples_are_told_apart(n):
 def test_a_batch_that_meets_frees_its_graph_before_the_examples_go_one_at_a_time(monkeypatch):
     alive = []
     model = Own("scaled by the batch's size").eval()
-    together = isolation.examine
+    known = isolation.is_known
 
-    def examine(model, plan, examples, **options):
+    def is_known(model, plan, **options):
         if plan.n_examples > 1:
             plan.graph.mark = type("Mark", (), {"__del__": lambda _: alive.clear()})()
             alive.append(1)
         else:
             assert not alive
-        return together(model, plan, examples, **options)
+        return known(model, plan, **options)
 
-    monkeypatch.setattr(isolation, "examine", examine)
+    monkeypatch.setattr(isolation, "is_known", is_known)
     assert isouq.score_classes(model, random_ids(4, 5)).engine == "ghost, one at a time"
 
 

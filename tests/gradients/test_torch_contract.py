@@ -41,11 +41,11 @@ CASES = {  # operation → the value, and what its node keeps under each name
     "Add": (lambda: torch.add(X, GAIN, alpha=3), {"alpha": 3}),
     "NativeLayerNorm": (
         lambda: F.layer_norm(X, (6,), GAIN, GAIN),
-        {"input": X, "result1": X.mean(1, keepdim=True), "result2": rstd(X, 1), "normalized_shape": (6,)},
+        {"input": X, "result1": X.mean(1, keepdim=True), "result2": rstd(X, 1)},
     ),
     "FusedRmsNorm": (
         lambda: F.rms_norm(X.cuda(), (6,), GAIN.cuda(), 1e-5),
-        {"input": X, "result1": (X.square().mean(1, keepdim=True) + 1e-5).rsqrt(), "normalized_shape": (6,)},
+        {"input": X, "result1": (X.square().mean(1, keepdim=True) + 1e-5).rsqrt()},
     ),
     "NativeBatchNorm": (
         lambda: NORM(X),
@@ -84,15 +84,6 @@ CASES = {  # operation → the value, and what its node keeps under each name
     "UnsafeView": (lambda: torch.ops.aten._unsafe_view(X, (8, 3)), {"self_sym_sizes": (4, 6)}),
     "ReshapeAlias": (lambda: torch.ops.aten._reshape_alias(X, (8, 3), (3, 1)), {"self_sym_sizes": (4, 6)}),
     "Squeeze": (lambda: X[None].squeeze(), {"self_sym_sizes": (1, 4, 6)}),
-    "Softmax": (lambda: X.softmax(-1), {"dim": -1}),
-    "LogSoftmax": (lambda: X.log_softmax(1), {"dim": 1}),
-    "Logsumexp": (lambda: X.logsumexp((0, 1)), {"dim": (0, 1)}),
-    "Gather": (lambda: X.gather(1, PLACES), {"dim": 1}),
-    "Scatter": (lambda: X.scatter(1, PLACES, X), {"dim": 1}),
-    "ScatterBackward1": (lambda: X.scatter(1, PLACES, 2.0), {"dim": 1}),
-    "Slice": (lambda: X[:, 1:3], {"dim": 1}),
-    "SumBackward1": (lambda: X.sum((0, -1)), {"dim": (0, -1)}),
-    "MeanBackward1": (lambda: X.mean(1), {"dim": (1,)}),
 }
 
 
@@ -123,7 +114,6 @@ def test_an_embedding_without_padding_says_minus_one():
 
 def test_axes_are_counted_from_the_first():
     assert saved_axes(X.transpose(0, -1).grad_fn, 2, "dim0", "dim1") == {0, 1}
-    assert saved_axes(X.sum((0, -1)).grad_fn, 2, "dim") == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -207,9 +197,7 @@ def test_leaves_custom_functions_and_hooks_are_told_apart():
     value = Double.apply(X)  # kept: before torch 2.13 its node dies with it
     node = value.grad_fn
     assert torch_contract.is_custom(node)
-    assert not torch_contract.declares(node, "row_by_row")
-    Double.row_by_row = Double.parameter_free = True
-    assert torch_contract.declares(node, "row_by_row")
+    Double.parameter_free = True
     assert not torch_contract.is_custom(node)
     assert torch_contract.leaf_tensor(node) is None
     assert torch_contract.leaf_tensor(node.next_functions[0][0]) is X
