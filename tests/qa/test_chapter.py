@@ -91,7 +91,7 @@ def test_examples_show_the_first_questions_of_one_model_with_u_a_itself(answers)
     assert list(shown.index) == ["TriviaQA"] * 2 + ["TruthfulQA (choice)"] * 2 + ["Wikidata"] * 2
     first = answers[PAIRS[0]].iloc[0]
     assert shown["U_A"].iloc[0] == pytest.approx(np.exp(first["log_aleatoric_sequence"]), abs=5e-5)
-    assert list(shown.columns[4:]) == ["L", "S", "U_A", "log U_E", "log G"]
+    assert list(shown.columns[4:]) == ["L", "S", "U_A", "log U_E"]
 
 
 def test_the_description_counts_and_has_the_chance_of_a_choice(answers) -> None:

@@ -255,6 +255,18 @@ def test_an_interval_beside_the_papers_number(low, high, paper, word):
     assert findings.beside_paper(low, high, paper) == word
 
 
+def test_the_headline_reads_as_values_with_intervals(table):
+    rows = findings.headline(table)
+    shown = findings.headline_text(rows, {name: name.upper() for name in problems.SPECS})
+    assert list(shown) == ["here", "paper", "verdict", "ceiling", "near", "far"]
+    for text, row in zip(shown["here"], rows.itertuples(), strict=True):
+        assert text.startswith(f"{row.value:.2f}")
+        assert ("[" in text) == (row.low == row.low)
+    assert set(shown.index.get_level_values("statistic")) == {"ρ", "r"}
+    assert shown.index.get_level_values("problem").str.isupper().all()
+    assert not shown.isna().any().any()
+
+
 def test_the_headline_is_the_declared_setting(table):
     rows = findings.headline(table)
     gn = rows[(rows["method"] == "gn") & (rows["statistic"] == "spearman")].set_index("problem")

@@ -58,11 +58,11 @@ def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFram
 def examples(answers: Mapping[Pair, pd.DataFrame], model: str, n: int = 3) -> pd.DataFrame:
     """Return one model's first `n` questions of each data set with answers, verdicts and the headline's scores."""
     names = {"n_tokens": "L", "log_prob": "S", "log_aleatoric_sequence": "U_A", "log_epistemic_sequence": "log U_E"}
-    columns = ["question", "answer", "reference", "right", *names, "log_gradient"]
+    columns = ["question", "answer", "reference", "right", *names]
     of_model = {pair: table.head(n)[columns] for pair, table in answers.items() if pair[0] == model}
     rows = pd.concat({label(pair)[1]: table for pair, table in of_model.items()}).droplevel(1)
-    rows = rows.rename(columns=names | {"log_gradient": "log G"})
-    return rows.assign(U_A=np.exp(rows["U_A"])).round({"S": 1, "U_A": 4, "log U_E": 1, "log G": 1})
+    rows = rows.rename(columns=names)
+    return rows.assign(U_A=np.exp(rows["U_A"])).round({"S": 1, "U_A": 4, "log U_E": 1})
 
 
 def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:

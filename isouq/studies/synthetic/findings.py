@@ -119,6 +119,20 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS, "ceiling", "near", "far", "verdict"])
 
 
+def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """Return `headline`'s table as a reader sees it, each value with its interval; `titles` name the problems."""
+    methods = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}
+    index = [table["method"].map(methods), table["statistic"].map({"spearman": "ρ", "pearson": "r"})]
+    here = [
+        f"{value:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        for value, low, high in table[["value", "low", "high"]].to_numpy()
+    ]
+    shown = table[["paper", "verdict", "ceiling", "near", "far"]].round(2).astype(object)
+    shown = shown.where(shown.notna(), "")
+    shown.insert(0, "here", here)
+    return shown.set_index([*index, table["problem"].map(titles)])
+
+
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
@@ -127,7 +141,8 @@ def share(table: pd.DataFrame) -> Interval | None:
     """Return in which share of settings ‖g‖² reaches the paper's ρ less MARGIN: mean over problems, t-interval."""
     rows = settings(table)
     rows = rows[(rows["method"] == "gn") & rows["value"].notna()]
-    return _over_problems(rows.groupby("problem")["reaches"].mean())
+    band = _over_problems(rows.groupby("problem")["reaches"].mean())
+    return band and Interval(band.value, max(band.low, 0.0), min(band.high, 1.0), band.n)
 
 
 def difference(table: pd.DataFrame) -> Interval | None:
