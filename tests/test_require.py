@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from isouq.studies import evaluation, fits
+from isouq.studies import evaluation, fits, rejection
 from isouq.studies.isotropy import covariance, distortion, networks, spectra
 from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
@@ -68,6 +68,7 @@ KINDS = {
     "whole": dict.fromkeys((-1, 2.5, True, "3", None)),
     "seed": dict.fromkeys((-1, 1.5, None, True, "0", 2**40)),
     "level": dict.fromkeys((0.0, 1.0, -1.0, 95.0, np.nan, "x", None, 1 - 2**-53)),
+    "share": dict.fromkeys((0.0, -1.0, 1.5, np.nan, "x", None)),
     "positive": dict.fromkeys((0.0, -1.0, np.nan, np.inf, "x", None)),
     "number": dict.fromkeys((np.nan, np.inf, "x", None)),
     "name": dict.fromkeys(("no such", None, 3)),
@@ -98,6 +99,14 @@ ROWS_OF = {
     fits.out_of_fold_scores: {
         "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
     },
+    fits.cross_fitted: {
+        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
+    },
+    fits.brier: {"probability": (VARIANCE / 2, "array"), "wrong": (WRONG, "labels")},
+    fits.ece: {"probability": (VARIANCE / 2, "array"), "wrong": (WRONG, "labels")},
+    rejection.accuracies: ASKED,
+    rejection.aurc: ASKED,
+    rejection.prr: ASKED | {"max_rejection": (0.5, "share")},
     evaluation.enough_of_both: {"wrong": (WRONG, "enough"), "minimum": (10, "count")},
     covariance.from_rows: {"rows": (ROWS, "alone"), "n_examples": (N, "count or None")},
     covariance.from_products: {"gram": (GRAM, "array")},
@@ -147,7 +156,7 @@ ROWS_OF = {
     spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
     spectra.hessian_in_prior_units: AT,
     spectra.count_outliers: AT | {"start": (4, "count")},
-    tables.compare: {"tables": ({}, ""), "column": ("value", "name")},
+    tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
         "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")
@@ -161,7 +170,18 @@ TAKE_OBJECTS = {
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
-    *(analysis.named_results, tables.beside_paper, posterior.sample, posterior.reference, problems.float64),
+    *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),
+    *(rejection.weighted_aurc, rejection.weighted_prr),
+    *(tables.label, tables.by_pair, tables.examples, tables.description, tables.named, tables.method_labels),
+    *(tables.rejection, tables.prompts),
+    *(
+        analysis.named_results,
+        analysis.result_of,
+        tables.beside_paper,
+        posterior.sample,
+        posterior.reference,
+        problems.float64,
+    ),
 }
 
 
@@ -169,6 +189,7 @@ def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
     modules = (
         evaluation,
         fits,
+        rejection,
         covariance,
         distortion,
         point,
@@ -278,7 +299,7 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
         (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),
-        (lambda: tables.compare({}), "tables: no table"),
+        (lambda: tables.compare({}), "aurocs: no table"),
     ],
 )
 def test_what_is_not_defined_is_refused_in_words(call, message):

@@ -53,7 +53,7 @@ ONLY_IN = {
 FILE_LINES = 400
 WALLS = {"library": 3300, "studies": 6000}  # physical lines, as planned; studies with all language models
 # What there is, above the plan. The atlas and the whole evaluation of answers added 1,500 lines to the studies.
-TODAY = {"library": 3937, "studies": 8675}
+TODAY = {"library": 3937, "studies": 8681}
 
 
 def room_of(name: str) -> str:

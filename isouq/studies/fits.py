@@ -97,7 +97,7 @@ def out_of_fold_scores(
 
 def cross_fitted(features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0) -> Column:
     """Return `out_of_fold_scores` for N_REPEATS draws of the folds, (repeat, example). Raises as these."""
-    seeds = range(seed, seed + N_REPEATS)
+    seeds = range(require.seed("seed", seed), seed + N_REPEATS)
     return np.stack([out_of_fold_scores(features, wrong, n_folds=n_folds, seed=one % 2**32) for one in seeds])
 
 
@@ -106,6 +106,7 @@ def brier(probability: ArrayLike, wrong: ArrayLike) -> float:
 
     `probability`: (example,) that the answer is wrong. Raises ValueError as `auroc`, and beyond [0, 1].
     """
+    require.same_rows(probability=probability, wrong=wrong)
     return on_all(weighted_brier, _probability(probability), wrong)
 
 
@@ -115,6 +116,7 @@ def ece(probability: ArrayLike, wrong: ArrayLike) -> float:
     The mean is over N_BINS bins of as many answers each; equal probabilities share one. A calibrated score does not
     have 0 but what chance makes of N_BINS shares. Raises as `brier`.
     """
+    require.same_rows(probability=probability, wrong=wrong)
     return on_all(weighted_ece, _probability(probability), wrong)
 
 

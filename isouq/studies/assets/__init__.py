@@ -27,7 +27,6 @@ import platformdirs
 from tqdm import tqdm
 
 from isouq import models
-from isouq.studies import require
 from isouq.studies.assets import manifest, pip
 from isouq.studies.assets.manifest import Asset, AssetError
 
@@ -242,6 +241,8 @@ def load_causal_lm(name: str, *, dtype: str = "float32", device_map: str | None 
         >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
         (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
+    from isouq.studies import require
+
     require.one_of("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
     placed: Any = {"dtype": dtype, "device_map": device_map}
     if name in manifest.assets():

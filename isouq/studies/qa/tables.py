@@ -150,9 +150,12 @@ def _published(data_set: str) -> Mapping[str, list[float]]:
 def compare(aurocs: Mapping[Pair, pd.DataFrame], column: str = "value") -> pd.DataFrame:
     """Return `auroc_table`s as text: a row per aggregation and score, a column per model and data set.
 
-    `column`: "value" or "versus_likelihood". Where right or wrong answers are too few, the text says how many.
+    `column`: "value" or "versus_likelihood". Where right or wrong answers are too few, the text says how many. Raises
+    ValueError for another column and for no table.
     """
     require.one_of("column", column, ("value", "versus_likelihood"))
+    if not aurocs:
+        raise ValueError("aurocs: no table given, at least one wanted")
     columns = {}
     for pair, table in aurocs.items():
         rows = table.set_index(["aggregation", "method"])
