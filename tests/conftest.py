@@ -35,6 +35,19 @@ def smoke() -> Path:
 
 
 @pytest.fixture
+def figure_style():
+    """The style of all figures, for one test; its figures are closed."""
+    import matplotlib.pyplot as plt
+
+    from isouq.studies import plotting
+
+    with plt.rc_context():
+        plotting.use_style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
 def unchecked():
     """Annotations are checked under pytest only; a test of bad input wants the error that a user sees."""
     jaxtyping.config.update("jaxtyping_disable", True)

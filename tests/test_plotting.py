@@ -12,14 +12,7 @@ from isouq.studies import plotting
 from isouq.studies.plotting import METHODS
 
 matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _own_settings():
-    with plt.rc_context():
-        plotting.use_style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("figure_style")
 
 
 def luminance(colour: str) -> float:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +16,7 @@ from isouq.studies.qa import analysis, details, plots, tables
 from isouq.studies.results import Result
 
 matplotlib.use("agg")
+pytestmark = pytest.mark.usefixtures("figure_style")
 SMOL = "smollm2-135m-instruct"
 PAIRS = ((SMOL, "triviaqa"), (SMOL, "truthfulqa_choose"), ("owner/Other-1", "triviaqa"), (SMOL, "wikidata"))
 
@@ -46,14 +46,6 @@ def ranked(answers):
 @pytest.fixture(scope="module")
 def results(answers, ranked) -> dict[str, Result]:
     return details.all_results(answers, ranked, {PAIRS[0]: answers[PAIRS[0]].head(60)}, QUICK)
-
-
-@pytest.fixture(autouse=True)
-def _own_settings():
-    with plt.rc_context():
-        plotting.use_style()
-        yield
-    plt.close("all")
 
 
 def test_all_results_are_those_of_each_pair_of_all_models_and_of_the_bare_prompt(answers, results) -> None:
@@ -102,15 +94,17 @@ def test_the_description_counts_and_has_the_chance_of_a_choice(answers) -> None:
     assert list(rows["questions"]) == [80, 80, 80, 12]
 
 
-def test_rejection_ends_with_what_knowing_nothing_has(answers) -> None:
-    rows = tables.rejection(answers, QUICK)
+def test_rejection_ends_with_what_knowing_nothing_has(answers, results) -> None:
+    rows = tables.rejection(answers, results)
+    key = f"qa.{SMOL}.triviaqa.combined.ece"
+    assert rows.loc[("SmolLM2", "TriviaQA", "epistemic & aleatoric")].iloc[3].startswith(f"{results[key].value:.2f}")
     share = answers[PAIRS[0]]["wrong"].mean()
     nothing = rows.loc[("SmolLM2", "TriviaQA", "(knows nothing)")]
     assert list(nothing) == ["0.00", f"{share:.2f}", f"{share * (1 - share):.2f}", "0.00"]
     assert rows.loc[("SmolLM2", "TriviaQA", "P(True)"), "Brier"] == ""
     assert list(rows) == ["PRR, under 50% unsaid", "AURC", "Brier", "ECE, 5 bins"]
     assert ("SmolLM2", "Wikidata") not in rows.index.droplevel(-1)
-    assert tables.rejection({PAIRS[3]: answers[PAIRS[3]]}, QUICK).iloc[0, 0] == tables.TOO_FEW
+    assert tables.rejection({PAIRS[3]: answers[PAIRS[3]]}, results).iloc[0, 0] == tables.TOO_FEW
 
 
 def test_prompts_stand_side_by_side_and_say_where_there_is_no_number(answers) -> None:

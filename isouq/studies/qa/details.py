@@ -22,6 +22,7 @@ Pair = tuple[str, str]  # a model and a data set
 
 JUDGED = {"likelihood": "likelihood", "epistemic": f"log_epistemic_{HEADLINE}", "p_true": "p_true"}
 REJECTED = (*RIVALS, "aleatoric", "epistemic", "likelihood")
+FITTED = ("combined", "likelihood_fitted")
 METRICS = {"prr": rejection.weighted_prr, "aurc": rejection.weighted_aurc}
 OF_PROBABILITY = {  # of scores that are probabilities: the fitted ones
     "brier": fits.of_probability(fits.weighted_brier),
@@ -43,7 +44,7 @@ STAGES = {  # what has to be computed for each score, after the answer itself
 
 
 def rejections(table: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, Ranking]]:
-    """Return METRICS of REJECTED, and these and OF_PROBABILITY of the fits `combined` and `likelihood_fitted`.
+    """Return METRICS of REJECTED, and these and OF_PROBABILITY of FITTED.
 
     Keyed by score and metric, on the resamples of the AUROCs. Empty where too few are right or wrong.
     """
@@ -57,7 +58,7 @@ def rejections(table: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, R
         for name in REJECTED
         if name in raw
     }
-    for name in ("combined", "likelihood_fitted"):
+    for name in FITTED:
         fit = Fit.of(features[name], wrong, plan, n_folds=analysed.n_folds)
         found[name] = {metric: fit.ranking(how) for metric, how in (METRICS | OF_PROBABILITY).items()}
     return found

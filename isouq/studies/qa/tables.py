@@ -113,6 +113,7 @@ def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.Da
             columns["mean"] = _cells({name: across.mean([of[name] for of in counted]) for name in shared})
         published = {name: f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for name, (mean, std) in _published(data_set).items()}
         table = pd.DataFrame({**columns, "paper": pd.Series(published, dtype=object)}).reindex(SHOWN)
+        table = table.fillna({name: "too few" for name, cells in columns.items() if cells.empty})
         parts[label(("", data_set))[1]] = table.rename(index=method_labels(SHOWN))
     joined = pd.concat(parts).fillna("")
     last = [name for name in ("mean", "paper") if name in joined]
@@ -171,22 +172,24 @@ def _as_text(row: pd.Series, column: str) -> str:
     return _interval_text(row[column], low, high, sign="+" if column != "value" else "")
 
 
-def rejection(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> pd.DataFrame:
-    """Return PRR, AURC, Brier score and ECE as text, a row per pair and score.
+def rejection(answers: Mapping[Pair, pd.DataFrame], results: Mapping[str, Result]) -> pd.DataFrame:
+    """Return PRR, AURC, Brier score and ECE as text, a row per pair and score, from `details.all_results`.
 
     A pair's last row is what knowing nothing has: a score that is the same for all answers, or the share of wrong
     answers as every answer's probability.
     """
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    for pair, table in answers.items():
-        of_scores = details.rejections(table, analysed)
-        titles = method_labels(of_scores)
-        for name, of_metrics in of_scores.items():
-            rows[(*label(pair), titles[name])] = {m: _text(one.interval()) for m, one in of_metrics.items()}
-        if of_scores:
+    titles = method_labels(details.REJECTED + details.FITTED)
+    for (model, data_set), table in answers.items():
+        subject, own = label((model, data_set)), len(rows)
+        for name, title in titles.items():
+            keys = {m: f"qa.{key_of(model)}.{key_part(data_set)}.{name}.{m}" for m in ("prr", "aurc", "brier", "ece")}
+            if cells := {metric: _text(results[key]) for metric, key in keys.items() if key in results}:
+                rows[(*subject, title)] = cells
+        if len(rows) > own:
             share = float(analysis.scored(table)["wrong"].mean())
             nothing = {"prr": 0.0, "aurc": share, "brier": share * (1 - share), "ece": 0.0}
-            rows[(*label(pair), "(knows nothing)")] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
+            rows[(*subject, "(knows nothing)")] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
     limit = f"PRR, under {MAX_REJECTION:.0%} unsaid"
     names = {"prr": limit, "aurc": "AURC", "brier": "Brier", "ece": f"ECE, {N_BINS} bins"}
     return pd.DataFrame(rows).T.rename(columns=names).fillna("") if rows else _nothing(TOO_FEW)
