@@ -39,7 +39,7 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
         return dict(zip(chosen, jobs.run_all(chosen, folder, also=[committed], **more, **options), strict=True))
 
     others = [*plan.data_sizes(section), *plan.sizes(section)]
-    shared, settings = plan.table(section), plan.atlas(section)
+    shared, settings = plan.table(section), list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
     for job in (*shared, *settings, *others):
         job.make()  # refuses what is impossible before anything is sampled
     # What a stopped study cannot do without comes first. Only the draws that 03_isotropy shares are kept.

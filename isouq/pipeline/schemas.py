@@ -159,8 +159,8 @@ class Mcmc(Parameters):
     """Eight problems against reference posteriors: the atlas of settings, one of them in detail, the network's size.
 
     The atlas has every problem with every activation, width, prior and design named, and `atlas_seeds` data seeds of
-    each. `problem` to `design` are the setting that is looked at in detail. `n_seeds` to `n_draws` are the posteriors
-    that 03_isotropy shares.
+    each; its declared headline setting has `headline_seeds`. `problem` to `design` are the setting that is looked at in
+    detail. `n_seeds` to `n_draws` are the posteriors that 03_isotropy shares.
     """
 
     chapter = "02_mcmc"
@@ -179,6 +179,7 @@ class Mcmc(Parameters):
     priors: NotEmpty[Prior]
     designs: NotEmpty[Design]
     atlas_seeds: Count
+    headline_seeds: Count
     n_seeds: Count
     n_chains: Chains
     n_warmup: Count

@@ -289,7 +289,7 @@ def test_named_results_have_the_keys_that_the_claims_name(table):
     from isouq.studies import claims
 
     stated = {claim.id: claim for claim in claims.load(atlas.COMMITTED.parents[2] / "book" / "claims.yml")}
-    results = findings.named_results(table)
+    results = findings.named_results(table, table)
     assert {check.key for id in ("C4", "C5") for check in stated[id].checks} <= set(results)
     assert results["mcmc.atlas.binary_xor.relu.w32.fixed.many.gn.spearman"].n == 3
-    assert findings.named_results(table[table["problem"] == "binary_xor"])["mcmc.gate.n"].value == 48
+    assert findings.named_results(*[table[table["problem"] == "binary_xor"]] * 2)["mcmc.gate.n"].value == 48

@@ -276,8 +276,8 @@ def _mean_of(values: pd.Series) -> float:
     return mean(values)[0]
 
 
-def named_results(table: pd.DataFrame) -> dict[str, Result]:
-    """Return the results of the chapter by key: headline, atlas, what decides, and the width (C4 and C5)."""
+def named_results(table: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, Result]:
+    """Return the results of the chapter by key: atlas, what decides, the width (C5); headline, of `chosen` (C4)."""
     results: dict[str, Result] = {}
 
     def add(key: str, row: Mapping[str, Any], value: str = "value", **more: Any) -> None:
@@ -285,7 +285,7 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
             band = {} if np.isnan(row["low"]) else {"low": row["low"], "high": row["high"]}
             results[f"mcmc.{key}"] = Result(value=row[value], n=int(row["n"]), **band, **more)
 
-    for row in _rows(headline(table)):
+    for row in _rows(headline(chosen)):
         add(f"{row['problem']}.{row['method']}.{row['statistic']}", row, claim="C4" if row["method"] == "gn" else None)
     for row in _rows(settings(table)):
         add("atlas.{problem}.{activation}.w{width}.{prior}.{design}.{method}.spearman".format(**row), row)
@@ -299,10 +299,13 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
         )
     for row in _rows(effects(table).reset_index().dropna(subset=["change"])):
         add(f"atlas.effect.{row['factor']}", row, "change", unit="z")
-    for key, band in {"atlas.share": share(table), "headline.difference": difference(table)}.items():
+    for key, band in {"atlas.share": share(table), "headline.difference": difference(chosen)}.items():
         if band is not None:
             results[f"mcmc.{key}"] = Result(value=band.value, low=band.low, high=band.high, n=band.n, claim="C4")
     posteriors = of(table, "trained", "gn")
+    results["mcmc.atlas.seeds"], results["mcmc.headline.seeds"] = (
+        Result(value=t["seed"].nunique()) for t in (table, chosen)
+    )
     results["mcmc.gate.n"] = Result(value=len(posteriors))
     results["mcmc.gate.n_passed"] = Result(value=int(posteriors["passed"].sum()))
     return results

@@ -5,10 +5,10 @@
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from isouq.studies.synthetic import findings, jobs
@@ -90,15 +90,24 @@ def sizes(section: Any) -> list[Job]:
 def atlas(section: Any) -> list[Job]:
     """Return the jobs of the atlas: every problem with every setting and data seed that the section names.
 
-    The headline setting comes first, then data seed by data seed. A design that a kind of problem does not have, and
-    the activation and width of a problem without a hidden layer, make no jobs of their own.
+    A design that a kind of problem does not have, and the activation and width of a problem without a hidden layer,
+    make no jobs of their own.
     """
     factors = (section.activations, section.widths, section.priors, section.designs)
-    seeds = range(section.seed, section.seed + section.atlas_seeds)
-    grid = itertools.product(seeds, section.atlas_problems, *factors)
-    chosen = list(dict.fromkeys(job for setting in grid if (job := atlas_job(*setting)) is not None))
-    later = ~findings.is_headline(pd.DataFrame([cell(job) for job in chosen])).to_numpy()
-    return [chosen[i] for i in np.argsort(later, kind="stable")]
+    return _grid(section, section.atlas_seeds, *factors)
+
+
+def headline(section: Any) -> list[Job]:
+    """Return the jobs of the headline setting, which has more data seeds than the rest of the atlas."""
+    chosen = _grid(section, section.headline_seeds, ACTIVATIONS, (32,), ("fixed",), ("few", "no_gap"))
+    used = findings.is_headline(pd.DataFrame([cell(job) for job in chosen]))
+    return list(itertools.compress(chosen, used))
+
+
+def _grid(section: Any, n_seeds: int, *factors: Iterable[Any]) -> list[Job]:
+    seeds = range(section.seed, section.seed + n_seeds)
+    settings = itertools.product(seeds, section.atlas_problems, *factors)
+    return list(dict.fromkeys(job for setting in settings if (job := atlas_job(*setting)) is not None))
 
 
 def atlas_job(seed: int, problem: str, activation: str, width: int, prior: str, design: str) -> Job | None:
