@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -87,8 +88,9 @@ def measured(folder: str) -> str:
         if any(key in entries for key in keys):
             lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
     lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
-    lines += [] if study is run else [_run(run.meta), ""]
-    return "\n".join([*lines, *_posteriors(study), _run(study.meta)])
+    posteriors = _posteriors(study)
+    runs = {_run(run.meta): None} | ({_run(study.meta, "02_mcmc"): None} if posteriors else {})
+    return "\n".join([*lines, *posteriors, *runs])
 
 
 def model_of(run: Results) -> str:
@@ -185,11 +187,15 @@ def _posteriors(run: Results) -> list[str]:
     ]
 
 
-def _run(meta: Mapping[str, object]) -> str:
-    created, commit = str(meta.get("created", ""))[:10], str(meta.get("commit", ""))[:10]
+def _run(meta: Mapping[str, Any], chapter: str = "") -> str:
+    """Which run it was; a chapter that was run again since has a start and a commit of its own."""
+    own = meta.get("runs", {}).get(chapter, {})
+    own = own if own.get("commit", meta.get("commit")) != meta.get("commit") else {}
+    created, commit = own.get("started", meta.get("created", ""))[:10], own.get("commit", meta.get("commit", ""))[:10]
     hardware = meta.get("hardware")
     machine = f", {hardware.get('cores')} cores" if isinstance(hardware, Mapping) and "cores" in hardware else ""
-    return f"Profile `{meta.get('profile')}`, {created}, commit {commit}{machine}."
+    what = f" ({chapter})" if own else ""
+    return f"Profile `{meta.get('profile')}`{what}, {created}, commit {commit}{machine}."
 
 
 def with_blocks(readme: str, folder: str) -> str:
