@@ -168,19 +168,20 @@ def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
     finding = {
         "holds": "It is {qa.a.auroc:.3f}.",
         "partly": "Half.",
-        "does not hold": "It is not.",
+        "does not hold": "Not on {failing}; on {holding}.",
         "undecided": "Open.",
     }
     claim = {"id": "C1", "claim": "It is so.", "short": "it is so", "paper": "0.52", "written": "before"}
-    check = {"label": "AUROC", "key": "qa.a.auroc", "rule": {"above": 0.5}, "core": True}
+    check = {"label": "AUROC, all", "key": "qa.a.auroc", "rule": {"above": 0.5}, "core": True}
+    check["paper"] = "table_2.triviaqa.p_true"
     page = "```{findings} claims.yml\n```\n\n```{claims-summary} claims.yml\n```\n"
     written = yaml.safe_dump([claim | {"finding": finding, "checks": [check]}])
-    for value, sentence in ((0.7, "It is 0.700. (C1: holds)"), (0.3, "It is not. (C1: does not hold)")):
+    for value, sentence in ((0.7, "It is 0.700. (C1: holds)"), (0.3, "Not on AUROC; on none. (C1: does not hold)")):
         code, text, warnings = small_book(page, {"qa.a.auroc": auroc(value)}, claims=written)
         assert code == 0, warnings
         words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", text))
         assert sentence in words
-        assert f"AUROC: {value:.2f} [" in words
+        assert f"AUROC, all: {value:.2f} [" in words
     code, text, _ = small_book(page, {"other.key": auroc(0.3)}, claims=written)
     assert "No answer yet to whether it is so. (C1: not run)" in re.sub("<[^>]+>", "", text)
     del finding["partly"]

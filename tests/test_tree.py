@@ -1,6 +1,7 @@
 """The folder tree is the design: which module may import which, how large a file may grow, what the README shows."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -52,8 +53,9 @@ ONLY_IN = {
 }
 FILE_LINES = 400
 WALLS = {"library": 3300, "studies": 6000}  # physical lines, as planned; studies with all language models
-# What there is, above the plan. The atlas and the whole evaluation of answers added 1,500 lines to the studies.
-TODAY = {"library": 3937, "studies": 8681}
+# What there is, above the plan. The studies count with the code of the notebooks, so that a rule or a table that moves
+# from a notebook to a tested function is not held against them.
+TODAY = {"library": 3937, "studies": 10118}
 
 
 def room_of(name: str) -> str:
@@ -113,9 +115,15 @@ def lines_of(part: str) -> dict[str, int]:
     return {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in paths}
 
 
+def lines_of_notebooks() -> dict[str, int]:
+    books = {path.name: json.loads(path.read_text())["cells"] for path in (ROOT / "notebooks").glob("*.ipynb")}
+    code = {name: [cell["source"] for cell in cells if cell["cell_type"] == "code"] for name, cells in books.items()}
+    return {name: sum("".join(source).count("\n") + 1 for source in sources) for name, sources in code.items()}
+
+
 @pytest.mark.parametrize("part", WALLS)
 def test_a_part_does_not_grow(part):
-    lines = lines_of(part)
+    lines = lines_of(part) | (lines_of_notebooks() if part == "studies" else {})
     assert sum(lines.values()) <= TODAY[part], dict(sorted(lines.items(), key=lambda item: -item[1]))
 
 

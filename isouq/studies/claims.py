@@ -122,8 +122,8 @@ class Claim:
     """One claim of the paper.
 
     `short` is the claim as a clause of about ten words. `finding` has a sentence for each of OUTCOMES, written before
-    the outcome is known; it may quote results as {key:format}. `joint` are the keys of max-t critical values that cover
-    all its checks, if any.
+    the outcome is known; it may quote results as {key:format}, and problems. `joint` are the keys of max-t critical
+    values that cover all its checks, if any.
     """
 
     id: str

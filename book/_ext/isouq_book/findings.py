@@ -16,12 +16,28 @@ _QUOTED = re.compile(r"\{([a-z0-9_.\-]+)(?::([^}]+))?\}")
 def sentences(
     stated: Sequence[Claim], judged: Mapping[str, Verdict], entries: Mapping[str, Entry]
 ) -> Iterator[tuple[Claim, str]]:
-    """Yield each claim that has a finding, with the sentence that its verdict chose, results filled in."""
+    """Yield each claim that has a finding, with the sentence that its verdict chose, results filled in.
+
+    {holding}, {failing} and {open} stand for the problems of which the claim's core checks say so.
+    """
     for claim in stated:
         if claim.finding:
             outcome = judged[claim.id].outcome
             text = f"No answer yet to whether {claim.short}." if outcome == "not run" else claim.finding[outcome]
+            lists = {f"{{{name}}}": words for name, words in _problems(judged[claim.id]).items()}
+            for name, words in lists.items():
+                text = text.replace(name, words)
             yield claim, _QUOTED.sub(lambda found: format_number(entries[found[1]].value, found[2] or ""), text)
+
+
+def _problems(verdict: Verdict) -> dict[str, str]:
+    """Return which problems hold, fail and are open, of the core checks with a number of the paper, as text."""
+    names: dict[str, list[str]] = {"holding": [], "failing": [], "open": []}
+    places = {"holds": "holding", "does not hold": "failing"}
+    for one in verdict.checks:
+        if one.check.core and one.check.paper is not None:
+            names[places.get(one.outcome, "open")].append(one.check.label.split(",")[0])
+    return {name: ", ".join(of) or "none" for name, of in names.items()}
 
 
 def row(claim: Claim, entries: Mapping[str, Entry]) -> tuple[str, str, str]:
