@@ -28,7 +28,7 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "notebooks").mkdir(exist_ok=True)
     for notebook in notebooks:
-        (source / "notebooks" / notebook.name).write_text(folded(notebook.read_text(encoding="utf-8")), encoding="utf-8")
+        (source / "notebooks" / notebook.name).write_text(folded(notebook), encoding="utf-8")
     toc = source / "_toc.yml"
     chapters = {notebook.stem for notebook in notebooks}
     toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text()), chapters), sort_keys=False))
@@ -46,9 +46,9 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
     shutil.move(source / "_build" / "html", html)
 
 
-def folded(notebook: str) -> str:
+def folded(notebook: Path) -> str:
     """The text of an executed notebook with its run's parameters folded, so that a page begins with its chapter."""
-    content = json.loads(notebook)
+    content = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in content["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("hide-input")
