@@ -4,6 +4,7 @@ python book/build.py build/smoke/html --results build/smoke/results.json --noteb
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "notebooks").mkdir(exist_ok=True)
     for notebook in notebooks:
-        shutil.copy(notebook, source / "notebooks")
+        (source / "notebooks" / notebook.name).write_text(folded(notebook), encoding="utf-8")
     toc = source / "_toc.yml"
     chapters = {notebook.stem for notebook in notebooks}
     toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text()), chapters), sort_keys=False))
@@ -43,6 +44,16 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
         sys.exit("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(source / "_build" / "html", html)
+
+
+def folded(notebook: Path) -> str:
+    """The text of an executed notebook with its run's parameters folded, so that a page begins with its chapter."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            cell["metadata"]["tags"].append("hide-input")
+            cell["metadata"]["mystnb"] = {"code_prompt_show": "Show the parameters of this run"}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def without_absent(entry: Any, chapters: set[str]) -> Any:

@@ -48,6 +48,7 @@ LOOK = """(() => {
     errors: all('mjx-merror, [data-mjx-error], .problematic, .system-message').map((e) => e.outerHTML),
     text: prose.textContent,
     code: all('article pre').map((e) => e.textContent).join('\\n'),
+    folded: all('article details pre').map((e) => e.textContent).join('\\n'),
     ids: all('[id]').map((e) => e.id),
     fetched: all('link[href], script[src], img[src], iframe[src], source[src], object[data]')
       .map((e) => e.href || e.src || e.data).filter((url) => !/^(data|blob):/.test(url)),
@@ -185,7 +186,7 @@ def test_each_page_says_which_run_its_numbers_come_from(pages, book):
     for name, page in pages.items():
         assert f"profile smoke, commit {meta['commit'][:10]}" in page.facts["footer"], name
     for name, page in notebook_pages(pages).items():
-        assert 'profile = "smoke"' in page.facts["code"], f"{name} does not show its parameters"
+        assert 'profile = "smoke"' in page.facts["folded"], f"{name} does not have its run's parameters, folded"
         assert page.facts["code"].count("\nresults_path = ") == 1, f"{name} shows the defaults too"
 
 

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,7 @@ from architectures import VOCAB, build, upcasts_to
 from closeness import assert_close
 
 from isouq.studies import assets
-from isouq.studies.cost import cases, memory, methods, timing
+from isouq.studies.cost import cases, findings, memory, methods, plots, timing
 from isouq.studies.cost.cases import Texts
 from isouq.studies.cost.methods import METHODS
 
@@ -139,6 +140,118 @@ def test_a_sweep_compares_each_size_with_its_own_forward_pass(monkeypatch):
     table = timing.sweep({1: case.first(1), 3: case}, ["autograd"], 2)
     assert table["size"].tolist() == [1, 1, 3, 3]
     assert table["value"].tolist() == pytest.approx([1, 3, 1, 3])
+
+
+def ground(**changes: dict) -> memory.Memory:
+    """Every method on two of three texts, 10 bytes above the model each, but Opacus' ghost clipping refuses."""
+    rows = {m: {"n_examples": 2, "peak_bytes": 10.0, "relative_error": np.nan, "refusal": ""} for m in findings.EVERY}
+    rows["opacus_ghost"] |= {"peak_bytes": np.nan, "refusal": "NotImplementedError: tied"}
+    for method, change in changes.items():
+        rows[method] |= change
+    return memory.Memory(100, pd.DataFrame.from_dict(rows, orient="index").rename_axis("method"))
+
+
+@pytest.fixture
+def costs(monkeypatch) -> dict[str, findings.Costs]:
+    """Two models: a forward pass takes 1 s, the ghost engine 2, everything else 8; the engine gets slower by round."""
+
+    def interleaved(runs, n_rounds):
+        seconds = {"forward": 1.0, "ghost": 2.0}
+        slower = np.linspace(1, 1.5, n_rounds)
+        return pd.DataFrame({m: seconds.get(m, 8.0) * (slower if m == "ghost" else slower**0) for m in runs})
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    found = ground(ghost={"peak_bytes": 30.0, "relative_error": 1e-6}, vmap={"peak_bytes": 60.0})
+    other = ground(ghost={"peak_bytes": 15.0, "relative_error": 1e-4}, opacus={"refusal": "cannot"})
+    rounds = {"n_rounds": 6, "n_rival_rounds": 2}
+    return {name: findings.measure(language(), g, **rounds) for name, g in {"m-1": found, "gemma": other}.items()}
+
+
+TOKENS = findings.PerToken(per_token=1.2, at_start=1.1, bound=0.9)
+
+
+def test_what_can_run_is_timed_on_as_many_texts_as_fitted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        timing, "interleaved", lambda runs, n: asked.append((runs, n)) or pd.DataFrame({"forward": [1.0]})
+    )
+    findings.measure(language(), ground(), n_rounds=6, n_rival_rounds=2)
+    (own, n_own), (single, n_single), (others, n_others) = asked
+    assert list(own) == list(findings.OURS)
+    assert {len(case) for _, case in own.values()} == {2}
+    assert list(single) == ["forward", "ghost"]
+    assert {len(case) for _, case in single.values()} == {1}
+    assert list(others) == ["forward", "backward", "vmap", "opacus", *findings.RIVALS]
+    assert (n_own, n_single, n_others) == (6, 6, 2)
+
+
+def test_tables_of_costs_say_what_ran_what_refused_and_what_is_absent(costs):
+    grounds = {name: of.memory for name, of in costs.items()}
+    assert findings.refusals(grounds)["refusal"].to_dict() == {
+        ("m-1", "opacus_ghost"): "NotImplementedError: tied",
+        ("gemma", "opacus"): "cannot",
+        ("gemma", "opacus_ghost"): "NotImplementedError: tied",
+    }
+    assert list(findings.gradients_at_once(grounds).index) == [("m-1", "vmap"), ("m-1", "opacus"), ("gemma", "vmap")]
+    text = findings.times_text(costs)
+    assert text.loc["ghost (isouq)", ("m-1", "seconds per text")] == "2.500"
+    assert text.loc["Opacus", ("gemma", "forward passes")] == "—"
+    assert list(text.index)[:2] == ["forward pass", "forward, answer's logits"]
+    assert findings.errors_text(costs).to_dict("index") == {"ghost (isouq)": {"m-1": "1.0e-06", "gemma": "1.0e-04"}}
+
+
+def test_targets_are_met_or_missed_by_what_was_measured(costs):
+    table = findings.targets(costs, TOKENS).set_index(["model", "target"])
+    assert table.loc[("m-1", "ghost / autograd, time per text")].tolist() == pytest.approx([0.4, 2.5 / 8, "yes"])
+    assert table.loc[("gemma", "ghost / autograd, time per text")].tolist() == pytest.approx([0.2, 2.5 / 8, "NO"])
+    assert table.loc[("m-1", "ghost above activations / weights")].tolist() == pytest.approx([0.1, 0.2, "NO"])
+    assert table.loc[("gemma", "ghost above activations / weights"), "met"] == "yes"
+    assert table.loc[("m-1", "ghost / vmap, peak above the model"), "measured"] == pytest.approx(0.5)
+    assert table.loc[("gemma", "ghost, relative error"), "met"] == "NO"
+    assert ("gemma", "ghost / opacus, time per text") not in table.index
+    assert table["measured"].iloc[-1] == TOKENS.bound
+
+
+def test_named_costs_have_an_interval_from_six_rounds_on(costs):
+    results = findings.named_results(costs, TOKENS, 3)
+    ghost = results["cost.m-1.ghost.relative_to_forward"]
+    assert (ghost.value, ghost.low, ghost.high, ghost.n, ghost.claim) == pytest.approx((2.5, 2, 3, 6, "C1"))
+    vmap = results["cost.m-1.vmap.relative_to_forward"]
+    assert (vmap.value, vmap.low, vmap.n, vmap.claim) == (8, None, 2, None)
+    assert results["cost.m-1.single.ghost.relative_to_forward"].value == pytest.approx(2.5)
+    assert results["cost.m-1.ghost.speedup_over_autograd"].value == pytest.approx(8 / 2.5)
+    assert results["cost.m-1.ghost.memory_above_activations"].value == pytest.approx(0.2)
+    assert results["cost.gemma.ghost.relative_error"].value == 1e-4
+    assert "cost.m-1.forward.relative_error" not in results
+    assert "cost.m-1.opacus_ghost.peak_bytes" not in results
+    assert results["cost.m-1.token_mean.passes_per_token"].value == 1.2
+    met = (findings.targets(costs, TOKENS)["met"] == "yes").sum()
+    assert (results["cost.targets.met"].value, results["cost.targets.number"].value) == (met, 17)
+
+
+def test_the_token_means_line_and_its_bound_are_those_of_the_sweep():
+    """time = 2 forward passes + 3 L activation gradients, where a gradient takes half a forward pass."""
+    rows = []
+    for size in (1, 2, 4):
+        seconds = {"forward": 1.0, "activation_gradient": 0.5, "token_mean": 2 + 1.5 * size}
+        rows += [{"size": size, "method": method, "seconds": of} for method, of in seconds.items()]
+    found = findings.per_token(pd.DataFrame(rows))
+    assert (found.per_token, found.at_start) == pytest.approx((3, 2))
+    assert found.bound == pytest.approx(8 / (1 + 1.3 * 4 * 0.5))
+
+
+@pytest.mark.usefixtures("figure_style")
+def test_figures_of_costs_have_a_panel_per_model_and_a_row_per_method_that_ran(costs):
+    for figure in (plots.times(costs), plots.peaks(costs)):
+        assert [ax.get_title(loc="left") for ax in figure.axes] == ["m-1", "gemma"]
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert labels == [
+            plots.plotting.METHODS[m].label for m in findings.EVERY if m not in ("activations", "opacus_ghost")
+        ]
+    sweep = pd.DataFrame({"method": ["forward", "ghost"], "size": 1, "value": [1.0, 2.0], "low": 1.0, "high": 2.0})
+    figure = plots.sweeps({"tokens": sweep, "texts": sweep}, aspect=0.8)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["tokens", "texts"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward pass", "ghost (isouq)"]
 
 
 MODEL, SIZES = "smollm2-135m-instruct", {"n_examples": 4, "n_tokens": 12, "n_answer": 2}

@@ -153,6 +153,10 @@ def test_no_tracked_file_is_large():
     assert not [path for path in tracked() if path.stat().st_size > 3_000_000]
 
 
+LIMITS = {"cells": 30, "lines of code": 150, "lines of a cell": 30}
+STILL_LONG = {"03_isotropy"}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
     def test_has_no_stored_output_and_names_the_plain_kernel(self, path):
@@ -174,6 +178,14 @@ class TestNotebook:
         used = {file.name for file in identity.module_files(path)}
         assert {"profiles.py", "plotting.py"} <= used, "an import by an old name does not tell what a change reaches"
         assert "results_path" in code[-1]
+
+    def test_it_stays_short(self, path):
+        cells = nbformat.read(path, as_version=4).cells
+        code = [cell.source.splitlines() for cell in cells if cell.cell_type == "code"]
+        longest = max(len(lines) for lines in code[1:])  # the first holds the parameters
+        sizes = {"cells": len(cells), "lines of code": sum(map(len, code)), "lines of a cell": longest}
+        too_long = {name for name, limit in LIMITS.items() if sizes[name] > limit}
+        assert bool(too_long) == (path.stem in STILL_LONG), sizes
 
     def test_every_shipped_profile_runs_it(self, path):
         shipped = [profiles.load(file.stem) for file in (ROOT / "profiles").glob("*.yml")]

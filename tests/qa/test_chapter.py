@@ -1,8 +1,6 @@
 """What the chapter shows: its tables and figures from two models' made-up answers, and its size."""
 
 import inspect
-import json
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,7 +10,7 @@ from test_across import asked
 from test_analysis import QUICK, made_up
 
 from isouq.studies import plotting
-from isouq.studies.qa import analysis, details, plots, tables
+from isouq.studies.qa import analysis, details, plots, rivals, tables
 from isouq.studies.results import Result
 
 matplotlib.use("agg")
@@ -63,6 +61,15 @@ def test_all_results_are_those_of_each_pair_of_all_models_and_of_the_bare_prompt
 def test_a_pair_is_called_by_short_names() -> None:
     assert tables.label(PAIRS[1]) == ("SmolLM2", "TruthfulQA (choice)")
     assert tables.label(("owner/Other-1", "my/Some file.csv")) == ("Other-1", "some-file")
+
+
+def test_the_question_of_p_true_is_the_shortest_of_the_table_with_its_answer(answers) -> None:
+    table = answers[PAIRS[0]].assign(question="A longer question?")
+    table.loc[table.index[3], ["question", "answer"]] = "Short?", "Yes."
+    lines = tables.p_true_question(table).splitlines()
+    assert "Question: Short?" in lines
+    assert "Possible answer: Yes." in lines
+    assert lines[-1].endswith(f": {rivals.SAME_MEANING}")
 
 
 def test_named_results_stand_under_their_model_and_data_set(results) -> None:
@@ -153,12 +160,3 @@ def test_u_a_lies_on_its_curve(answers) -> None:
 def test_made_up_answers_without_rivals_have_figures_too() -> None:
     table = with_texts(made_up(80))
     assert set(details.curves(table, QUICK)) == {"aleatoric", "epistemic", "likelihood", "combined"}
-
-
-def test_the_chapter_stays_short_and_teaches_what_it_defines() -> None:
-    path = Path(__file__).resolve().parents[2] / "notebooks" / "04_llm_qa.ipynb"
-    cells = json.loads(path.read_text())["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
-    assert len(cells) <= 36
-    assert len(lines) <= 150
-    assert not [line for line in lines if line.lstrip().startswith(("def ", "class "))]

@@ -266,14 +266,26 @@ def test_an_interval_beside_the_papers_number(low, high, paper, word):
 
 def test_the_headline_reads_as_values_with_intervals(table):
     rows = findings.headline(table)
+    rows.loc[0, ["value", "low", "high"]] = np.nan
     shown = findings.headline_text(rows, {name: name.upper() for name in problems.SPECS})
     assert list(shown) == ["here", "paper", "verdict", "ceiling", "near", "far"]
     for text, row in zip(shown["here"], rows.itertuples(), strict=True):
-        assert text.startswith(f"{row.value:.2f}")
+        assert text.startswith("" if np.isnan(row.value) else f"{row.value:.2f}")
         assert ("[" in text) == (row.low == row.low)
+        assert "nan" not in text
     assert set(shown.index.get_level_values("statistic")) == {"ρ", "r"}
     assert shown.index.get_level_values("problem").str.isupper().all()
     assert not shown.isna().any().any()
+
+
+def test_a_measures_correlations_stand_under_its_point_by_region(table):
+    parts = {"whole": 0.0, "far": -0.5, "near": 0.25}
+    shown = findings.by_region(
+        pd.concat([table.assign(region=name, spearman=rho) for name, rho in parts.items()], ignore_index=True)
+    )
+    assert list(shown) == ["near", "far", "whole"]
+    assert shown.loc[("trained", "‖g‖²")].to_dict() == parts
+    assert "reliability" not in shown.index.get_level_values("measure")
 
 
 def test_the_headline_is_the_declared_setting(table):

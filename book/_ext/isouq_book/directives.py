@@ -83,7 +83,7 @@ class ClaimsTable(_OfClaims):
 
     def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
         """Return the table."""
-        columns = {"Claim": 30, "Here": 34, "In the paper": 16, "Verdict": 20}
+        columns = {"Claim": 24, "Here": 46, "In the paper": 14, "Verdict": 16}
         rows = [self._row(claim, judged[claim.id]) for claim in stated]
         return _table(list(columns), list(columns.values()), rows, "claims")
 

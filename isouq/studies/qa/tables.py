@@ -16,10 +16,12 @@ from isouq.studies import claims, require
 from isouq.studies.evaluation import Interval, Ranking
 from isouq.studies.fits import N_BINS
 from isouq.studies.plotting import METHODS
-from isouq.studies.qa import across, analysis, details
+from isouq.studies.qa import across, analysis, details, rivals
 from isouq.studies.qa.analysis import HEADLINE, Analysis
 from isouq.studies.qa.data import key_part
 from isouq.studies.qa.details import Pair
+from isouq.studies.qa.sampling import N_IDEAS
+from isouq.studies.qa.subject import N_TRUE_SHOTS
 from isouq.studies.rejection import MAX_REJECTION
 from isouq.studies.results import Result, key_of
 
@@ -79,6 +81,18 @@ def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:
             row["by chance"] = f"{table['right_by_chance'].mean():.2f}"
         rows[label(pair)] = row
     return pd.DataFrame(rows).T.fillna("")
+
+
+def p_true_question(table: pd.DataFrame) -> str:
+    """Return what P(True) is asked of the shortest question of `table`, and the numbers that decide the rivals."""
+    shortest = table.iloc[table["question"].str.len().argmin()]
+    asked = rivals.p_true_prompt(shortest["question"], ["(a sample)", "(another sample)", "…"], shortest["answer"])
+    numbers = {
+        "solved examples before it": N_TRUE_SHOTS,
+        "samples shown as ideas, at most": N_IDEAS,
+        "samples mean the same from a cosine of": rivals.SAME_MEANING,
+    }
+    return "\n".join([asked, "", *(f"{name}: {number}" for name, number in numbers.items())])
 
 
 def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:

@@ -124,7 +124,7 @@ def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
     methods = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}
     index = [table["method"].map(methods), table["statistic"].map({"spearman": "ρ", "pearson": "r"})]
     here = [
-        f"{value:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        ("" if np.isnan(value) else f"{value:.2f}") + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
         for value, low, high in table[["value", "low", "high"]].to_numpy()
     ]
     shown = table[["paper", "verdict", "ceiling", "near", "far"]].round(2).astype(object)
@@ -241,6 +241,17 @@ def gate(table: pd.DataFrame) -> pd.DataFrame:
     return counts.join(shares[[name for name in POINTS if name in shares]])
 
 
+AROUND_A_MODE = {"mode_taylor": "gᵀΣg", "mode_isotropic": "isotropic, no line", "mode_variance": "one mode, exact"}
+MEASURES = {"gn": "‖g‖²", "gn_prior": "prior units", "la": "Laplace", "mode_gn": "‖g‖², that mode"} | AROUND_A_MODE
+
+
+def by_region(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean ρ of every measure with the MCMC variance by point, a column each: near, far and whole grid."""
+    rows = table[table["measure"].isin(MEASURES)].assign(measure=table["measure"].map(MEASURES))
+    mean_by = rows.pivot_table(index=["point", "measure"], columns="region", values="spearman", sort=False)
+    return mean_by[["near", "far", "whole"]].rename_axis(columns=None)
+
+
 def approximations(table: pd.DataFrame) -> pd.DataFrame:
     """Return by problem the mean ρ with MCMC of ‖g‖² and of what drops one approximation after the other.
 
@@ -249,8 +260,7 @@ def approximations(table: pd.DataFrame) -> pd.DataFrame:
     """
     columns = {point: of(table, point, "gn") for point in (*POINTS, "draws")}
     columns["prior units"] = of(table, "trained", "gn_prior")
-    names = {"mode_taylor": "gᵀΣg", "mode_isotropic": "isotropic, no line", "mode_variance": "one mode, exact"}
-    columns |= {label: of(table, "mode", name) for name, label in names.items()}
+    columns |= {label: of(table, "mode", name) for name, label in AROUND_A_MODE.items()}
     by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
     return pd.DataFrame({label: groups.agg(_mean_of) for label, groups in by.items()})
 

@@ -105,7 +105,7 @@ def explain(problem, curves: Mapping[str, Array], parts: Mapping[str, Array], fe
     """
     figure, axes = panels(3, aspect=1.0)
     x = problem.grid[:, 0]
-    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.3), "fontsize": "x-small"}
+    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.45), "fontsize": "x-small"}
     spread_curves(problem, curves, axes[0, 0]).legend(**below)
     for (name, part), colour, style in zip(parts.items(), PALETTE, ("-", "--", "-.", ":"), strict=False):
         axes[0, 1].plot(x, part, style, color=colour, label=name)
