@@ -9,6 +9,7 @@ structure does not.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,22 +87,39 @@ def structure(
     A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
     require.same_rows(field=field, features=features)
-    features = require.numbers("features", features, 2)
-    field = require.numbers("field", field, least=features.shape[1] + 2)
-    permutations = require.numbers("permutations", permutations, 2, width=len(field)).astype(int)
-    if (np.sort(permutations) != np.arange(len(field))).any():
-        raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
-    columns = features if given is None else np.hstack([require.numbers("given", given, 2), features])
+    return structures([require.numbers("field", field)], features, permutations, given=given)[0]
+
+
+def structures(
+    fields: Sequence[Array], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
+) -> list[Structure]:
+    """Return the `structure` of several fields (point,) by the same features."""
+    columns = features = require.numbers("features", features, 2)
+    permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
+    if (np.sort(permutations) != np.arange(len(features))).any():
+        raise ValueError(
+            f"permutations: rows given that are no order of the {len(features)} points, such orders wanted"
+        )
+    if given is not None:
+        require.same_rows(features=features, given=given)
+        columns = np.hstack([require.numbers("given", given, 2), features])
     basis = columns - columns.mean(0)
     if (columns == columns[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
         raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
     known, basis = np.split(np.linalg.qr(basis)[0], [basis.shape[1] - features.shape[1]], axis=1)
+    return [_structure(field, known, basis, permutations) for field in fields]
+
+
+def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
+    """Fit a field on orthonormal columns, `basis` beside those `known`."""
+    require.same_rows(field=field, features=basis)
+    field = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
     rest = field - field.mean()
     rest = rest - known @ (known.T @ rest)
     if rest.std() < 1e-9:
         return Structure(explained=0.0, by_chance=0.0, p_value=1.0, variance=0.0)
     variance, rest = float(rest.var()), rest / np.linalg.norm(rest)
-    moved = rest[permutations]
+    moved = rest.take(permutations)
     explained = float(np.square(rest @ basis).sum())
     null = np.square(moved @ basis).sum(1) / (1 - np.square(moved @ known).sum(1))
     p_value = (1 + int((null >= explained).sum())) / (1 + len(null))

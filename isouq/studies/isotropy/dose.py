@@ -21,7 +21,7 @@ from scipy.special import softmax
 
 from isouq.studies import require
 from isouq.studies.isotropy import covariance, kronecker
-from isouq.studies.isotropy.distortion import Structure, distortion, grid_shifts, nearness, structure
+from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structures
 from isouq.studies.results import Result
 from isouq.studies.synthetic import jobs, point, problems
 from isouq.studies.synthetic.atlas import Record
@@ -158,35 +158,34 @@ def _drawn_labels(logits: Array, *, seed: int) -> NDArray[np.int64]:
 
 
 def excesses(case: Case) -> Iterator[dict[str, Any]]:
-    """Yield a row for every source, matrix, damping and reference that `recipes` names for the case's width.
+    """Yield a row for every source, matrix, damping and reference that `recipes` names, and for the "isotropic" matrix.
 
-    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix; isotropic, T of
-    isotropy; excess, their difference; nats2, the same difference in nats²; p_value of T of the matrix; and spread, the
-    standard deviation of log(gᵀΣg / ‖g‖²) over the map, in nats. For CONTROL T is the plain structure: nearness to the
-    training inputs, nothing else given.
+    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix, and its p_value;
+    excess, T less that of isotropy, and nats2, the same in nats²; and spread, the standard deviation of
+    log(gᵀΣg / ‖g‖²) over the map, in nats. For CONTROL T is the plain structure: nearness to the training inputs,
+    nothing else given.
     """
     grid, permutations = case.problem.grid, grid_shifts(case.problem.shape)
     trained, norm = nearness(grid, case.problem.inputs), np.square(case.g).sum(1)
+    own = {"problem": case.problem.name, "seed": case.problem.seed, "width": case.width}
     for source, matrices in recipes(case.width).items():
         inputs = proxies(case.problem, source)
         near, given = (trained, None) if source == CONTROL else (nearness(grid, inputs), trained)
-
-        def of(estimate: Array, reference: str, near: Array = near, given: Array | None = given) -> Structure:
-            return structure(distortion(estimate, case.references[reference]), near, permutations, given=given)
-
-        flat = {name: of(norm, name) for name in case.references}
+        series = [("isotropic", 1.0, name, norm) for name in case.references]
         for matrix, (dampings, references) in matrices.items():
-            for damping, estimate in zip(dampings, form(case, matrix, inputs, dampings), strict=True):
-                for name in references:
-                    bent = of(estimate, name)
-                    yield {
-                        **{"problem": case.problem.name, "seed": case.problem.seed, "width": case.width},
-                        **{"source": source, "matrix": matrix, "damping": damping, "reference": name},
-                        **{"structure": bent.beyond_chance, "isotropic": flat[name].beyond_chance},
-                        "excess": bent.beyond_chance - flat[name].beyond_chance,
-                        "nats2": bent.beyond_chance * bent.variance - flat[name].beyond_chance * flat[name].variance,
-                        **{"p_value": bent.p_value, "spread": float(distortion(estimate, norm).std())},
-                    }
+            estimates = zip(dampings, form(case, matrix, inputs, dampings), strict=True)
+            series += [(matrix, d, name, estimate) for d, estimate in estimates for name in references]
+        fields = [distortion(estimate, case.references[name]) for *_, name, estimate in series]
+        fits = structures(fields, near, permutations, given=given)
+        flat = {name: fit for (matrix, _, name, _), fit in zip(series, fits, strict=True) if matrix == "isotropic"}
+        for (matrix, damping, name, estimate), fit in zip(series, fits, strict=True):
+            yield own | {
+                **{"source": source, "matrix": matrix, "damping": damping, "reference": name},
+                **{"structure": fit.beyond_chance, "p_value": fit.p_value},
+                "excess": fit.beyond_chance - flat[name].beyond_chance,
+                "nats2": fit.beyond_chance * fit.variance - flat[name].beyond_chance * flat[name].variance,
+                "spread": float(distortion(estimate, norm).std()),
+            }
 
 
 def recipes(width: int) -> dict[str, dict[str, tuple[Sequence[float], Sequence[str]]]]:
@@ -214,7 +213,7 @@ def responses(table: pd.DataFrame) -> pd.DataFrame:
     Columns: shifted, the mean excess over shifts of FAR and more, and nats2, the same in nats²; slope, of the excess
     per unit of shift, over all SHIFTS; near, the excess at shift 0; other problem; noise; control, of plain structure.
     """
-    rows = table[table["damping"] == 1.0]
+    rows = table[(table["damping"] == 1.0) & (table["matrix"] != "isotropic")]
     index = [*SERIES, "problem", "seed"]
     excess, nats2 = (
         rows.pivot_table(values=name, index=index, columns="source", sort=False) for name in ("excess", "nats2")

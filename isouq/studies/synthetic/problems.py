@@ -304,7 +304,7 @@ FRESH: dict[str, Spec] = {
 
 def spec(name: str) -> Spec:
     """Return the entry of ``SPECS`` or ``FRESH``. Raises ValueError for a name that neither has."""
-    one_of("problem", name, (*SPECS, *FRESH))
+    one_of("name", name, (*SPECS, *FRESH))
     return SPECS.get(name) or FRESH[name]
 
 
