@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.isotropy import covariance, distortion, networks, spectra
+from isouq.studies.isotropy import covariance, distortion, dose, spectra
 from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
 
@@ -24,9 +24,7 @@ PROBLEM = problems.make("binary_rings", n_examples=12, resolution=4)
 THETA = RNG.normal(size=PROBLEM.model.network.n_parameters)
 CLASSES = np.zeros(16, dtype=int)
 DRAWS, VALUES = RNG.normal(size=(4, 20, len(THETA))), RNG.normal(size=(4, 20, 16, 1))
-REGRESSION = networks.Case(
-    problem=problems.make("regression_linear"), theta=THETA[:2], g=ROWS, variance=VARIANCE, passed=True
-)
+CASE = dose.Case(problem=PROBLEM, theta=THETA, g=ROWS, references={})
 SHIFTS = distortion.shuffles(N, 5, seed=0)
 
 
@@ -115,12 +113,17 @@ ROWS_OF = {
     distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
     distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
     distortion.structure: {
-        "field": (SCORE, "array"), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders")
+        "field": (SCORE, "array"), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
+        "given": (VARIANCE[:, None], "array"),
     },
     distortion.shuffles: {
         "n_points": (N, "count"), "n_permutations": (3, "count"), "seed": (0, "seed"), "groups": (GROUP, "groups")
     },
-    distortion.grid_shifts: {"shape": ((4, 4), ""), "n_permutations": (3, "count"), "seed": (0, "seed")},
+    distortion.structures: {
+        "fields": ([SCORE], ""), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
+        "given": (VARIANCE[:, None], "array"),
+    },
+    distortion.grid_shifts: {"shape": ((4, 4), "")},
     jobs.mean_interval: {"values": (SCORE[:5] / 9, "enough")},
     jobs.trend: {
         "doublings": (np.arange(N) % 4.0, "array"), "values": (SCORE, "array"), "group": (GROUP, "groups"),
@@ -151,7 +154,8 @@ ROWS_OF = {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "n_examples": (9, "count or None"), "model": (None, ""),
         "resolution": (5, "count or None"), "gap": (None, ""),
     },
-    networks.proxies: {"problem": (PROBLEM, ""), "source": ("unseen", "name"), "n": (5, "count")},
+    problems.spec: {"name": ("binary_moons", "name")},
+    dose.proxies: {"problem": (PROBLEM, ""), "source": ("shift 2", "name")},
     spectra.train: {"problem": (PROBLEM, ""), "target_loss": (9.0, "number"), "step_size": (0.1, "positive")},
     spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
     spectra.hessian_in_prior_units: AT,
@@ -164,8 +168,8 @@ ROWS_OF = {
 }  # fmt: skip
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
-    *(networks.solve, networks.form, networks.compare, networks.table, point.objective),
-    *(networks.against_isotropic, networks.interval, spectra.widths),
+    *(dose.case, dose.cases, dose.form, dose.excesses, dose.recipes, dose.table, dose.responses, dose.over_seeds),
+    *(dose.verdicts, dose.curves, dose.swept, dose.named_results, point.objective, spectra.widths),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
@@ -195,7 +199,7 @@ def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
         point,
         posterior,
         problems,
-        networks,
+        dose,
         spectra,
         analysis,
         tables,
@@ -292,9 +296,8 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
         (lambda: jobs.mean_interval([3.0, 4.0]), "correlations: 3 to 4 given"),
-        (lambda: networks.form(REGRESSION, "fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
-        (lambda: networks.form(REGRESSION, "fisher"), "problem: 'regression'"),
-        (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),
+        (lambda: dose.form(CASE, "fischer", ROWS), "matrix: 'fischer' given.*did you mean 'fisher'"),
+        (lambda: dose.proxies(PROBLEM, "shift 4"), "source: 'shift 4' given"),
         (lambda: spectra.train(problems.make("regression_linear")), "problem: 'regression'"),
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),

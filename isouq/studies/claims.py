@@ -30,6 +30,8 @@ _CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper",
 WRITTEN = {
     "before": "Its rules were written before any of these numbers was seen.",
     "look": "Its rules were written after a first look at another model, before any number for a core check was seen.",
+    "anew": "Its rules were written anew, on problems of their own, before any number for a core check was seen; the "
+    "numbers of an earlier test of the same claim were known.",
     "trials": "Its rules were written before the run that they judge, with some of its correlations seen in trials.",
     "after": "The limits of its rules were set before its chapter was run at this size. Which checks are core, and how "
     "several are corrected for, was decided afterwards, with the numbers known.",

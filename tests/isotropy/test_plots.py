@@ -29,12 +29,15 @@ def test_maps_share_one_scale_and_mark_their_proxies():
     assert len(second.collections[-1].get_offsets()) == 7
 
 
-def test_differences_put_each_interval_in_its_row():
-    table = pd.DataFrame({"source": ["x", "y"], "series": "s", "c": [1.0, 2.0], "c_low": 0.5, "c_high": [1.5, 3.0]})
-    ax = plots.differences(table, {"c": "label"}, rows=["y", "x"], series=["s"]).axes[0]
-    marks, at = ax.get_lines()[1].get_data()
-    assert (list(marks), list(at)) == ([1, 2], [1, 0])
-    assert len(ax.collections[0].get_segments()) == 2
+def test_responses_draw_each_problem_and_their_mean():
+    rows = [("r", problem, shift, shift * slope) for problem, slope in (("a", 0.1), ("b", 0.3)) for shift in (0.0, 2.0)]
+    table = pd.DataFrame(rows, columns=["reference", "problem", "shift", "excess"])
+    ax = plots.responses(table, {"r": "R"}).axes[0]
+    _, *thin, mean = ax.get_lines()
+    assert sorted(line.get_ydata()[1] for line in thin) == pytest.approx([0.2, 0.6])
+    assert list(mean.get_ydata()) == pytest.approx([0, 0.4])
+    one = table[table["problem"] == "a"]
+    assert len(plots.responses(one, {"r": "R"}).axes[0].get_lines()[-1].get_xdata()) == 0, "one problem has no mean"
 
 
 def test_sweeps_have_a_line_for_every_series():

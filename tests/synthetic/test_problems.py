@@ -13,7 +13,7 @@ from isouq.studies.synthetic.posterior import Settings
 from isouq.studies.synthetic.problems import Model, Network
 
 
-@pytest.mark.parametrize("name", problems.SPECS)
+@pytest.mark.parametrize("name", [*problems.SPECS, *problems.FRESH])
 def test_data_follow_from_the_seed_and_lie_on_the_grid(name):
     first, again, other = (problems.make(name, seed=seed) for seed in (3, 3, 4))
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
@@ -23,6 +23,14 @@ def test_data_follow_from_the_seed_and_lie_on_the_grid(name):
     assert (first.inputs < high).mean() > 0.95
     assert len(first.grid) == np.prod(first.shape)
     assert 0.1 < first.near_data().mean() < 0.9
+
+
+def test_the_fresh_problems_have_every_class_and_are_none_of_the_papers():
+    assert not problems.FRESH.keys() & problems.SPECS.keys()
+    for name, spec in problems.FRESH.items():
+        share = np.bincount(problems.make(name, seed=900).targets, minlength=max(2, spec.model.network.n_outputs))
+        assert share.min() > 10, name
+        assert set(spec.model.scales()) == {1.0}, "the prior is N(0, 1), so isotropy is right without data"
 
 
 def test_two_problems_of_one_seed_share_no_random_numbers():

@@ -8,6 +8,8 @@ structure does not.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +27,13 @@ class Structure:
     """How much of a field nearness explains: R² of the fit, its mean under permutation, and the permutation's p-value.
 
     `beyond_chance` = (R² − mean)/(1 − mean): 0 where nearness explains what it would explain by chance, 1 where all.
+    `variance`: of the field, in its units squared; of what `given` features leave over, where there were any.
     """
 
     explained: float
     by_chance: float
     p_value: float
+    variance: float
 
     @property
     def beyond_chance(self) -> float:
@@ -71,30 +75,55 @@ def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 
     return np.stack([distances.min(1), np.exp(-0.5 * np.square(distances / width)).mean(1)], 1)
 
 
-def structure(field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_]) -> Structure:
+def structure(
+    field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
+) -> Structure:
     """Return R² of the field's linear fit on `features`, and R² after each permutation of the field's points.
 
+    With other features `given`, R² is partial: the share that `features` explain of what those leave over. Then the
+    residuals are permuted, and fitted on `given` again (Freedman and Lane 1983).
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
     preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
-    A field that is zero up to rounding has no structure: R² = 0, p = 1.
+    A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
     require.same_rows(field=field, features=features)
-    features = require.numbers("features", features, 2)
-    field = require.numbers("field", field, least=features.shape[1] + 2)
-    permutations = require.numbers("permutations", permutations, 2, width=len(field)).astype(int)
-    if (np.sort(permutations) != np.arange(len(field))).any():
-        raise ValueError(f"permutations: rows given that are no order of the {len(field)} points, such orders wanted")
-    basis = features - features.mean(0)
-    if (features == features[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
+    return structures([require.numbers("field", field)], features, permutations, given=given)[0]
+
+
+def structures(
+    fields: Sequence[Array], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
+) -> list[Structure]:
+    """Return the `structure` of several fields (point,) by the same features."""
+    columns = features = require.numbers("features", features, 2)
+    permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
+    if (np.sort(permutations) != np.arange(len(features))).any():
+        raise ValueError(
+            f"permutations: rows given that are no order of the {len(features)} points, such orders wanted"
+        )
+    if given is not None:
+        require.same_rows(features=features, given=given)
+        columns = np.hstack([require.numbers("given", given, 2), features])
+    basis = columns - columns.mean(0)
+    if (columns == columns[0]).all(0).any() or np.linalg.matrix_rank(basis / basis.std(0)) < basis.shape[1]:
         raise ValueError("features: a constant one given, or one that follows from the others; others wanted")
-    if field.std() < 1e-9:
-        return Structure(explained=0.0, by_chance=0.0, p_value=1.0)
-    basis = np.linalg.qr(basis)[0]
-    standard = (field - field.mean()) / (field.std() * np.sqrt(len(field)))
-    explained = float(np.square(standard @ basis).sum())
-    null = np.square(standard[permutations] @ basis).sum(1)
+    known, basis = np.split(np.linalg.qr(basis)[0], [basis.shape[1] - features.shape[1]], axis=1)
+    return [_structure(field, known, basis, permutations) for field in fields]
+
+
+def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
+    """Fit a field on orthonormal columns, `basis` beside those `known`."""
+    require.same_rows(field=field, features=basis)
+    field = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
+    rest = field - field.mean()
+    rest = rest - known @ (known.T @ rest)
+    if rest.std() < 1e-9:
+        return Structure(explained=0.0, by_chance=0.0, p_value=1.0, variance=0.0)
+    variance, rest = float(rest.var()), rest / np.linalg.norm(rest)
+    moved = rest.take(permutations)
+    explained = float(np.square(rest @ basis).sum())
+    null = np.square(moved @ basis).sum(1) / (1 - np.square(moved @ known).sum(1))
     p_value = (1 + int((null >= explained).sum())) / (1 + len(null))
-    return Structure(explained=explained, by_chance=float(null.mean()), p_value=p_value)
+    return Structure(explained=explained, by_chance=float(null.mean()), p_value=p_value, variance=variance)
 
 
 def shuffles(
@@ -112,15 +141,15 @@ def shuffles(
     return rows
 
 
-def grid_shifts(shape: tuple[int, ...], n_permutations: int, *, seed: int) -> Int[np.ndarray, "permutation point"]:
-    """Return random shifts around a grid's edges, some mirrored; unlike shuffles, they keep neighbours together."""
-    rng = np.random.default_rng(require.seed("seed", seed))
+def grid_shifts(shape: tuple[int, ...]) -> Int[np.ndarray, "permutation point"]:
+    """Return every shift of a grid around its edges, with every mirror and, on a square, turn; neighbours stay so.
+
+    All of them, 3,200 for 20 × 20 points, so that a p-value depends on no seed.
+    """
     shape = tuple(require.count("shape", size) for size in shape)
-    indices = np.arange(int(np.prod(shape))).reshape(shape)
-    rows = np.empty((require.count("n_permutations", n_permutations), indices.size), dtype=int)
-    for row in rows:
-        moved = np.roll(indices, [int(rng.integers(size)) for size in shape], axis=tuple(range(len(shape))))
-        for axis in range(len(shape)):
-            moved = np.flip(moved, axis) if rng.integers(2) else moved
-        row[:] = moved.ravel()
-    return rows
+    indices, axes = np.arange(int(np.prod(shape))).reshape(shape), range(len(shape))
+    orders = list(itertools.permutations(axes)) if len(set(shape)) == 1 else [tuple(axes)]
+    mirrors = [mirror for n in range(len(shape) + 1) for mirror in itertools.combinations(axes, n)]
+    images = [np.flip(indices.transpose(order), mirror) for order in orders for mirror in mirrors]
+    shifts = itertools.product(*(range(size) for size in shape))
+    return np.array([np.roll(image, shift, axes).ravel() for shift in shifts for image in images])

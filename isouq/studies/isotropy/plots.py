@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from isouq.studies.plotting import GUIDE, panels, plane_map
+from isouq.studies.synthetic.findings import over_problems
 
 Array = NDArray[np.float64]
 
@@ -27,8 +28,12 @@ LOOKS = [
 
 
 def distortion_maps(problem, fields: Mapping[str, Array], proxies: Mapping[str, Array]) -> Figure:
-    """Draw a map of log(estimate/reference) per entry of `fields` (point,), on one colour scale, with its proxies."""
-    figure, axes = panels(3, -(-len(fields) // 3), aspect=1.0)
+    """Draw a map of log(estimate/reference) per entry of `fields` (point,), on one colour scale, with its proxies.
+
+    Proxies outside the map are left out.
+    """
+    n_columns = 2 if len(fields) == 4 else 3
+    figure, axes = panels(n_columns, -(-len(fields) // n_columns), aspect=1.0)
     reach = max(np.abs(field).max() for field in fields.values())
     norm = SymLogNorm(linthresh=0.5, vmin=-reach, vmax=reach, base=10)
     for ax in axes.flat[len(fields) :]:
@@ -41,29 +46,27 @@ def distortion_maps(problem, fields: Mapping[str, Array], proxies: Mapping[str, 
         ax.set_title(title)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.6, ticks=[-reach, -1, 0, 1, reach])
     bar.ax.set_yticklabels([f"{-reach:.1f}", "−1", "0", "1", f"{reach:.1f}"])
-    bar.set_label("log(estimate / MCMC), scale removed (nats)")
+    bar.set_label("log(estimate / reference), scale removed (nats)")
     return figure
 
 
-def differences(
-    table: pd.DataFrame, columns: Mapping[str, str], *, rows: Sequence[str], series: Sequence[str]
-) -> Figure:
-    """Draw a panel for each of `columns` (column → axis label): a row per source, an interval per series, zero dashed.
+def responses(curves: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Draw the excess over the shift: a panel per reference of `labels`, a thin line per problem, the mean with a band.
 
-    table: columns source, series, and for every column c its c, c_low, c_high.
+    curves: columns reference, problem, shift, excess; the band is the 95 % t-interval over problems.
     """
-    figure, axes = panels(len(columns), aspect=1.3, sharey=True)
-    for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
-        ax.axvline(0, **GUIDE)
-        for place, name in enumerate(series):
-            colour, marker, _ = LOOKS[place]
-            part = table[table["series"] == name]
-            at = [rows.index(source) + 0.18 * (place - (len(series) - 1) / 2) for source in part["source"]]
-            ax.hlines(at, part[f"{column}_low"], part[f"{column}_high"], color=colour, linewidth=1.5)
-            ax.plot(part[column], at, marker, color=colour, markersize=5, label=name)
-        ax.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
-    axes[0, 0].set_yticks(range(len(rows)), rows)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure, axes = panels(len(labels), aspect=1.1, sharey=True)
+    for ax, (reference, label) in zip(axes[0], labels.items(), strict=True):
+        wide = curves[curves["reference"] == reference].pivot_table(index="shift", columns="problem", values="excess")
+        ax.axhline(0, **GUIDE)
+        ax.plot(wide.index, wide, color="#777777", linewidth=0.6, alpha=0.7)
+        bands = [over_problems(row.dropna()) for _, row in wide.iterrows()]
+        known = [(shift, b.value, b.low, b.high) for shift, b in zip(wide.index, bands, strict=True) if b is not None]
+        shift, value, low, high = np.array(known).reshape(-1, 4).T
+        ax.plot(shift, value, color=LOOKS[0][0], marker="o", markersize=4)
+        ax.fill_between(shift, low, high, color=LOOKS[0][0], alpha=0.2, linewidth=0)
+        ax.set(title=label, xlabel="shift of the proxies")
+    axes[0, 0].set_ylabel("structure, more than\nisotropy's (share)")
     return figure
 
 

@@ -53,8 +53,8 @@ class Record:
 
 def cell(job: Job) -> dict[str, Any]:
     """Return a job's FACTORS by name; a problem without a hidden layer has the activation "linear" and width 0."""
-    spec = problems.SPECS[job.problem]
-    model, linear = spec.model, spec.model.network.depth == 0
+    model = problems.spec(job.problem).model
+    linear = model.network.depth == 0
     if model.kind == "regression":
         with_gap = job.problem == "regression_nonlinear" if job.gap is None else job.gap
         design = "gap" if with_gap else "no_gap"

@@ -38,7 +38,7 @@ COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "mcm
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to sample and how; fields left None take the values of ``problems.SPECS``."""
+    """What to sample and how; fields left None take the values of the problem's ``spec``."""
 
     problem: str
     seed: int = 0
@@ -55,9 +55,8 @@ class Job:
 
     def make(self) -> Problem:
         """Make the problem. Raises ValueError for unknown or impossible settings, before anything is sampled."""
-        require.one_of("problem", self.problem, problems.SPECS)
         require.count("n_starts", self.n_starts)
-        model = problems.SPECS[self.problem].model
+        model = problems.spec(self.problem).model
         network = replace(model.network, **self._given("width", "depth", "activation"))
         model = replace(model, network=network, **self._given("prior_scale", "prior_scaling"))
         data = {name: getattr(self, name) for name in ("seed", "n_examples", "resolution", "gap")}

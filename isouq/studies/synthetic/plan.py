@@ -104,6 +104,16 @@ def headline(section: Any) -> list[Job]:
     return list(itertools.compress(chosen, used))
 
 
+def dose(section: Any) -> list[Job]:
+    """Return the jobs behind claim C2: `dose_problems`, in the headline setting at each of `dose_widths`."""
+    chosen = []
+    seeds = range(section.seed, section.seed + section.n_seeds)
+    for width, seed, problem in itertools.product(section.dose_widths, seeds, section.dose_problems):
+        activation = "relu" if jobs.problems.spec(problem).model.kind == "multiclass" else "tanh"
+        chosen.append(atlas_job(seed, problem, activation, width, "fixed", "few"))
+    return [job for job in chosen if job is not None]
+
+
 def _grid(section: Any, n_seeds: int, *factors: Iterable[Any]) -> list[Job]:
     seeds = range(section.seed, section.seed + n_seeds)
     settings = itertools.product(seeds, section.atlas_problems, *factors)
@@ -112,7 +122,7 @@ def _grid(section: Any, n_seeds: int, *factors: Iterable[Any]) -> list[Job]:
 
 def atlas_job(seed: int, problem: str, activation: str, width: int, prior: str, design: str) -> Job | None:
     """Return the job of one setting with one data seed, or None for a design that the problem does not have."""
-    model = jobs.problems.SPECS[problem].model
+    model = jobs.problems.spec(problem).model
     linear, regression = model.network.depth == 0, model.kind == "regression"
     if regression != (design in ("gap", "no_gap")):
         return None
