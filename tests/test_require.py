@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.isotropy import covariance, distortion, networks, spectra
+from isouq.studies.isotropy import covariance, distortion, networks, ranks
 from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
 
@@ -152,10 +152,11 @@ ROWS_OF = {
         "resolution": (5, "count or None"), "gap": (None, ""),
     },
     networks.proxies: {"problem": (PROBLEM, ""), "source": ("unseen", "name"), "n": (5, "count")},
-    spectra.train: {"problem": (PROBLEM, ""), "target_loss": (9.0, "number"), "step_size": (0.1, "positive")},
-    spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
-    spectra.hessian_in_prior_units: AT,
-    spectra.count_outliers: AT | {"start": (4, "count")},
+    ranks.network: {
+        "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
+    },
+    ranks.log_odds: AT,
+    ranks.measure: AT | {"weight": (1.0, "positive")},
     tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
@@ -165,7 +166,7 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(networks.solve, networks.form, networks.compare, networks.table, point.objective),
-    *(networks.against_isotropic, networks.interval, spectra.widths),
+    *(networks.against_isotropic, networks.interval, ranks.table, ranks.by_width, ranks.slopes),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
@@ -175,6 +176,7 @@ TAKE_OBJECTS = {
     *(tables.label, tables.by_pair, tables.examples, tables.description, tables.named, tables.method_labels),
     *(tables.rejection, tables.prompts),
     *(
+        ranks.named_results,
         analysis.named_results,
         analysis.result_of,
         tables.beside_paper,
@@ -196,7 +198,7 @@ def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
         posterior,
         problems,
         networks,
-        spectra,
+        ranks,
         analysis,
         tables,
     )
@@ -295,7 +297,6 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: networks.form(REGRESSION, "fischer"), "matrix: 'fischer' given.*did you mean 'fisher'"),
         (lambda: networks.form(REGRESSION, "fisher"), "problem: 'regression'"),
         (lambda: networks.proxies(problems.make("binary_linear"), "other problem", 3), "problem: 'binary_linear'"),
-        (lambda: spectra.train(problems.make("regression_linear")), "problem: 'regression'"),
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
         (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),

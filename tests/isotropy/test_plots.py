@@ -1,7 +1,5 @@
 """Figures show what they are given: as many marks and lines as rows, in the place that the numbers say."""
 
-from types import SimpleNamespace
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -41,10 +39,3 @@ def test_sweeps_have_a_line_for_every_series():
     table = pd.DataFrame({"series": ["a", "a", "b", "b"], "n": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
     ax = plots.sweeps({"t": (table, "n", "n")}, ylabel="y").axes[0]
     assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
-
-
-def test_spectra_are_sorted():
-    one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]), ggn=np.ones(2))
-    shares = pd.DataFrame({"n_parameters": [3, 9], "series": "s", "value": 0.5, "low": 0.4, "high": 0.6})
-    figure = plots.width_spectra([one], shares)
-    assert list(figure.axes[0].get_lines()[0].get_ydata()) == [3, 2, 1]

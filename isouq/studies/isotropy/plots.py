@@ -85,25 +85,3 @@ def _lines(table: pd.DataFrame, x: str, ax: Axes) -> None:
         ax.plot(part[x], part["value"], color=colour, marker=marker, linestyle=style, markersize=4, label=name)
         if "low" in part:
             ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
-
-
-def width_spectra(spectra: Sequence, shares: pd.DataFrame) -> Figure:
-    """Draw eigenvalues of Hessian (thick) and GGN in units of the prior, and shares over the network's size.
-
-    shares: columns n_parameters, series, value, low, high.
-    """
-    figure, axes = panels(2, aspect=0.8)
-    left, right = axes[0]
-    for spectrum, (colour, _, style) in zip(spectra, LOOKS, strict=False):
-        for values, look in (
-            (np.abs(spectrum.hessian), {"linestyle": style, "linewidth": 1.5, "label": f"width {spectrum.width}"}),
-            (spectrum.ggn, {"linewidth": 0.6}),
-        ):
-            left.loglog(np.arange(1, len(values) + 1), np.sort(values)[::-1], color=colour, **look)
-    left.axhline(1, **GUIDE)
-    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue|, prior = 1", ylim=(1e-6, None))
-    _lines(shares, "n_parameters", right)
-    right.set(xscale="log", xlabel="parameters", ylabel="share", ylim=(0, 1.03))
-    left.legend(fontsize="x-small")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    return figure
