@@ -155,7 +155,7 @@ ROWS_OF = {
     ranks.network: {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
     },
-    ranks.log_odds: AT,
+    ranks.factored: AT | {"classes": (CLASSES, "classes")},
     ranks.measure: AT | {"weight": (1.0, "positive")},
     tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},

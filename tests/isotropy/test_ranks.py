@@ -31,7 +31,7 @@ def test_the_gradient_of_a_probability_is_that_of_its_log_odds_times_the_factor(
         problem = ranks.network(name, seed=900, width=4)
         theta = 0.5 * np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
         classes = point.predicted_classes(problem, theta)
-        h, log_factor = ranks.log_odds(problem, theta)
+        h, log_factor = ranks.factored(problem, theta, classes)
         p = point.probabilities(problem, theta, classes)
         np.testing.assert_allclose(log_factor, np.log(p * (1 - p)), rtol=1e-9)
         np.testing.assert_allclose(
@@ -42,7 +42,7 @@ def test_the_gradient_of_a_probability_is_that_of_its_log_odds_times_the_factor(
 def test_a_confident_network_keeps_its_log_odds():
     problem = ranks.network("multiclass_spirals", seed=900, width=4)
     theta = 20 * np.random.default_rng(0).normal(size=problem.model.network.n_parameters)
-    h, log_factor = ranks.log_odds(problem, theta)
+    h, log_factor = ranks.factored(problem, theta, point.predicted_classes(problem, theta))
     assert log_factor.min() < -100, "p rounds to 1 here"
     assert np.isfinite(h).all()
     assert np.isfinite([value for row in ranks.measure(problem, theta) for value in list(row.values())[1:]]).all()
@@ -51,7 +51,7 @@ def test_a_confident_network_keeps_its_log_odds():
 def test_every_number_is_that_of_the_whole_matrices(trained):
     problem, theta = trained
     classes, scales = point.predicted_classes(problem, theta), problem.model.scales()
-    g, (h, _) = point.gradients(problem, theta, classes), ranks.log_odds(problem, theta)
+    g, (h, _) = point.gradients(problem, theta, classes), ranks.factored(problem, theta, classes)
     precision = point.ggn(problem, theta)
     of_g, of_h = point.quadratic_form(g, precision), point.quadratic_form(h, precision)
     values, vectors = np.linalg.eigh(precision * np.outer(scales, scales) - np.eye(len(theta)))

@@ -57,20 +57,20 @@ def network(name: str, *, seed: int, width: int, prior: str = "fixed") -> Proble
     return replace(made, model=replace(made.model, network=wide, prior_scaling=prior, prior_scale=scale))
 
 
-def log_odds(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """Return h = ∇ log(p/(1−p)) of the predicted class on the grid (point, param), and log p(1−p) (point,).
+def factored(problem: Problem, theta: Array, classes: NDArray) -> tuple[Array, Array]:
+    """Return h (point, param) and log f (point,), with g = f h the gradient of p(y_c) on the grid.
 
-    From the logits, since p of a confident network rounds to 1: with z the logits and w the softmax of all but c's,
-    h = ∇z_c − Σ_j w_j ∇z_j.
+    h = ∇ log(p/(1−p)) and f = p(1−p), from the logits z, since p of a confident network rounds to 1: with w the softmax
+    of all but c's, h = ∇z_c − Σ_j w_j ∇z_j. Of a regression h is the gradient of the mean, and f is 1.
     """
-    J, logits = point.jacobian(problem, theta, problem.grid)
-    if logits.shape[1] == 1:
-        odds, h = logits[:, 0], J[:, 0]
-    else:
-        at = np.arange(len(logits)), point.predicted_classes(problem, theta)
-        others = logits.copy()
+    (J, outputs), classes = point.jacobian(problem, theta, problem.grid), problem.classes(classes)
+    if problem.model.kind == "regression":
+        return J[:, 0], np.zeros(len(J))
+    odds, h = outputs[:, 0], J[:, 0]
+    if problem.model.kind == "multiclass":
+        at, others = (np.arange(len(outputs)), classes), outputs.copy()
         others[at] = -np.inf
-        odds = logits[at] - logsumexp(others, axis=1)
+        odds = outputs[at] - logsumexp(others, axis=1)
         h = J[at] - np.einsum("pc,pcq->pq", softmax(others, axis=1), J)
     return h, -np.logaddexp(0, odds) - np.logaddexp(0, -odds)
 
@@ -83,7 +83,8 @@ def measure(problem: Problem, theta: Array, *, weight: float = 1.0) -> list[dict
     directions where the data say less than the prior, F < 1. outliers: the share of F's eigenvalues above 1. bound: the
     rank of F over its size, which outliers cannot exceed.
     """
-    (h, log_factor), scales = log_odds(problem, theta), problem.model.scales()
+    classes, scales = point.predicted_classes(problem, theta), problem.model.scales()
+    h, log_factor = factored(problem, theta, classes)
     J, logits = point.jacobian(problem, theta, problem.inputs)
     rows = covariance.fisher_rows(J * scales, logits)  # for a softmax the Fisher is the GGN
     ggn = covariance.from_rows(np.sqrt(require.number("weight", weight, 0.0)) * rows, n_examples=1)
