@@ -32,7 +32,8 @@ STEPS = ("one mode", "Gaussian", "straight line", "isotropy")
 # Beside the steps: the error of ‖g‖² at this mode and at the trained network (which claim C4 is about), and what of
 # MCMC's variance and of the Gaussian's is Monte Carlo.
 OTHERS = ("error", "error, trained", "noise of MCMC", "noise of the Gaussian")
-N_DRAWS = 2000  # of the Gaussian
+# Draws of the Gaussian in a block, the noise (nats²) at which there are enough, and the most blocks.
+N_DRAWS, ENOUGH, MOST_BLOCKS = 2000, 0.02, 8
 
 
 def laplace(problem: Problem, theta: Array) -> tuple[Array, str]:
@@ -47,16 +48,29 @@ def laplace(problem: Problem, theta: Array) -> tuple[Array, str]:
 
 
 def gaussian(problem: Problem, theta: Array, precision: Array, classes: NDArray, *, n_draws: int = N_DRAWS) -> Array:
-    """Return the variance of p(y_c) over N(θ, precision⁻¹) from each half of `n_draws` draws: (2, point).
+    """Return the variance of p(y_c) over N(θ, precision⁻¹) from each half of its draws: (2, point).
+
+    Blocks of `n_draws` are added until the noise is at most ENOUGH, or there are MOST_BLOCKS: where a network is
+    confident, the variance rests on few draws.
 
     Raises ValueError for fewer than 4 draws and for a precision that is not symmetric.
     """
     factor = np.linalg.cholesky(require.symmetric("precision", precision))
-    z = np.random.default_rng(problem.seed).normal(size=(require.count("n_draws", n_draws, 4), len(factor)))
-    draws = problem.model.parameters(theta) + scipy.linalg.solve_triangular(factor, z.T, trans="T", lower=True).T
-    values = posterior.functions(problem, draws[None])[0]
-    values = np.take_along_axis(values, problem.classes(classes)[None, :, None], axis=2)[..., 0]
-    return np.stack([half.var(axis=0) for half in np.array_split(values, 2)])
+    rng, at = np.random.default_rng(problem.seed), problem.classes(classes)[None, :, None]
+    size, values = (len(factor), require.count("n_draws", n_draws, 4)), np.empty((0, len(problem.grid)))
+    for _ in range(MOST_BLOCKS):
+        z = scipy.linalg.solve_triangular(factor, rng.normal(size=size), trans="T", lower=True)
+        block = posterior.functions(problem, (problem.model.parameters(theta) + z.T)[None])[0]
+        values = np.concatenate([values, np.take_along_axis(block, at, axis=2)[..., 0]])
+        halves = np.stack([values[0::2].var(axis=0), values[1::2].var(axis=0)])
+        if noise(halves) <= ENOUGH:
+            break
+    return halves
+
+
+def noise(halves: Array) -> float:
+    """Return the Monte Carlo variance (nats²) of the logarithm of the mean of two independent halves (2, point)."""
+    return float(np.log(halves[0] / halves[1]).var() / 4)
 
 
 def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, Array], Array, str] | None:
@@ -94,8 +108,8 @@ def _log(name: str, variance: Array | None) -> Array:
 def steps(record: Record, *, n_draws: int = N_DRAWS) -> list[dict[str, Any]]:
     """Return a row per step and for each of OTHERS: problem, seed, matrix, step, variance (nats²), share and rho.
 
-    rho: Spearman's ρ of what the step arrives at with MCMC's variance. The noise of a mean of two independent halves is
-    Var[log(first/second)]/4. NaN where the record has no draws around a mode, or its posterior failed the gate.
+    rho: Spearman's ρ of what the step arrives at with MCMC's variance. NaN where the record has no draws around a mode,
+    or its posterior failed the gate.
     """
     own = {"problem": record.job.problem, "seed": record.job.seed, "matrix": "", "share": np.nan, "rho": np.nan}
     found = log_variances(record, n_draws=n_draws) if record.facts["passed"] else None
@@ -108,9 +122,11 @@ def steps(record: Record, *, n_draws: int = N_DRAWS) -> list[dict[str, Any]]:
         share = float(np.cov(after - before, error)[0, 1] / error.var(ddof=1))
         of_step = {"step": step, "variance": (after - before).var(), "share": share}
         rows.append(own | of_step | {"rho": correlation(after, path[0])[1]})
-    noise = [np.log(halves[0] / halves[1]) / 2 for halves in (record.fields["halves"].astype(float), of_gaussian)]
-    others = dict(zip(OTHERS, [error, logs["trained"] - path[0], *noise], strict=True))
-    rows += [own | {"step": step, "variance": field.var()} for step, field in others.items()]
+    trained = logs["trained"] - path[0]
+    noises = noise(record.fields["halves"].astype(float)), noise(of_gaussian)
+    rows += [
+        own | {"step": k, "variance": v} for k, v in zip(OTHERS, (error.var(), trained.var(), *noises), strict=True)
+    ]
     rows[-3]["rho"] = correlation(logs["trained"], path[0])[1]
     return rows
 
@@ -131,18 +147,10 @@ def by_problem(table: pd.DataFrame) -> pd.DataFrame:
         n = int(group["variance"].notna().sum())
         own = {"problem": problem, "step": step, "n": n, "n_missing": len(group) - n}
         for column in ("variance", "share", "rho"):
-            ends = zip(("", "_low", "_high"), _mean(group[column], is_rho=column == "rho"), strict=True)
+            ends = zip(("", "_low", "_high"), findings.average(group[column], is_rho=column == "rho"), strict=True)
             own |= {f"{column}{end}": value for end, value in ends}
         rows.append(own)
     return pd.DataFrame(rows)
-
-
-def _mean(values: pd.Series, *, is_rho: bool = False) -> tuple[float, float, float]:
-    """Return the mean with its t-interval, NaN for fewer than two values; correlations by Fisher's z."""
-    if is_rho:
-        return findings.mean(values)[:3]
-    band = findings.over_problems(values.dropna())
-    return (float(values.mean()), np.nan, np.nan) if band is None else (band.value, band.low, band.high)
 
 
 def named_results(table: pd.DataFrame) -> dict[str, Result]:
@@ -161,11 +169,11 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
     means, noise = by_problem(table), table[table["step"].isin(OTHERS[2:])]
     for (problem, step), group in table.drop(index=noise.index).groupby(["problem", "step"], sort=False):
         key, n = f"{problem}.{_key(str(step))}", int(group["variance"].notna().sum())
-        add(key, _mean(group["variance"]), n, "nats²")
-        add(f"{key}_share", _mean(group["share"]), n)
+        add(key, findings.average(group["variance"]), n, "nats²")
+        add(f"{key}_share", findings.average(group["share"]), n)
     for step in STEPS:
         shares = means.loc[means["step"] == step, "share"].dropna()
-        add(f"mean.{_key(step)}_share", _mean(shares), len(shares))
+        add(f"mean.{_key(step)}_share", findings.average(shares), len(shares))
     largest = noise.groupby(["problem", "step"])["variance"].mean().max()
     add("noise", (float(largest), np.nan, np.nan), len(noise), "nats²")
     first = table[table["step"] == STEPS[0]]

@@ -142,7 +142,7 @@ def chain(means: pd.DataFrame, titles: Mapping[str, str], steps: Sequence[str]) 
         mesh = ax.imshow(values, cmap="Purples" if column == "variance" else "RdBu", norm=scale, aspect="auto")
         for (row, place), value in np.ndenumerate(values):
             dark = np.isfinite(value) and np.dot(mesh.to_rgba(value)[:3], (0.3, 0.6, 0.1)) < 0.5
-            text = f"{value:.{0 if abs(value) >= 10 else 2}f}".replace("-", "−") if np.isfinite(value) else "×"
+            text = f"{round(value, 2) + 0:.{0 if value >= 10 else 2}f}".replace("-", "−") if np.isfinite(value) else "×"
             ax.text(place, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
         ax.axvline(len(steps) - 0.5, color="white", linewidth=4)
         labels = [*steps, "all four" if column == "variance" else "the same, trained"]

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
 from isouq.studies import require
-from isouq.studies.evaluation import Interval, spearman
+from isouq.studies.evaluation import spearman
 from isouq.studies.isotropy import covariance
 from isouq.studies.results import Result
 from isouq.studies.synthetic import findings, modes, point, problems
 from isouq.studies.synthetic.atlas import REGIONS
-from isouq.studies.synthetic.jobs import mean_interval
 from isouq.studies.synthetic.plan import FIXED_SCALE
 from isouq.studies.synthetic.problems import Problem
 from isouq.studies.verdicts import fisher_z
@@ -142,9 +141,7 @@ def by_width(table: pd.DataFrame) -> pd.DataFrame:
             is_rho = statistic in CORRELATIONS
             scaled = group.assign(value=fisher_z(group[statistic]) if is_rho else group[statistic])
             values = scaled.groupby("problem")["value"].mean()
-            band = mean_interval(np.tanh(values)) if is_rho else findings.over_problems(values)
-            mean = float(np.tanh(values.mean()) if is_rho else values.mean())
-            rows.append({**own, "statistic": statistic, **_row(mean, band, len(values))})
+            rows.append(own | _row(statistic, np.tanh(values) if is_rho else values, is_rho=is_rho))
     return pd.DataFrame(rows)
 
 
@@ -163,9 +160,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
         own = dict(zip(["prior", "region"], names, strict=True))
         for statistic in ("z", "sd"):
             each = {key: _slope(part, statistic) for key, part in group.groupby(["problem", "seed"])}
-            values = pd.Series(each).groupby(level=0).mean()
-            band = findings.over_problems(values)
-            rows.append({**own, "statistic": statistic, **_row(float(values.mean()), band, len(values))})
+            rows.append(own | _row(statistic, pd.Series(each).groupby(level=0).mean()))
     return pd.DataFrame(rows)
 
 
@@ -173,9 +168,9 @@ def _slope(group: pd.DataFrame, column: str) -> float:
     return float(np.polyfit(np.log2(group["width"]), group[column], 1)[0])
 
 
-def _row(value: float, band: Interval | None, n: int) -> dict[str, float]:
-    ends = (np.nan, np.nan) if band is None else (band.low, band.high)
-    return {"value": value, "low": ends[0], "high": ends[1], "n": n}
+def _row(statistic: str, of_problems: pd.Series, *, is_rho: bool = False) -> dict[str, Any]:
+    value, low, high = findings.average(of_problems, is_rho=is_rho)
+    return {"statistic": statistic, "value": value, "low": low, "high": high, "n": len(of_problems)}
 
 
 def named_results(table: pd.DataFrame) -> dict[str, Result]:
@@ -213,5 +208,5 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
 
 def _result(rows: pd.DataFrame, where: dict[str, Any]) -> Result:
     (row,) = rows[np.logical_and.reduce([rows[name] == value for name, value in where.items()])].to_dict("records")
-    ends = {} if np.isnan(row["low"]) else {"low": row["low"], "high": row["high"]}
-    return Result(value=row["value"], n=int(row["n"]), claim="C3", **ends)
+    low, high = (None, None) if np.isnan(row["low"]) else (row["low"], row["high"])
+    return Result(value=row["value"], low=low, high=high, n=int(row["n"]), claim="C3")
