@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.isotropy import covariance, distortion, networks, ranks
+from isouq.studies.isotropy import chain, covariance, distortion, networks, ranks
 from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
 
@@ -155,6 +155,11 @@ ROWS_OF = {
     ranks.network: {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
     },
+    chain.laplace: AT,
+    chain.gaussian: AT | {
+        "precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes"), "n_draws": (8, "count")
+    },
+    chain.noise: {"halves": (VALUES[0, :2, :, 0] ** 2, "alone")},
     ranks.factored: AT | {"classes": (CLASSES, "classes")},
     ranks.measure: AT | {"weight": (1.0, "positive")},
     tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
@@ -166,7 +171,8 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(networks.solve, networks.form, networks.compare, networks.table, point.objective),
-    *(networks.against_isotropic, networks.interval, ranks.table, ranks.by_width, ranks.slopes),
+    *(networks.against_isotropic, networks.interval, ranks.table, ranks.by_width, ranks.slopes, ranks.text),
+    *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
@@ -199,6 +205,7 @@ def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
         problems,
         networks,
         ranks,
+        chain,
         analysis,
         tables,
     )

@@ -147,6 +147,14 @@ def test_means_are_over_problems_and_by_fishers_z():
     assert sd["high"] - sd["value"] == pytest.approx(12.7062 * 0.2, rel=1e-4)
 
 
+def test_the_text_has_every_line_and_the_control_only_where_it_is():
+    shown = ranks.text(ranks.by_width(planted(0.0, 0.0)))
+    assert list(shown.index) == [label for label, _ in ranks.LINES.values()]
+    assert shown.loc["ρ of hᵀΣh with ‖h‖²", 16].startswith(f"{np.tanh(0.75):.3f} [")
+    assert list(shown.loc[ranks.LINES["control"][0]])[1:] == ["", ""]
+    assert shown.loc[ranks.LINES["bulk"][0], 2] == "0.500 [0.50, 0.50]"
+
+
 def test_the_results_are_those_that_the_claim_asks_for(small):
     results = ranks.named_results(small)
     claim = next(one for one in claims.load(CLAIMS) if one.id == "C3")
@@ -157,6 +165,10 @@ def test_the_results_are_those_that_the_claim_asks_for(small):
     assert results["isotropy.ranks.control"].value == pytest.approx(expected)
     one = ranks.named_results(small[small["problem"] == "binary_rings"])
     assert one["isotropy.ranks.rho"].low is None
+    wide = ranks.by_width(small).query(
+        "prior == 'fixed' and region == 'whole' and width == 6 and statistic == 'outliers'"
+    )
+    assert results["isotropy.ranks.outliers"].value == wide["value"].item()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ negative where the step undoes more than it adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,8 @@ def gaussian(problem: Problem, theta: Array, precision: Array, classes: NDArray,
 
 def noise(halves: Array) -> float:
     """Return the Monte Carlo variance (nats²) of the logarithm of the mean of two independent halves (2, point)."""
-    return float(np.log(halves[0] / halves[1]).var() / 4)
+    first, second = require.numbers("halves", halves, 2)
+    return float(np.log(first / second).var() / 4)
 
 
 def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, Array], Array, str] | None:
@@ -151,6 +152,23 @@ def by_problem(table: pd.DataFrame) -> pd.DataFrame:
             own |= {f"{column}{end}": value for end, value in ends}
         rows.append(own)
     return pd.DataFrame(rows)
+
+
+def text(means: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """Return the table of `by_problem` as a reader sees it: each step's share of the squared error, then OTHERS.
+
+    titles: problem → its label. n and missing: data seeds with and without a chain.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for row in means.to_dict("records"):
+        own = rows.setdefault(titles[row["problem"]], {})
+        if row["step"] in STEPS:
+            own[f"{row['step']}, share"] = f"{row['share']:.0%} [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+        else:
+            own[f"{row['step']} (nats²)"] = f"{row['variance']:.{0 if row['variance'] >= 10 else 3}f}"
+        own |= {"n": row["n"], "missing": row["n_missing"]}
+    table = pd.DataFrame(rows).T.rename_axis("")
+    return table[[name for name in table if name not in ("n", "missing")] + ["n", "missing"]]
 
 
 def named_results(table: pd.DataFrame) -> dict[str, Result]:

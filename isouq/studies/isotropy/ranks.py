@@ -37,6 +37,24 @@ CONTROL = 100.0  # times the weight of the data in the positive control: ranks m
 CORRELATIONS = ("rho", "rho_scaled", "rho_g", "rho_p")
 SHARES = ("bulk", "outliers", "bound")
 STATISTICS = (*CORRELATIONS, "sd", *SHARES)
+# What is reported: key → label, and how it differs from USUAL.
+USUAL: dict[str, Any] = {"prior": "fixed", "weight": 1.0, "region": "whole", "statistic": "rho"}
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rho": ("ρ of hᵀΣh with ‖h‖²", {}),
+    "rho_near": ("the same near the data", {"region": "near"}),
+    "rho_far": ("the same far from the data", {"region": "far"}),
+    "rho_fan_in": ("the same, prior scaled by fan-in", {"prior": "fan_in"}),
+    "rho_fan_in_scaled": ("the same, with ‖Sh‖²", {"prior": "fan_in", "statistic": "rho_scaled"}),
+    "control": ("control: ρ with 100 times the data", {"weight": CONTROL}),
+    "rho_g": ("ρ of gᵀΣg with ‖g‖²", {"statistic": "rho_g"}),
+    "rho_p": ("ρ of gᵀΣg with p(1−p) alone", {"statistic": "rho_p"}),
+    "control_g": ("control: ρ of gᵀΣg with ‖g‖²", {"weight": CONTROL, "statistic": "rho_g"}),
+    "sd": ("sd of log retained share (nats)", {"statistic": "sd"}),
+    "sd_fan_in": ("the same, prior scaled by fan-in", {"prior": "fan_in", "statistic": "sd"}),
+    "bulk": ("share of ‖h‖² in the bulk", {"statistic": "bulk"}),
+    "outliers": ("share of eigenvalues above the prior's", {"statistic": "outliers"}),
+    "bound": ("the most that this share can be", {"statistic": "bound"}),
+}
 
 
 def network(name: str, *, seed: int, width: int, prior: str = "fixed") -> Problem:
@@ -132,7 +150,7 @@ def by_width(table: pd.DataFrame) -> pd.DataFrame:
     """Return the mean over problems of each of STATISTICS, by prior, weight, region and width, with its t-interval.
 
     Columns: statistic, value, low, high (NaN for one problem) and n, the problems; seeds are averaged within a problem
-    first. Correlations are averaged by Fisher's z.
+    first. Correlations are averaged by Fisher's z, and the ends of shares are cut at 0 and 1.
     """
     rows, keys = [], ["prior", "weight", "region", "width"]
     for names, group in table.groupby(keys, sort=False):
@@ -142,7 +160,10 @@ def by_width(table: pd.DataFrame) -> pd.DataFrame:
             scaled = group.assign(value=fisher_z(group[statistic]) if is_rho else group[statistic])
             values = scaled.groupby("problem")["value"].mean()
             rows.append(own | _row(statistic, np.tanh(values) if is_rho else values, is_rho=is_rho))
-    return pd.DataFrame(rows)
+    means = pd.DataFrame(rows)
+    of_share = means["statistic"].isin(SHARES)
+    means.loc[of_share, ["low", "high"]] = means.loc[of_share, ["low", "high"]].clip(0, 1)
+    return means
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,40 +194,45 @@ def _row(statistic: str, of_problems: pd.Series, *, is_rho: bool = False) -> dic
     return {"statistic": statistic, "value": value, "low": low, "high": high, "n": len(of_problems)}
 
 
-def named_results(table: pd.DataFrame) -> dict[str, Result]:
-    """Return the results of the chapter by key: at the largest width unless named otherwise, on the whole map.
+def text(means: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `by_width` as a reader sees it: LINES over widths, each value with its interval."""
+    rows = []
+    for label, other in LINES.values():
+        row = {"": label}
+        for entry in _where(means, USUAL | other):
+            ends = "" if np.isnan(entry["low"]) else f" [{entry['low']:.2f}, {entry['high']:.2f}]"
+            row[entry["width"]] = f"{entry['value']:.3f}{ends}"
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("").fillna("")
 
-    rho, rho_near, rho_far, rho_fan_in: of hᵀΣh with ‖h‖²; rho_fan_in_scaled: with ‖Sh‖²; rho_narrow and control: at the
-    smallest width, without and with CONTROL times the data's weight; rho_g, rho_p and control_g: of gᵀΣg with ‖g‖² and
-    with (p(1−p))² alone, and the first in the control; slope, sd_slope and sd_slope_fan_in: `slopes` of z and of sd;
-    sd, bulk, outliers, bound; n_networks, and n_missed of them that did not reach the declared loss.
+
+def named_results(table: pd.DataFrame) -> dict[str, Result]:
+    """Return the results of the chapter by key: LINES at the largest width, the two controls at the smallest.
+
+    rho_narrow: rho at the smallest width; slope, sd_slope and sd_slope_fan_in: `slopes` of z and of sd over the whole
+    map; n_networks, and n_missed of them that did not reach the declared loss.
     """
-    wide, narrow = table["width"].max(), table["width"].min()
-    usual = {"prior": "fixed", "weight": 1.0, "region": "whole", "width": wide, "statistic": "rho"}
-    control, fan_in = {"width": narrow, "weight": CONTROL}, {"prior": "fan_in"}
-    keys: dict[str, dict[str, Any]] = {
-        "rho": {},
-        "rho_near": {"region": "near"},
-        "rho_far": {"region": "far"},
-        "rho_fan_in": fan_in,
-        "rho_fan_in_scaled": fan_in | {"statistic": "rho_scaled"},
-        "rho_narrow": {"width": narrow},
-        "control": control,
-        "control_g": control | {"statistic": "rho_g"},
-        **{name: {"statistic": name} for name in ("rho_g", "rho_p", "sd", *SHARES)},
+    means, trends = by_width(table), slopes(table)
+    wide, narrow = {"width": table["width"].max()}, {"width": table["width"].min()}
+    results = {
+        key: _result(means, USUAL | wide | (narrow if "control" in key else {}) | LINES[key][1]) for key in LINES
     }
-    rows, trends = by_width(table), slopes(table)
-    results = {key: _result(rows, usual | other) for key, other in keys.items()}
+    results["rho_narrow"] = _result(means, USUAL | narrow)
     of_trend = {"prior": "fixed", "region": "whole", "statistic": "sd"}
     results["slope"] = _result(trends, of_trend | {"statistic": "z"})
-    results["sd_slope"], results["sd_slope_fan_in"] = _result(trends, of_trend), _result(trends, of_trend | fan_in)
+    results["sd_slope"] = _result(trends, of_trend)
+    results["sd_slope_fan_in"] = _result(trends, of_trend | {"prior": "fan_in"})
     trained = table.drop_duplicates(["problem", "seed", "width"])
     results["n_networks"] = Result(value=len(trained))
     results["n_missed"] = Result(value=int((~trained["fits"]).sum()))
     return {f"isotropy.ranks.{key}": result for key, result in results.items()}
 
 
-def _result(rows: pd.DataFrame, where: dict[str, Any]) -> Result:
-    (row,) = rows[np.logical_and.reduce([rows[name] == value for name, value in where.items()])].to_dict("records")
+def _where(rows: pd.DataFrame, values: dict[str, Any]) -> list[dict[Any, Any]]:
+    return rows[np.logical_and.reduce([rows[name] == value for name, value in values.items()])].to_dict("records")
+
+
+def _result(rows: pd.DataFrame, values: dict[str, Any]) -> Result:
+    (row,) = _where(rows, values)
     low, high = (None, None) if np.isnan(row["low"]) else (row["low"], row["high"])
     return Result(value=row["value"], low=low, high=high, n=int(row["n"]), claim="C3")

@@ -141,7 +141,7 @@ def share(table: pd.DataFrame) -> Interval | None:
     """Return in which share of settings ‖g‖² reaches the paper's ρ less MARGIN: mean over problems, t-interval."""
     rows = settings(table)
     rows = rows[(rows["method"] == "gn") & rows["value"].notna()]
-    band = _over_problems(rows.groupby("problem")["reaches"].mean())
+    band = over_problems(rows.groupby("problem")["reaches"].mean())
     return band and Interval(band.value, max(band.low, 0.0), min(band.high, 1.0), band.n)
 
 
@@ -149,10 +149,11 @@ def difference(table: pd.DataFrame) -> Interval | None:
     """Return the mean over problems of ρ in the headline setting less the paper's, with its t-interval."""
     rows = headline(table)
     rows = rows[(rows["method"] == "gn") & (rows["statistic"] == "spearman")].set_index("problem")
-    return _over_problems((rows["value"] - rows["paper"]).dropna())
+    return over_problems((rows["value"] - rows["paper"]).dropna())
 
 
-def _over_problems(values: pd.Series) -> Interval | None:
+def over_problems(values: pd.Series) -> Interval | None:
+    """Return the mean of a value per problem with its 95 % t-interval; None for fewer than two."""
     if len(values) < 2:
         return None
     reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
@@ -166,7 +167,7 @@ def average(values: pd.Series, *, is_rho: bool = False) -> tuple[float, float, f
     """
     if is_rho:
         return mean(values)[:3]
-    band = _over_problems(values.dropna())
+    band = over_problems(values.dropna())
     return (float(values.mean()), np.nan, np.nan) if band is None else (band.value, band.low, band.high)
 
 
@@ -199,7 +200,7 @@ def _contrast(first: pd.DataFrame, second: pd.DataFrame, keys: list[str]) -> dic
     """Return the mean over problems of paired changes in z between rows that agree in `keys`."""
     pairs = first.merge(second, on=keys, suffixes=("", "_second"))
     changes = (pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean().dropna()
-    band = _over_problems(changes)
+    band = over_problems(changes)
     if band is None:
         return {"change": changes.mean(), "low": np.nan, "high": np.nan, "n": len(changes)}
     return {"change": band.value, "low": band.low, "high": band.high, "n": band.n}
@@ -227,7 +228,7 @@ def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
         pairs = pairs.dropna(subset=["spearman", "spearman_wide"])
         for names, group in pairs.groupby(["problem", "activation", "prior"], sort=False):
             z = fisher_z(group[["spearman", "spearman_wide"]]) / np.log2(widest / narrowest)
-            band = _over_problems(pd.Series(z[:, 1] - z[:, 0]))
+            band = over_problems(pd.Series(z[:, 1] - z[:, 0]))
             own = dict(zip(["problem", "activation", "prior"], names, strict=True)) | {"point": point, "n": len(group)}
             own |= {"change": float((z[:, 1] - z[:, 0]).mean()), "low": np.nan, "high": np.nan}
             own |= {"narrow": mean(group["spearman"])[0], "wide": mean(group["spearman_wide"])[0]}
