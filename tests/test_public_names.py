@@ -53,7 +53,7 @@ def test_a_public_name_says_what_it_takes_and_gives_and_its_example_runs(name, n
         ("distortion", "studies.isotropy.distortion"),
         ("qa", "studies.qa"),
         ("qa.judge", "studies.qa.judge"),
-        ("isotropy.spectra", "studies.isotropy.spectra"),
+        ("isotropy.covariance", "studies.isotropy.covariance"),
     ],
 )
 def test_a_module_that_moved_is_found_under_its_old_name_with_a_warning(monkeypatch, old, new):

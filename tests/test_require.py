@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.isotropy import covariance, distortion, dose, spectra
+from isouq.studies.isotropy import chain, covariance, distortion, dose, ranks
 from isouq.studies.qa import analysis, tables
 from isouq.studies.synthetic import jobs, point, posterior, problems
 
@@ -156,10 +156,16 @@ ROWS_OF = {
     },
     problems.spec: {"name": ("binary_moons", "name")},
     dose.proxies: {"problem": (PROBLEM, ""), "source": ("shift 2", "name")},
-    spectra.train: {"problem": (PROBLEM, ""), "target_loss": (9.0, "number"), "step_size": (0.1, "positive")},
-    spectra.spectrum: {"problem": (PROBLEM, ""), "largest_dense": (10, "whole")},
-    spectra.hessian_in_prior_units: AT,
-    spectra.count_outliers: AT | {"start": (4, "count")},
+    ranks.network: {
+        "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
+    },
+    chain.laplace: AT,
+    chain.gaussian: AT | {
+        "precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes"), "n_draws": (8, "count")
+    },
+    chain.noise: {"halves": (VALUES[0, :2, :, 0] ** 2, "alone")},
+    ranks.factored: AT | {"classes": (CLASSES, "classes")},
+    ranks.measure: AT | {"weight": (1.0, "positive")},
     tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
@@ -169,7 +175,9 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(dose.case, dose.cases, dose.form, dose.excesses, dose.recipes, dose.table, dose.responses, dose.over_seeds),
-    *(dose.verdicts, dose.curves, dose.swept, dose.named_results, point.objective, spectra.widths),
+    *(dose.verdicts, dose.curves, dose.swept, dose.named_results, point.objective),
+    *(ranks.table, ranks.by_width, ranks.slopes, ranks.text),
+    *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
@@ -179,6 +187,7 @@ TAKE_OBJECTS = {
     *(tables.label, tables.by_pair, tables.examples, tables.description, tables.named, tables.method_labels),
     *(tables.rejection, tables.prompts),
     *(
+        ranks.named_results,
         analysis.named_results,
         analysis.result_of,
         tables.beside_paper,
@@ -200,7 +209,8 @@ def test_every_public_function_has_a_row_and_every_argument_of_it_a_kind():
         posterior,
         problems,
         dose,
-        spectra,
+        ranks,
+        chain,
         analysis,
         tables,
     )
@@ -298,7 +308,6 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: jobs.mean_interval([3.0, 4.0]), "correlations: 3 to 4 given"),
         (lambda: dose.form(CASE, "fischer", ROWS), "matrix: 'fischer' given.*did you mean 'fisher'"),
         (lambda: dose.proxies(PROBLEM, "shift 4"), "source: 'shift 4' given"),
-        (lambda: spectra.train(problems.make("regression_linear")), "problem: 'regression'"),
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),
         (lambda: analysis.Analysis(n_resamples=39), "n_resamples: 39"),
         (lambda: analysis.Analysis(n_folds=11), "n_folds: 11"),

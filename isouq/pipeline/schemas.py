@@ -18,7 +18,7 @@ from isouq.studies.results import key_of
 CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")  # of the last, the model picks a reference
 SET_BY_PIPELINE = {"profile", "results_path"}
-_TAKEN = {"machine", "networks", "spectra", "targets"}  # parts of other keys, where a model's name stands
+_TAKEN = {"machine", "chain", "networks", "ranks", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it

@@ -1,7 +1,5 @@
 """Figures show what they are given: as many marks and lines as rows, in the place that the numbers say."""
 
-from types import SimpleNamespace
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -46,8 +44,31 @@ def test_sweeps_have_a_line_for_every_series():
     assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
 
 
-def test_spectra_are_sorted():
-    one = SimpleNamespace(width=4, hessian=np.array([-3.0, 1.0, 2.0]), ggn=np.ones(2))
-    shares = pd.DataFrame({"n_parameters": [3, 9], "series": "s", "value": 0.5, "low": 0.4, "high": 0.6})
-    figure = plots.width_spectra([one], shares)
-    assert list(figure.axes[0].get_lines()[0].get_ydata()) == [3, 2, 1]
+def test_ranks_by_width_draw_every_series_the_control_and_the_bound():
+    settings = [(p, r, w, 1.0) for p in ("fixed", "fan_in") for r in ("whole", "near", "far") for w in (2, 8)]
+    names = ["prior", "region", "width", "weight", "statistic"]
+    rows = [
+        dict(zip(names, [*setting, statistic], strict=True)) | {"value": 0.1 * place, "low": 0.0, "high": 1.0}
+        for setting in [*settings, ("fixed", "whole", 2, 100.0)]
+        for place, statistic in enumerate(["rho", "rho_g", "sd", "bulk", "outliers", "bound"])
+    ]
+    left, middle, right = plots.ranks_by_width(pd.DataFrame(rows).assign(value=lambda t: t["value"] + 0.01)).axes
+    assert [len(ax.get_lines()) for ax in (left, middle, right)] == [6, 4, 3]
+    assert [list(line.get_ydata()) for line in left.get_lines()][-1] == [0.01], "the control"
+    assert [tuple(line.get_xdata()) for line in right.get_lines()] == [(2, 8)] * 3
+    assert list(right.get_lines()[-1].get_ydata()) == pytest.approx([0.51, 0.51])
+
+
+def test_the_chain_shows_each_number_in_its_place_and_a_cross_where_there_is_none():
+    steps = ["one mode", "isotropy"]
+    rows = [
+        {"problem": problem, "step": step, "variance": variance, "rho": rho}
+        for problem, values in {"a": [0.001, 12.3, 4.0, 5.0], "b": [np.nan] * 4}.items()
+        for step, variance, rho in zip(
+            [*steps, "error", "error, trained"], values, [1, -0.25, np.nan, 0.5], strict=True
+        )
+    ]
+    left, right = plots.chain(pd.DataFrame(rows), {"b": "B", "a": "A", "none": "N"}, steps).axes
+    assert [text.get_text() for text in left.texts] == ["×"] * 3 + ["0.00", "12", "4.00"]
+    assert [text.get_text() for text in right.texts] == ["1.00", "−0.25", "0.50"] * 2
+    assert [label.get_text() for label in left.get_yticklabels()] == ["B", "A"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -90,23 +90,68 @@ def _lines(table: pd.DataFrame, x: str, ax: Axes) -> None:
             ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
 
 
-def width_spectra(spectra: Sequence, shares: pd.DataFrame) -> Figure:
-    """Draw eigenvalues of Hessian (thick) and GGN in units of the prior, and shares over the network's size.
+def ranks_by_width(means: pd.DataFrame) -> Figure:
+    """Draw ρ and the spread of the retained share by region, and shares of the spectrum, over the width.
 
-    shares: columns n_parameters, series, value, low, high.
+    means: the table of ``ranks.by_width``. Bands are intervals over problems, the cross is the positive control, the
+    dashed line the largest share of eigenvalues that so many examples could move.
     """
-    figure, axes = panels(2, aspect=0.8)
-    left, right = axes[0]
-    for spectrum, (colour, _, style) in zip(spectra, LOOKS, strict=False):
-        for values, look in (
-            (np.abs(spectrum.hessian), {"linestyle": style, "linewidth": 1.5, "label": f"width {spectrum.width}"}),
-            (spectrum.ggn, {"linewidth": 0.6}),
-        ):
-            left.loglog(np.arange(1, len(values) + 1), np.sort(values)[::-1], color=colour, **look)
-    left.axhline(1, **GUIDE)
-    left.set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue|, prior = 1", ylim=(1e-6, None))
-    _lines(shares, "n_parameters", right)
-    right.set(xscale="log", xlabel="parameters", ylabel="share", ylim=(0, 1.03))
-    left.legend(fontsize="x-small")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    figure, axes = panels(3, aspect=1.25)
+    fixed = means[(means["prior"] == "fixed") & (means["weight"] == 1)]
+    whole = fixed[fixed["region"] == "whole"]
+    for ax, statistic, label in (
+        (axes[0, 0], "rho", "ρ of hᵀΣh with ‖h‖²"),
+        (axes[0, 1], "sd", "sd of log share (nats)"),
+    ):
+        scaled = means[(means["prior"] == "fan_in") & (means["region"] == "whole")].assign(series="whole, scaled prior")
+        parts = [fixed.assign(series=fixed["region"]), scaled]
+        parts = [part[part["statistic"] == statistic] for part in parts]
+        if statistic == "rho":
+            parts.append(whole[whole["statistic"] == "rho_g"].assign(series="whole, of gᵀΣg with ‖g‖²"))
+        _lines(pd.concat(parts), "width", ax)
+        ax.set(ylabel=label)
+    control = means[(means["weight"] != 1) & (means["region"] == "whole") & (means["statistic"] == "rho")]
+    axes[0, 0].plot(control["width"], control["value"], "x", color="black", markersize=7, label="control")
+    names = {"bulk": "‖h‖² in the bulk", "outliers": "eigenvalues above the prior's"}
+    shares = whole[whole["statistic"].isin(list(names))].assign(series=lambda t: t["statistic"].map(names))
+    _lines(shares, "width", axes[0, 2])
+    bound = whole[whole["statistic"] == "bound"]
+    axes[0, 2].plot(bound["width"], bound["value"], **GUIDE | {"label": "their bound"})
+    axes[0, 2].set(yscale="log", ylim=(3e-4, 1.3), ylabel="share")
+    ticks = sorted(means["width"].unique())
+    for ax in axes[0]:
+        ax.set(xscale="log", xlabel="width")
+        ax.set_xticks(ticks, ticks, fontsize="x-small")
+        ax.set_xticks([], minor=True)
+        ax.legend(fontsize="xx-small", loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    return figure
+
+
+def chain(means: pd.DataFrame, titles: Mapping[str, str], steps: Sequence[str]) -> Figure:
+    """Draw a row per problem: the variance that each step adds (nats²), and ρ with MCMC after it.
+
+    means: the table of ``chain.by_problem``; titles: problem → its label, in the order of the rows; steps: those of the
+    chain. Colour and number are the same; × marks a problem without a chain.
+    """
+    rows = [name for name in titles if name in set(means["problem"])]
+    figure, axes = panels(2, aspect=0.13 * (len(rows) + 1.5), sharey=True)
+    for ax, column, last, title in (
+        (axes[0, 0], "variance", "error", "squared log error added (nats²)"),
+        (axes[0, 1], "rho", "error, trained", "ρ with MCMC's variance after the step"),
+    ):
+        table = means.pivot_table(index="problem", columns="step", values=column, dropna=False)
+        values = table.reindex(index=rows, columns=[*steps, last]).to_numpy()
+        scale = SymLogNorm(linthresh=0.1, vmin=0, vmax=50) if column == "variance" else Normalize(-1, 1)
+        mesh = ax.imshow(values, cmap="Purples" if column == "variance" else "RdBu", norm=scale, aspect="auto")
+        for (row, place), value in np.ndenumerate(values):
+            dark = np.isfinite(value) and np.dot(mesh.to_rgba(value)[:3], (0.3, 0.6, 0.1)) < 0.5
+            text = f"{round(value, 2) + 0:.{0 if value >= 10 else 2}f}".replace("-", "−") if np.isfinite(value) else "×"
+            ax.text(place, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
+        ax.axvline(len(steps) - 0.5, color="white", linewidth=4)
+        labels = [*steps, "all four" if column == "variance" else "the same, trained"]
+        ax.set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize="small")
+        ax.set_title(title, fontsize="small")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0, 0].set_yticks(range(len(rows)), [titles[name] for name in rows], fontsize="small")
     return figure

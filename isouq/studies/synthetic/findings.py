@@ -160,6 +160,17 @@ def over_problems(values: pd.Series) -> Interval | None:
     return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach), len(values))
 
 
+def average(values: pd.Series, *, is_rho: bool = False) -> tuple[float, float, float]:
+    """Return the mean with its 95 % t-interval, NaN for fewer than two values; correlations by Fisher's z.
+
+    Values that are NaN are left out.
+    """
+    if is_rho:
+        return mean(values)[:3]
+    band = over_problems(values.dropna())
+    return (float(values.mean()), np.nan, np.nan) if band is None else (band.value, band.low, band.high)
+
+
 def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
     """Return what decides: an analysis of variance of Fisher's z of ρ over the factors, hidden-layer problems only.
 
