@@ -84,6 +84,10 @@ def test_findings_of_a_planted_pull():
     assert found.ladder.loc["paraphrase", "verdict"] == "structured, less variance near"
     assert found.ladder["distance"].tolist() == [0, 1, 2, 3, 4, 5, -1]
     assert found.ladder["spread"].drop("all").idxmax() == "paraphrase"
+    shown = findings.ladder_text(found.ladder)
+    pull = found.ladder.loc["prose", "pull"]
+    assert shown.loc["ordinary prose", "ρ with nearness"] == f"{pull.value:+.2f} [{pull.low:+.2f}, {pull.high:+.2f}]"
+    assert shown.loc["all kinds together", "distance"] == ""
     results = found.results("m")
     assert results["isotropy.m.paraphrase.pull"].high < 0
     assert results["isotropy.m.paraphrase.spread"].value == findings.field(study, "paraphrase").std()

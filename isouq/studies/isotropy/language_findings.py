@@ -171,6 +171,23 @@ def ladder(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def ladder_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the ladder as a page shows it; the ranks to four places, since they lie near 1."""
+
+    def shown(interval: Interval, spec: str) -> str:
+        return f"{interval.value:{spec}} [{interval.low:{spec}}, {interval.high:{spec}}]"
+
+    columns = {
+        "distance": [str(d) if d >= 0 else "" for d in table["distance"]],
+        "ρ with nearness": [shown(pull, "+.2f") for pull in table["pull"]],
+        "structure": table["verdict"].to_numpy(),
+        "spread (nats)": [f"{spread:.3f}" for spread in table["spread"]],
+        "ρ of G with isotropy's": [shown(rank, ".4f") for rank in table["rank_g"]],
+        "ρ of U_E with isotropy's": [shown(rank, ".4f") for rank in table["rank_u_e"]],
+    }
+    return pd.DataFrame(columns, index=pd.Index(table["title"], name="proxies"))
+
+
 def sweep(study: Study) -> pd.DataFrame:
     """Return what λ decides, by DAMPINGS: the control's value, then with all proxies the spread (nats), ρ of G and U_E
     with isotropy, and the AUROC for "wrong" of both (NaN where too few answers are right or wrong)."""
