@@ -130,43 +130,36 @@ class Findings:
         return {f"isotropy.{key_of(name)}.{key}": result for key, result in found.items()}
 
 
-def find(
-    study: Study, encode: Callable[[list[str]], Any], *, n_resamples: int, seed: int, damping: float = DAMPING
-) -> Findings:
+def find(study: Study, encode: Callable[[list[str]], Any], *, n_resamples: int, seed: int) -> Findings:
     """Apply all rules to one model's study."""
     how = {"n_resamples": n_resamples, "seed": seed}
-    control = bootstrap_interval(
-        difference, field(study, "paraphrase", damping), study.queries["paraphrased"].to_numpy(), **how
-    )
+    columns = field(study, "paraphrase"), study.queries["paraphrased"].to_numpy()
+    control = bootstrap_interval(difference, *columns, **how)
     return Findings(
         control=control,
-        ladder=ladder(study, near(study, encode), control, damping=damping, **how),
+        ladder=ladder(study, near(study, encode), control, **how),
         sweep=sweep(study),
         gram=gram(study),
-        gains=gains(study, damping=damping, **how),
+        gains=gains(study, **how),
         study=study,
     )
 
 
 def ladder(
-    study: Study, nearness: Mapping[str, Array], control: Interval, *, n_resamples: int, seed: int, damping: float
+    study: Study, nearness: Mapping[str, Array], control: Interval, *, n_resamples: int, seed: int
 ) -> pd.DataFrame:
     """Return a row per kind of proxies, by their distance from the queries, and one for all of them.
 
-    Columns: distance, title, pull, verdict, spread (nats), rank_g and rank_u_e, the rank correlations with isotropy of
+    Columns: distance, title, spread (nats), pull, verdict, rank_g and rank_u_e, the rank correlations with isotropy of
     the variance of log p and of U_E. pull and the two ranks are intervals over queries.
     """
     plain, rows = log_scores(study, None), {}
     for kind in _kinds(study):
-        source, bent = PROXIES.get(kind, ALL), field(study, kind, damping)
-        pairs = {"pull": (bent, nearness[kind])}
-        scores = log_scores(study, kind, damping)
-        pairs |= {name: (scores[i], plain[i]) for i, name in enumerate(("rank_g", "rank_u_e"))}
-        found = {
-            name: bootstrap_interval(spearman, *pair, n_resamples=n_resamples, seed=seed)
-            for name, pair in pairs.items()
-        }
-        row = {"distance": source.distance, "title": source.title, "spread": bent.std(), **found}
+        bent, scores = field(study, kind), log_scores(study, kind)
+        pairs = {"pull": (bent, nearness[kind]), "rank_g": (scores[0], plain[0]), "rank_u_e": (scores[1], plain[1])}
+        how = {"n_resamples": n_resamples, "seed": seed}
+        found = {name: bootstrap_interval(spearman, *pair, **how) for name, pair in pairs.items()}
+        row = PROXIES.get(kind, ALL)._asdict() | {"spread": bent.std(), **found}
         rows[kind] = row | {"verdict": verdict(found["pull"], control)}
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -189,24 +182,27 @@ def ladder_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweep(study: Study) -> pd.DataFrame:
-    """Return what λ decides, by DAMPINGS: the control's value, then with all proxies the spread (nats), ρ of G and U_E
-    with isotropy, and the AUROC for "wrong" of both (NaN where too few answers are right or wrong)."""
-    plain, wrong, rows = log_scores(study, None), study.queries["wrong"].to_numpy(dtype=bool), {}
-    for damping in (*DAMPINGS, np.inf):
-        scores = plain if np.isinf(damping) else log_scores(study, "all", damping)
-        control = (
-            0.0
-            if np.isinf(damping)
-            else difference(field(study, "paraphrase", damping), study.queries["paraphrased"].to_numpy())
-        )
-        aurocs = [auroc(score, wrong) if enough_of_both(wrong) else np.nan for score in scores]
-        ranks = [spearman(*pair) for pair in zip(scores, plain, strict=True)]
-        rows[damping] = [control, float((scores[0] - plain[0]).std()), *ranks, *aurocs]
-    columns = ["control", "spread", "rank_g", "rank_u_e", "auroc_g", "auroc_u_e"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("λ")
+    """Return what λ decides, a row for each of DAMPINGS: the control's value, then with all proxies together the rest.
+
+    Columns: control and spread (nats), rank_g and rank_u_e as in `ladder`, and auroc_g and auroc_u_e for "the answer is
+    wrong", NaN where too few answers are right or wrong.
+    """
+    plain, rows = log_scores(study, None), {}
+    wrong, paraphrased = (study.queries[name].to_numpy(dtype=bool) for name in ("wrong", "paraphrased"))
+    for damping in DAMPINGS:
+        scores = log_scores(study, "all", damping)
+        found = {
+            "control": difference(field(study, "paraphrase", damping), paraphrased),
+            "spread": field(study, "all", damping).std(),
+        }
+        for name, score, before in zip(("g", "u_e"), scores, plain, strict=True):
+            found[f"rank_{name}"] = spearman(score, before)
+            found[f"auroc_{name}"] = auroc(score, wrong) if enough_of_both(wrong) else np.nan
+        rows[damping] = found
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("λ")
 
 
-def gains(study: Study, *, n_resamples: int, seed: int, damping: float = DAMPING) -> dict[str, Interval]:
+def gains(study: Study, *, n_resamples: int, seed: int) -> dict[str, Interval]:
     """Return isotropy's AUROC for "wrong" and what all proxies add to it, for the variance of log p and for U_E.
 
     Empty where too few answers are right or wrong.
@@ -214,7 +210,7 @@ def gains(study: Study, *, n_resamples: int, seed: int, damping: float = DAMPING
     wrong, how = study.queries["wrong"].to_numpy(dtype=bool), {"n_resamples": n_resamples, "seed": seed}
     if not enough_of_both(wrong):
         return {}
-    plain, bent = log_scores(study, None), log_scores(study, "all", damping)
+    plain, bent = log_scores(study, None), log_scores(study, "all")
     return {
         "wikidata.isotropic.auroc": auroc_interval(plain[0], wrong, **how),
         "wikidata.all.auroc_gain": auroc_difference(bent[0], plain[0], wrong, **how),
