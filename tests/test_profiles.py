@@ -333,3 +333,10 @@ def test_outside_a_clone_a_notebook_is_checked_and_a_profile_is_refused_in_one_l
         profiles.load("smoke")
     (line,) = complaints(written(tmp_path))
     assert line.endswith("notebooks/04_llm_qa.ipynb is not there: default values need a clone of isouq")
+
+
+def test_second_wordings_leave_queries_to_compare_with():
+    given = schemas.defaults("03_isotropy") | {"n_proxies": 5}
+    assert schemas.Isotropy(**given | {"n_queries": 10}).n_proxies == 5
+    with pytest.raises(ValidationError, match="n_proxies: 5 given for 8 queries, at most half of them wanted"):
+        schemas.Isotropy(**given | {"n_queries": 8})

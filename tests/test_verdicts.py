@@ -54,6 +54,9 @@ def judge_values(values, *, n_core: int = 1, error: float = 1.0) -> verdicts.Ver
         ({"near": {"value": 0.5, "margin": 0.1}}, (0.45, 0.55), "holds"),
         ({"near": {"value": 0.5, "margin": 0.1}}, (0.2, 0.3), "does not hold"),
         ({"near": {"value": 0.5, "margin": 0.1}}, (0.3, 0.7), "undecided"),
+        ({"differs": 0.5}, (0.51, 0.7), "holds"),
+        ({"differs": 0.5}, (0.3, 0.49), "holds"),
+        ({"differs": 0.5}, (0.49, 0.51), "undecided"),
     ],
 )
 def test_one_check_is_judged_by_where_its_interval_lies(rule, interval, outcome):
@@ -120,6 +123,21 @@ def test_a_correlation_is_judged_on_the_scale_of_fishers_z():
     assert [one.p_value, two.p_value] == pytest.approx([2 * stats.ttest_1samp(z, 0).pvalue] * 2)
     assert one.low == pytest.approx(np.tanh(z.mean() - stats.t.isf(0.025 / 2, 2) * stats.sem(z)))
     assert -1 < one.low < value < one.high < 1
+
+
+def test_a_value_beyond_a_region_is_compared_with_its_nearest_border():
+    claim = Claim("C1", "", "", "before", (Check("x", "a.b", Region.of({"near": {"value": 0, "margin": 2}}), True),))
+    (check,) = verdicts.judge([claim], {"a.b": normal(3.0)})["C1"].checks
+    assert check.p_value == pytest.approx(2 * stats.norm.sf(1.0), abs=1e-5)
+
+
+def test_a_two_sided_rule_is_said_in_words_and_has_one_p_value():
+    region = Region.of({"differs": 0})
+    assert str(region) == "below or above 0"
+    claim = Claim("C1", "", "", "before", (Check("x", "a.b", region, True),))
+    p_values = [verdicts.judge([claim], {"a.b": normal(v)})["C1"].checks[0].p_value for v in (-1.5, 1.5)]
+    assert p_values == pytest.approx([2 * stats.norm.sf(1.5)] * 2, abs=1e-5)
+    assert str(verdicts.judge([claim], {"a.b": normal(0.1)})["C1"]) == "undecided (interval includes 0)"
 
 
 def test_a_rule_by_the_papers_number_follows_it(tmp_path):

@@ -204,7 +204,7 @@ class Isotropy(Parameters):
     """An isotropic covariance against those made from data, on small networks and real models."""
 
     chapter = "03_isotropy"
-    data = ("triviaqa", "truthfulqa", "wikidata", "all-minilm-l6-v2")
+    data = ("triviaqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str
     problem_names: NotEmpty[IsotropyProblem]
     n_seeds: Count
@@ -214,11 +214,20 @@ class Isotropy(Parameters):
     widths: Several[Count]
     width_seeds: Count
     models: Models
-    n_proxies: Annotated[int, Field(ge=3)]  # of each of five kinds
+    n_proxies: Annotated[int, Field(ge=3)]  # of each kind, the first of which are second wordings of queries
     n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
     n_checked: Count  # proxies and queries whose inner products autograd computes again
     memory_gb: Gigabytes
     n_resamples: Resamples
+
+    @pydantic.model_validator(mode="after")
+    def _leaves_queries_to_compare(self) -> "Isotropy":
+        if self.n_proxies > self.n_queries // 2:
+            given = f"{self.n_proxies} given for {self.n_queries} queries"
+            raise ValueError(
+                f"n_proxies: {given}, at most half of them wanted: the others are the control's comparison"
+            )
+        return self
 
 
 class LlmQa(Parameters):

@@ -51,17 +51,19 @@ class Printed:
 
 @dataclass(frozen=True)
 class Region:
-    """The open interval in which a claim wants a result."""
+    """The open interval in which a claim wants a result, or, with `outside`, all that lies beyond the closed one."""
 
     least: float = -math.inf
     most: float = math.inf
+    outside: bool = False
 
     @classmethod
     def of(cls, rule: Mapping[str, Any], name: str = "rule", paper: Printed | None = None) -> Region:
         """Return the region of `{above: x}`, `{below: x}`, `{near: {value: x, margin: m}}` or `{paper_less: m}`.
 
-        `near` is an equivalence rule: the whole interval has to lie within the margin. `paper_less` is above the
-        paper's own number less a margin.
+        `near` is an equivalence rule: the whole interval has to lie within the margin. `{differs: x}` is two-sided: the
+        whole interval has to lie on one side of x, no matter which; an interval that holds x leaves the check open.
+        `paper_less` is above the paper's own number less a margin.
 
         Raises:
             ValueError: another rule, more than one, a border that is not finite, a margin that is not positive, or
@@ -69,11 +71,13 @@ class Region:
         """
         if paper is not None and isinstance(rule, Mapping) and set(rule) == {"paper_less"}:
             return cls(least=round(paper.value - require.number(f"{name}: paper_less", rule["paper_less"], 0.0), 9))
-        if not isinstance(rule, Mapping) or len(rule) != 1 or not set(rule) <= {"above", "below", "near"}:
-            raise ValueError(f"{name}: {rule} given, exactly one of above, below, near wanted")
+        if not isinstance(rule, Mapping) or len(rule) != 1 or not set(rule) <= {"above", "below", "near", "differs"}:
+            raise ValueError(f"{name}: {rule} given, exactly one of above, below, near, differs wanted")
         ((kind, operand),) = rule.items()
         if kind != "near":
             border = require.number(f"{name}: {kind}", operand)
+            if kind == "differs":
+                return cls(border, border, outside=True)
             return cls(least=border) if kind == "above" else cls(most=border)
         if not isinstance(operand, Mapping) or set(operand) != {"value", "margin"}:
             raise ValueError(f"{name}: near {operand} given, a value and a margin wanted")
@@ -83,12 +87,16 @@ class Region:
 
     def __str__(self) -> str:
         """Return the rule in words, for example ``above 0.4``."""
+        if self.outside:
+            return f"below or above {self.most:g}"
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"between {self.least:g} and {self.most:g}"
         return f"above {self.least:g}" if math.isfinite(self.least) else f"below {self.most:g}"
 
     def place(self, low: float, high: float) -> Outcome:
         """Return whether an interval lies inside ("holds"), wholly outside ("does not hold"), or across a border."""
+        if self.outside:
+            return "holds" if high < self.least or low > self.most else "undecided"
         if self.least < low and high < self.most:
             return "holds"
         return "does not hold" if high <= self.least or low >= self.most else "undecided"

@@ -202,7 +202,7 @@ def _after_discovery(verdict: CheckVerdict, q_value: float | None) -> CheckVerdi
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A check's value with standard errors to both sides, and its p-value against the nearest border.
+    """A check's value with standard errors to both sides, and its largest p-value, that of the nearest border.
 
     All on the scale on which the interval is symmetric: Fisher's z for "fisher", else the result's own.
     """
@@ -230,7 +230,7 @@ class _Estimate:
         quantile = -float(special.stdtrit(df, 0.025))
         errors = below / quantile, above / quantile
         p_values = [_p_value(value - border, errors, df) for border in (least, most) if math.isfinite(border)]
-        return cls(check, value, errors, df, max(p_values) if least < value < most else min(p_values))
+        return cls(check, value, errors, df, max(p_values))
 
     def verdict(self, factor: float = 1.0, adjusted: float | None = None) -> CheckVerdict:
         """Return the outcome by the interval of level 1 − LEVEL / factor."""
@@ -244,7 +244,7 @@ class _Estimate:
         if check.interval == "fisher":
             low, high = math.tanh(low), math.tanh(high)
         outcome = check.region.place(low, high)
-        edges = [f"{edge:g}" for edge in (check.region.least, check.region.most) if low <= edge <= high]
+        edges = [f"{edge:g}" for edge in sorted({check.region.least, check.region.most}) if low <= edge <= high]
         reason = f"interval includes {' and '.join(edges)}" if outcome == "undecided" else ""
         return CheckVerdict(check, outcome, reason, low, high, adjusted)
 

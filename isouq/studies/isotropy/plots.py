@@ -90,6 +90,24 @@ def _lines(table: pd.DataFrame, x: str, ax: Axes) -> None:
             ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
 
 
+def ladder(table: pd.DataFrame, spread_of_log_g: float) -> Figure:
+    """Draw each kind of proxies' pull with its interval, and the size of its distortion beside that of log G (dashed).
+
+    table: that of `language_findings.ladder`, drawn from top to bottom.
+    """
+    figure, axes = panels(2, aspect=0.9, sharey=True)
+    (left, right), (colour, marker, _), at = axes[0], LOOKS[0], np.arange(len(table))
+    left.axvline(0, **GUIDE)
+    left.hlines(at, [pull.low for pull in table["pull"]], [pull.high for pull in table["pull"]], color=colour)
+    left.plot([pull.value for pull in table["pull"]], at, marker, color=colour)
+    left.set(xlabel="ρ of distortion with nearness", ylim=(len(table) - 0.5, -0.5))
+    left.set_yticks(at, table["title"])
+    right.axvline(spread_of_log_g, **GUIDE)
+    right.plot(table["spread"], at, marker, color=colour)
+    right.set(xscale="log", xlabel="standard deviation of distortion (nats)")
+    return figure
+
+
 def ranks_by_width(means: pd.DataFrame) -> Figure:
     """Draw ρ and the spread of the retained share by region, and shares of the spectrum, over the width.
 
