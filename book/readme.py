@@ -132,25 +132,28 @@ def _cost(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
-    """What a covariance made from other data does (C2), and how much of the gradient lies in the bulk (C3)."""
-    sources = {"training": "training data", "unseen": "unseen data", "shifted": "shifted inputs", "noise": "noise"}
-    metrics = ("spearman", "structure")
-    keys = [[f"isotropy.networks.fisher.{source}.{metric}" for metric in metrics] for source in sources]
-    keys.append([f"isotropy.spectra.{name}" for name in ("outlier_share", "bulk_share")])
-    if not all(key in entries for row in keys for key in row):
+    """What a covariance made from other data does (C2), whether ranks survive (C3), and isotropy's part of the error."""
+    sources = {
+        "control": "new data of the same distribution (control: has to be below 0)",
+        "shifted": "data moved aside",
+        "other_problem": "another problem's inputs",
+        "noise": "noise",
+    }
+    keys = [f"isotropy.dose.w32.fisher.local.{source}" for source in sources]
+    keys += [f"isotropy.ranks.{name}" for name in ("rho", "slope")] + ["isotropy.chain.mean.isotropy_share"]
+    if not all(key in entries for key in keys):
         return []
-    *cells, (outliers, bulk) = [[format_interval(entries[key]) for key in row] for row in keys]
+    *cells, rho, slope, share = [format_interval(entries[key]) for key in keys]
     return [
-        "A Fisher made from data instead of isotropy, on small networks with a known posterior: the difference that it",
-        "makes, with 95 % intervals over problems and seeds. Structure: the share of the error that is explained by",
-        "nearness to those data.",
+        "A Fisher made from data instead of isotropy, on small networks with a known posterior: how much more of its error",
+        "than of isotropy's is explained by nearness to those data (share of variance, 95 % intervals over n problems).",
         "",
-        "| Fisher made from | rank correlation with MCMC, gained | structure, added |",
-        "| --- | --- | --- |",
-        *(f"| {label} | {' | '.join(row)} |" for label, row in zip(sources.values(), cells, strict=True)),
+        "| Fisher made from | structure, added |",
+        "| --- | --- |",
+        *(f"| {label} | {cell} |" for label, cell in zip(sources.values(), cells, strict=True)),
         "",
-        f"In the widest networks, share of the Hessian's eigenvalues beyond the prior's: {outliers};",
-        f"share of ‖g‖² in the directions that the data leave alone: {bulk}.",
+        f"In networks of 2,048 units, rank correlation of Laplace's variance of the log odds with isotropy's: {rho}; change",
+        f"of its z with each doubling of the width: {slope}. Isotropy's share of the squared log error of ‖g‖²: {share}.",
         "",
     ]
 
