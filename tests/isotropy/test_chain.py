@@ -142,7 +142,11 @@ def test_a_variance_of_zero_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"n_draws": 3}, "n_draws: 3 given"), ({"precision": np.ones((2, 3))}, "precision: ")],
+    [
+        ({"n_draws": 3}, "n_draws: 3 given"),
+        ({"precision": np.ones((2, 3))}, r"precision: \(2, 3\) given, a symmetric matrix wanted"),
+        ({"precision": np.diag([1.0, -1.0])}, "precision: one that is not positive definite given; take that of"),
+    ],
 )
 def test_bad_input_is_refused_by_name(change, message):
     problem = jobs.Job(problem="regression_linear", resolution=4).make()

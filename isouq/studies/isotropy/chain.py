@@ -53,9 +53,12 @@ def gaussian(problem: Problem, theta: Array, precision: Array, classes: NDArray,
     Blocks of `n_draws` are added until the noise is at most ENOUGH, or there are MOST_BLOCKS: where a network is
     confident, the variance rests on few draws.
 
-    Raises ValueError for fewer than 4 draws and for a precision that is not symmetric.
+    Raises ValueError for fewer than 4 draws and for a precision that is not symmetric and positive definite.
     """
-    factor = np.linalg.cholesky(require.symmetric("precision", precision))
+    try:
+        factor = np.linalg.cholesky(require.symmetric("precision", precision))
+    except np.linalg.LinAlgError:
+        raise ValueError("precision: one that is not positive definite given; take that of `laplace`") from None
     rng, at = np.random.default_rng(problem.seed), problem.classes(classes)[None, :, None]
     size, values = (len(factor), require.count("n_draws", n_draws, 4)), np.empty((0, len(problem.grid)))
     for _ in range(MOST_BLOCKS):

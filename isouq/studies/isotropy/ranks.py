@@ -219,9 +219,9 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
     }
     results["rho_narrow"] = _result(means, USUAL | narrow)
     of_trend = {"prior": "fixed", "region": "whole", "statistic": "sd"}
-    results["slope"] = _result(trends, of_trend | {"statistic": "z"})
-    results["sd_slope"] = _result(trends, of_trend)
-    results["sd_slope_fan_in"] = _result(trends, of_trend | {"prior": "fan_in"})
+    results["slope"] = _result(trends, of_trend | {"statistic": "z"}, "z per doubling")
+    results["sd_slope"] = _result(trends, of_trend, "nats per doubling")
+    results["sd_slope_fan_in"] = _result(trends, of_trend | {"prior": "fan_in"}, "nats per doubling")
     trained = table.drop_duplicates(["problem", "seed", "width"])
     results["n_networks"] = Result(value=len(trained))
     results["n_missed"] = Result(value=int((~trained["fits"]).sum()))
@@ -232,7 +232,7 @@ def _where(rows: pd.DataFrame, values: dict[str, Any]) -> list[dict[Any, Any]]:
     return rows[np.logical_and.reduce([rows[name] == value for name, value in values.items()])].to_dict("records")
 
 
-def _result(rows: pd.DataFrame, values: dict[str, Any]) -> Result:
+def _result(rows: pd.DataFrame, values: dict[str, Any], unit: str = "") -> Result:
     (row,) = _where(rows, values)
     low, high = (None, None) if np.isnan(row["low"]) else (row["low"], row["high"])
-    return Result(value=row["value"], low=low, high=high, n=int(row["n"]), claim="C3")
+    return Result(value=row["value"], low=low, high=high, n=int(row["n"]), unit=unit, claim="C3")
