@@ -171,6 +171,22 @@ def test_a_problem_has_a_verdict_by_its_seeds(table):
     assert (found["seeds"] == 2).all()
 
 
+def test_the_table_of_bands_says_what_the_results_say(table):
+    found = dose.bands(dose.responses(table))
+    core = dose.named_results(table, n_records=20)["isotropy.dose.w32.fisher.local.slope"]
+    assert found.loc[(32, "fisher", "local"), "slope"] == f"{core.value:.2f} [{core.low:.2f}, {core.high:.2f}]"
+    assert found.loc[(32, "kfac", "local"), "control"] == ""
+
+
+def test_maps_are_of_isotropy_and_of_what_the_proxies_made():
+    case = small("binary_sine")
+    fields, inputs = dose.maps(case)
+    assert not fields.pop("isotropy").any()
+    assert list(fields) == list(inputs) == ["Fisher, shift 0", "Fisher, shift 2", "Fisher, other problem"]
+    (form,) = dose.form(case, "fisher", inputs["Fisher, shift 2"])
+    assert (fields["Fisher, shift 2"] == dose.distortion(form, np.square(case.g).sum(1))).all()
+
+
 def test_the_damping_sweep_and_the_curves_are_means_over_seeds(table):
     swept = dose.swept(table).set_index(["series", "damping"])
     assert len(swept) == len(dose.MATRICES) * len(dose.DAMPINGS)
