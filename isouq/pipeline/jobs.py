@@ -25,11 +25,14 @@ def score(profile: str, model: str, data_set: str) -> str:
 
 
 def sample(profile: str, problem: str | None, seed: int | None, workers: int | None) -> str:
-    """Sample the posteriors that 02_mcmc asks for, those of one problem or data seed only; return a summary."""
+    """Sample the posteriors that 02_mcmc and 03_isotropy ask for, or of one problem or data seed; return a summary."""
+    from isouq.studies.isotropy import dose
     from isouq.studies.synthetic import atlas, jobs, plan
 
     _say(f"Sampling posteriors of {problem or 'all problems'}")
-    section: Any = profiles.load(profile).parameters("02_mcmc")
+    loaded = profiles.load(profile)
+    section: Any = loaded.parameters("02_mcmc")
+    isotropy: Any = loaded.parameters("03_isotropy") if "03_isotropy" in loaded.chapters() else None
     store = Path(section.store_dir)
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": store / "jax"}
     records: dict[jobs.Job, dict[str, Any]] = {}  # the problems as they stand and the data sizes share jobs
@@ -40,11 +43,13 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
 
     others = [*plan.data_sizes(section), *plan.sizes(section)]
     shared, settings = plan.table(section), list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
-    for job in (*shared, *settings, *others):
+    doses = plan.dose(isotropy) if isotropy else []
+    for job in (*shared, *settings, *others, *doses):
         job.make()  # refuses what is impossible before anything is sampled
     # What a stopped study cannot do without comes first. Only the draws that 03_isotropy shares are kept.
     of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED, study=atlas)
-    records |= {job: record.facts for job, record in of_atlas.items()}
+    of_doses = run(doses, isotropy.dose_dir, dose.COMMITTED, study=atlas) if doses else {}
+    records |= {job: record.facts for job, record in (of_atlas | of_doses).items()}
     for part, draws in ((shared, store / "mcmc"), (others, None)):
         part.sort(key=lambda job: job.seed)
         records |= run(part, section.records_dir, jobs.COMMITTED, draws=draws)
@@ -91,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add[job] = command.add_argument
     add[score]("--model", required=True, help="asset name, Hub id or folder")
     add[score]("--data-set", required=True, help=f"{', '.join(schemas.DATA_SETS)}, or a file of questions")
-    add[sample]("--problem", choices=get_args(schemas.SyntheticProblem), help="only this problem")
+    add[sample](
+        "--problem",
+        choices=(*get_args(schemas.SyntheticProblem), *get_args(schemas.DoseProblem)),
+        help="only this problem",
+    )
     add[sample]("--seed", type=int, help="only this data seed")
     add[sample]("--workers", type=int, help="processes (default: as the profile says)")
     add[notebook]("chapter", choices=schemas.SCHEMAS)

@@ -18,7 +18,7 @@ from isouq.studies.results import key_of
 CLONE = Path(__file__).resolve().parents[2]  # it has the profiles and the notebooks; a wheel has neither
 DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")  # of the last, the model picks a reference
 SET_BY_PIPELINE = {"profile", "results_path"}
-_TAKEN = {"machine", "chain", "networks", "ranks", "targets"}  # parts of other keys, where a model's name stands
+_TAKEN = {"machine", "chain", "dose", "ranks", "targets"}  # parts of other keys, where a model's name stands
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
@@ -28,6 +28,14 @@ IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "m
 SyntheticProblem = Literal[
     MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
 ]
+BinaryDose = Literal[
+    "binary_moons", "binary_spirals", "binary_checkerboard", "binary_square", "binary_sine", "binary_ellipse",
+    "binary_corner",
+]  # fmt: skip
+MulticlassDose = Literal[
+    "multiclass_stripes", "multiclass_blobs", "multiclass_pinwheel", "multiclass_shells", "multiclass_sectors"
+]
+DoseProblem = Literal[BinaryDose, MulticlassDose]
 Activation = Literal["tanh", "relu"]
 Prior = Literal["fan_in", "fixed"]
 Design = Literal["few", "many", "gap", "no_gap"]  # of a classification's examples, of a regression's inputs
@@ -201,11 +209,18 @@ class Mcmc(Parameters):
 
 
 class Isotropy(Parameters):
-    """An isotropic covariance against those made from data, on small networks and real models."""
+    """An isotropic covariance against those made from data, on small networks and real models.
+
+    `dose_problems` to `dose_widths`: the posteriors on which claim C2 is judged; their records are kept in `dose_dir`.
+    """
 
     chapter = "03_isotropy"
     data = ("triviaqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str
+    dose_dir: str
+    dose_problems: Several[DoseProblem]
+    dose_seeds: Count
+    dose_widths: NotEmpty[Count]
     problem_names: NotEmpty[IsotropyProblem]
     n_seeds: Count
     n_chains: Chains

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from isouq.pipeline import schemas
 from isouq.studies import claims
 from isouq.studies.isotropy import dose
 from isouq.studies.isotropy.dose import Case
@@ -171,6 +174,22 @@ def test_a_problem_has_a_verdict_by_its_seeds(table):
     assert (found["seeds"] == 2).all()
 
 
+def test_the_table_of_bands_says_what_the_results_say(table):
+    found = dose.bands(dose.responses(table))
+    core = dose.named_results(table, n_records=20)["isotropy.dose.w32.fisher.local.slope"]
+    assert found.loc[(32, "fisher", "local"), "slope"] == f"{core.value:.2f} [{core.low:.2f}, {core.high:.2f}]"
+    assert found.loc[(32, "kfac", "local"), "control"] == ""
+
+
+def test_maps_are_of_isotropy_and_of_what_the_proxies_made():
+    case = small("binary_sine")
+    fields, inputs = dose.maps(case)
+    assert not fields.pop("isotropy").any()
+    assert list(fields) == list(inputs) == ["Fisher, shift 0", "Fisher, shift 2", "Fisher, other problem"]
+    (form,) = dose.form(case, "fisher", inputs["Fisher, shift 2"])
+    assert (fields["Fisher, shift 2"] == dose.distortion(form, np.square(case.g).sum(1))).all()
+
+
 def test_the_damping_sweep_and_the_curves_are_means_over_seeds(table):
     swept = dose.swept(table).set_index(["series", "damping"])
     assert len(swept) == len(dose.MATRICES) * len(dose.DAMPINGS)
@@ -181,15 +200,10 @@ def test_the_damping_sweep_and_the_curves_are_means_over_seeds(table):
 
 def test_the_committed_records_are_those_that_published_asks_for():
     files = {file.name: file for file in dose.COMMITTED.glob("*.npz")}
-    wanted = {
-        atlas.path(job, "").name: job
-        for job in (
-            plan.atlas_job(seed, name, "relu" if name.startswith("multi") else "tanh", width, "fixed", "few")
-            for name in problems.FRESH
-            for seed in range(3)
-            for width in (8, 32)
-        )
-    }
+    asked = SimpleNamespace(seed=0, dose_seeds=3, dose_widths=[8, 32], dose_problems=get_args(schemas.DoseProblem))
+    wanted = {atlas.path(job, "").name: job for job in plan.dose(asked)}
+    assert len(wanted) == 72
+    assert {job.problem for job in wanted.values()} == set(problems.FRESH)
     assert files.keys() == wanted.keys()
     assert not [name for name, job in wanted.items() if atlas.find(job, [dose.COMMITTED]) is None], "of another version"
     assert sum(file.stat().st_size for file in files.values()) < 6_000_000

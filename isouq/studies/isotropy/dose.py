@@ -232,6 +232,16 @@ def over_seeds(responses: pd.DataFrame) -> pd.DataFrame:
     return responses.groupby([*SERIES, "problem"], sort=False).mean()
 
 
+def bands(responses: pd.DataFrame) -> pd.DataFrame:
+    """Return every response as a reader sees it, with its 95 % t-interval over problems: a row per SERIES."""
+    return over_seeds(responses).groupby(list(SERIES), sort=False).agg(_band)
+
+
+def _band(values: pd.Series) -> str:
+    band = over_problems(values.dropna())
+    return "" if band is None else f"{band.value:.2f} [{band.low:.2f}, {band.high:.2f}]"
+
+
 def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
     """Return the core setting by problem: every excess, that of shifted proxies with its t-interval over data seeds.
 
@@ -245,6 +255,15 @@ def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame
         means = {name: of_problem[name].mean() for name in ("shifted", "slope", "other problem", "noise")}
         rows[titles[str(problem)]] = means | {"seeds": len(of_problem), "low": low, "high": high, "verdict": verdict}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def maps(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return fields (point,) by title, those of isotropy and of three Fishers against "local", and their proxies."""
+    sources = ("shift 0", SWEPT, "other problem")
+    inputs = {f"Fisher, {source}": proxies(case.problem, source) for source in sources}
+    estimates = {title: form(case, "fisher", x)[0] for title, x in inputs.items()}
+    estimates = {"isotropy": np.square(case.g).sum(1)} | estimates
+    return {title: distortion(e, case.references["local"]) for title, e in estimates.items()}, inputs
 
 
 def curves(table: pd.DataFrame, width: int = WIDTH) -> pd.DataFrame:

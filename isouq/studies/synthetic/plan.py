@@ -105,9 +105,9 @@ def headline(section: Any) -> list[Job]:
 
 
 def dose(section: Any) -> list[Job]:
-    """Return the jobs behind claim C2: `dose_problems`, in the headline setting at each of `dose_widths`."""
+    """Return the jobs behind claim C2: `dose_problems` with `dose_seeds`, in the headline setting at `dose_widths`."""
     chosen = []
-    seeds = range(section.seed, section.seed + section.n_seeds)
+    seeds = range(section.seed, section.seed + section.dose_seeds)
     for width, seed, problem in itertools.product(section.dose_widths, seeds, section.dose_problems):
         activation = "relu" if jobs.problems.spec(problem).model.kind == "multiclass" else "tanh"
         chosen.append(atlas_job(seed, problem, activation, width, "fixed", "few"))
