@@ -99,7 +99,7 @@ def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
     """Return results as text: a row per model and data set, a column per name that one of `patterns` fits.
 
     A name is what follows the data set in a key: `epistemic.auroc` in `qa.gemma-3-270m.wikidata.epistemic.auroc`. That
-    of `qa.transfer.MODEL.DATA_SET.auroc` begins with `transfer`.
+    of `qa.transfer.MODEL.DATA_SET.auroc` begins with `transfer`. The head of the column says it in words, which wrap.
     """
     rows: dict[Pair, dict[str, str]] = {}
     for pattern in patterns:
@@ -107,7 +107,7 @@ def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
             model, data_set, name = re.sub(r"^(qa\.)(transfer\.)(\w.*?\..*?\.)", r"\1\3\2", key).split(".", 3)[1:]
             if fnmatch(name, pattern):
                 pair = MODELS.get(model, model), DATA_SETS.get(data_set, data_set)
-                rows.setdefault(pair, {})[name] = _text(result)
+                rows.setdefault(pair, {})[name.replace(".", ": ").replace("_", " ")] = _text(result)
     return pd.DataFrame(rows).T.fillna("") if rows else _nothing(TOO_FEW)
 
 
