@@ -54,6 +54,7 @@ def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFram
     """Return the rows that `rows_of` makes of each pair's table, indexed by model and data set, without NaN."""
     rows = {label(pair): rows_of(table) for pair, table in answers.items()}
     joined = pd.concat(rows, names=["model", "data set"]).droplevel(-1).round(3)
+    joined = joined.rename(columns=lambda name: name.replace("_", " "))
     return joined.astype(object).fillna("") if len(joined) else _nothing(TOO_FEW)
 
 
