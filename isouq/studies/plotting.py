@@ -24,7 +24,7 @@ class Method(NamedTuple):
     """How one method looks in every chapter."""
 
     colour: str
-    marker: str
+    marker: str | tuple[int, int, int]  # a tuple: points, 1 for a star, degrees
     label: str
 
 
@@ -49,10 +49,10 @@ METHODS: dict[str, Method] = {
     "last_layers": Method("#2F6C9F", "$5$", "log G, last five blocks"),
     # 05_cost
     "forward": Method("#707070", "8", "forward pass"),
-    "forward_answer": Method("#838383", "$f$", "forward, answer's logits"),
-    "activation_gradient": Method("#4F7CAC", "$b$", "activation gradient alone"),
+    "forward_answer": Method("#838383", (8, 1, 0), "forward, answer's logits"),
+    "activation_gradient": Method("#4F7CAC", (4, 1, 0), "activation gradient alone"),
     "ghost": Method("#005B96", "H", "ghost (isouq)"),
-    "token_mean": Method("#3F51B5", "$m$", "ghost, token mean"),
+    "token_mean": Method("#3F51B5", (6, 1, 0), "ghost, token mean"),
     "autograd": Method("#A63A3A", "x", "autograd, one by one"),
     "backward": Method("#C2506A", "+", "plain backward"),
     "vmap": Method("#5F7D00", "1", "torch.func vmap(grad)"),

@@ -54,6 +54,7 @@ def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFram
     """Return the rows that `rows_of` makes of each pair's table, indexed by model and data set, without NaN."""
     rows = {label(pair): rows_of(table) for pair, table in answers.items()}
     joined = pd.concat(rows, names=["model", "data set"]).droplevel(-1).round(3)
+    joined = joined.rename(columns=lambda name: name.replace("_", " "))
     return joined.astype(object).fillna("") if len(joined) else _nothing(TOO_FEW)
 
 
@@ -99,7 +100,7 @@ def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
     """Return results as text: a row per model and data set, a column per name that one of `patterns` fits.
 
     A name is what follows the data set in a key: `epistemic.auroc` in `qa.gemma-3-270m.wikidata.epistemic.auroc`. That
-    of `qa.transfer.MODEL.DATA_SET.auroc` begins with `transfer`.
+    of `qa.transfer.MODEL.DATA_SET.auroc` begins with `transfer`. The head of the column says it in words, which wrap.
     """
     rows: dict[Pair, dict[str, str]] = {}
     for pattern in patterns:
@@ -107,7 +108,7 @@ def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
             model, data_set, name = re.sub(r"^(qa\.)(transfer\.)(\w.*?\..*?\.)", r"\1\3\2", key).split(".", 3)[1:]
             if fnmatch(name, pattern):
                 pair = MODELS.get(model, model), DATA_SETS.get(data_set, data_set)
-                rows.setdefault(pair, {})[name] = _text(result)
+                rows.setdefault(pair, {})[name.replace(".", ": ").replace("_", " ")] = _text(result)
     return pd.DataFrame(rows).T.fillna("") if rows else _nothing(TOO_FEW)
 
 

@@ -124,7 +124,7 @@ def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
     methods = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}
     index = [table["method"].map(methods), table["statistic"].map({"spearman": "ρ", "pearson": "r"})]
     here = [
-        ("" if np.isnan(value) else f"{value:.2f}") + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        ("" if np.isnan(value) else f"{value:.2f}") + ("" if np.isnan(low) else f"\u00a0[{low:.2f},\u00a0{high:.2f}]")
         for value, low, high in table[["value", "low", "high"]].to_numpy()
     ]
     shown = table[["paper", "verdict", "ceiling", "near", "far"]].round(2).astype(object)
