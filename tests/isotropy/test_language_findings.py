@@ -12,7 +12,7 @@ from isouq.studies.isotropy import plots, texts
 from isouq.studies.isotropy.language import Study
 
 KINDS, N, N_EACH, WIDTH = list(texts.PROXIES), 40, 10, 200
-HOW = {"n_resamples": 60, "seed": 900}
+HOW = {"n_resamples": 40, "seed": 900}
 
 
 def encode(lines):
@@ -42,6 +42,12 @@ def simulated(seed, *, strength=1.0):
         squares=np.square(queries).sum(1),
         n_parameters=WIDTH,
     )
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Findings of a study with a planted pull."""
+    return findings.find(simulated(2), encode, **HOW)
 
 
 def control_of(study, n_resamples=100):
@@ -77,9 +83,8 @@ def test_without_the_control_nothing_is_decided():
     assert results["isotropy.a-b-1.control"].low is not None
 
 
-def test_findings_of_a_planted_pull():
-    study = simulated(2)
-    found = findings.find(study, encode, **HOW)
+def test_findings_of_a_planted_pull(planted):
+    found, study = planted, planted.study
     assert found.ladder.index.tolist() == [*KINDS, "all"]
     assert found.ladder.loc["paraphrase", "verdict"] == "structured, less variance near"
     assert found.ladder["distance"].tolist() == [0, 1, 2, 3, 4, 5, -1]
@@ -128,10 +133,10 @@ def test_a_control_without_two_sides_is_refused():
         findings.difference(np.arange(3.0), np.ones(2, bool))
 
 
-def test_the_ladders_figure_has_a_mark_for_every_kind(figure_style):
-    found = findings.find(simulated(6), encode, **HOW)
-    left, right = plots.ladder(found.ladder, found.spread_of_log_g).axes
-    assert [label.get_text() for label in left.get_yticklabels()] == found.ladder["title"].tolist()
-    assert list(right.get_lines()[1].get_xdata()) == found.ladder["spread"].tolist()
-    assert list(left.get_lines()[1].get_xdata()) == [pull.value for pull in found.ladder["pull"]]
-    assert right.get_lines()[0].get_xdata()[0] == found.spread_of_log_g
+def test_the_ladders_figure_has_a_mark_for_every_kind(planted, figure_style):
+    table = planted.ladder
+    left, right = plots.ladder(table, planted.spread_of_log_g).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == table["title"].tolist()
+    assert list(right.get_lines()[1].get_xdata()) == table["spread"].tolist()
+    assert list(left.get_lines()[1].get_xdata()) == [pull.value for pull in table["pull"]]
+    assert right.get_lines()[0].get_xdata()[0] == planted.spread_of_log_g
