@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # numpy and jax take 32 bits, and chapters count on from it
 Engine = Literal["auto", "ghost", "autograd"]
 MulticlassProblem = Literal["multiclass_clusters", "multiclass_spirals", "multiclass_rings"]
-IsotropyProblem = Literal["binary_rings", "binary_xor", "multiclass_spirals", "multiclass_clusters"]
+RankProblem = Literal[MulticlassProblem, "binary_xor", "binary_rings"]  # classifications with a hidden layer
 SyntheticProblem = Literal[
     MulticlassProblem, "binary_linear", "binary_xor", "binary_rings", "regression_linear", "regression_nonlinear"
 ]
@@ -212,22 +212,24 @@ class Isotropy(Parameters):
     """An isotropic covariance against those made from data, on small networks and real models.
 
     `dose_problems` to `dose_widths`: the posteriors on which claim C2 is judged; their records are kept in `dose_dir`.
+    `atlas_problems` with `headline_seeds`: the posteriors of 02_mcmc on which the chain of steps is taken.
+    `rank_problems` and `dose_problems` with `rank_seeds` and `widths`: the networks on which claim C3 is judged.
     """
 
     chapter = "03_isotropy"
     data = ("triviaqa", "wikidata", "all-minilm-l6-v2")
     store_dir: str
     dose_dir: str
+    atlas_dir: str
+    n_workers: Count
     dose_problems: Several[DoseProblem]
     dose_seeds: Count
     dose_widths: NotEmpty[Count]
-    problem_names: NotEmpty[IsotropyProblem]
-    n_seeds: Count
-    n_chains: Chains
-    n_warmup: Count
-    n_draws: Draws
+    atlas_problems: NotEmpty[SyntheticProblem]
+    headline_seeds: Count
+    rank_problems: NotEmpty[RankProblem]
+    rank_seeds: NotEmpty[Seed]
     widths: Several[Count]
-    width_seeds: Count
     models: Models
     n_proxies: Annotated[int, Field(ge=3)]  # of each kind, the first of which are second wordings of queries
     n_queries: Annotated[int, Field(ge=8, multiple_of=2)]
