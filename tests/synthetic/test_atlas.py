@@ -273,7 +273,7 @@ def test_the_headline_reads_as_values_with_intervals(table):
         assert text.startswith("" if np.isnan(row.value) else f"{row.value:.2f}")
         assert ("[" in text) == (row.low == row.low)
         assert "nan" not in text
-    assert set(shown.index.get_level_values("statistic")) == {"ρ", "r"}
+    assert {"‖g‖², ρ", "‖g‖², r"} == set(shown.index.get_level_values("measure"))
     assert shown.index.get_level_values("problem").str.isupper().all()
     assert not shown.isna().any().any()
 

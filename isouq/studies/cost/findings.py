@@ -16,6 +16,7 @@ from isouq.studies.cost import memory, timing
 from isouq.studies.cost.cases import Texts
 from isouq.studies.cost.memory import Memory
 from isouq.studies.plotting import METHODS
+from isouq.studies.qa.tables import label
 from isouq.studies.results import Result, key_of
 
 OURS = ("forward", "forward_answer", "activation_gradient", "ghost", "autograd")
@@ -100,9 +101,9 @@ def errors_text(costs: Mapping[str, Costs]) -> pd.DataFrame:
 
 
 def _text(columns: Mapping[str, Any], form: str) -> pd.DataFrame:
-    table = pd.concat(columns, axis=1).reindex(
-        [m for m in EVERY if any(m in column.index for column in columns.values())]
-    )
+    methods = [method for method in EVERY if any(method in column.index for column in columns.values())]
+    named = {label((name, ""))[0]: column for name, column in columns.items()}
+    table = pd.concat(named, axis=1).reindex(methods)
     return table.rename(index=lambda m: METHODS[m].label).map(form.format, na_action="ignore").fillna("—")
 
 

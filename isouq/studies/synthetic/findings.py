@@ -121,8 +121,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
 def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
     """Return `headline`'s table as a reader sees it, each value with its interval; `titles` name the problems."""
-    methods = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}
-    index = [table["method"].map(methods), table["statistic"].map({"spearman": "ρ", "pearson": "r"})]
+    methods, statistics = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}, {"spearman": "ρ", "pearson": "r"}
+    measure = (table["method"].map(methods) + ", " + table["statistic"].map(statistics)).rename("measure")
     here = [
         ("" if np.isnan(value) else f"{value:.2f}") + ("" if np.isnan(low) else f"\u00a0[{low:.2f},\u00a0{high:.2f}]")
         for value, low, high in table[["value", "low", "high"]].to_numpy()
@@ -130,7 +130,7 @@ def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
     shown = table[["paper", "verdict", "ceiling", "near", "far"]].round(2).astype(object)
     shown = shown.where(shown.notna(), "")
     shown.insert(0, "here", here)
-    return shown.set_index([*index, table["problem"].map(titles)])
+    return shown.set_index([measure, table["problem"].map(titles)])
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
