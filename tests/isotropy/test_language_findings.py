@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from isouq.studies.evaluation import Interval, bootstrap_interval
 from isouq.studies.isotropy import language_findings as findings
@@ -71,6 +72,15 @@ def test_the_two_sided_rule_finds_structure_of_either_sign_and_no_absent_one(slo
     sign = "structured, more variance near" if slope > 0 else "structured, less variance near"
     share = np.mean([word == sign for word in said]) if slope else 1 - np.mean([word == "not found" for word in said])
     assert least <= share <= most
+
+
+@pytest.mark.parametrize("n", [60, 200])
+def test_a_pull_of_the_size_stated_is_found_with_the_power_stated(n):
+    rho = 2 * np.sin(np.pi / 6 * findings.detectable(n))  # Pearson's, of normal columns with this Spearman's
+    x, noise = np.random.default_rng(n).normal(size=(2, 500, n))
+    y = rho * x + np.sqrt(1 - rho**2) * noise
+    found = [stats.spearmanr(a, b).pvalue < 0.05 for a, b in zip(x, y, strict=True)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06), "within three standard errors"
 
 
 def test_without_the_control_nothing_is_decided():

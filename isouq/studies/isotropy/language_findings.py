@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from isouq.studies import require
 from isouq.studies.evaluation import (
@@ -72,6 +73,15 @@ def verdict(pull: Interval, control: Interval) -> str:
     return "structured, less variance near" if pull.high < 0 else "structured, more variance near"
 
 
+def detectable(n: int, power: float = 0.8) -> float:
+    """Return the size of a pull that n queries show with this probability, at 5 %.
+
+    By Fisher's z, whose variance for Spearman's ρ is 1.06/(n − 3) (Fieller, Hartley and Pearson 1957).
+    """
+    n, power = require.count("n", n, 4), require.number("power", power, 0.5, 1.0)
+    return float(np.tanh((special.ndtri(0.975) + special.ndtri(power)) * np.sqrt(1.06 / (n - 3))))
+
+
 def field(study: Study, kind: str, damping: float = DAMPING) -> Array:
     """Return the distortion (query,) that F from one kind of proxies ("all" for every one) makes, in nats."""
     return distortion(study.form(kind, damping=damping), study.squares)
@@ -113,6 +123,7 @@ class Findings:
         study, n = self.study, len(self.study.queries)
         found = {
             "n_parameters": Result(value=study.n_parameters),
+            "pull_detectable": Result(value=detectable(n), n=n),
             "control": _result(self.control, claim="C2", unit="nats"),
             "spread_of_log_g": Result(value=self.spread_of_log_g, n=n, unit="nats"),
             "spread_of_2s": Result(value=2 * study.log_prob.std(), n=n, unit="nats"),

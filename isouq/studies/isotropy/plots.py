@@ -100,11 +100,11 @@ def ladder(table: pd.DataFrame, spread_of_log_g: float) -> Figure:
     left.axvline(0, **GUIDE)
     left.hlines(at, [pull.low for pull in table["pull"]], [pull.high for pull in table["pull"]], color=colour)
     left.plot([pull.value for pull in table["pull"]], at, marker, color=colour)
-    left.set(xlabel="ρ of distortion with nearness", ylim=(len(table) - 0.5, -0.5))
+    left.set(xlabel="ρ with nearness", ylim=(len(table) - 0.5, -0.5))
     left.set_yticks(at, table["title"])
     right.axvline(spread_of_log_g, **GUIDE)
     right.plot(table["spread"], at, marker, color=colour)
-    right.set(xscale="log", xlabel="standard deviation of distortion (nats)")
+    right.set(xscale="log", xlabel="spread of distortion (nats)")
     return figure
 
 
