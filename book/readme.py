@@ -132,7 +132,7 @@ def _cost(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
-    """What a covariance made from other data does (C2), whether ranks survive (C3), and isotropy's part of the error."""
+    """What a covariance from other data does (C2), whether ranks survive (C3), and isotropy's part of the error."""
     sources = {
         "control": "new data of the same distribution (control: has to be below 0)",
         "shifted": "data moved aside",
@@ -145,15 +145,16 @@ def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
         return []
     *cells, rho, slope, share = [format_interval(entries[key]) for key in keys]
     return [
-        "A Fisher made from data instead of isotropy, on small networks with a known posterior: how much more of its error",
-        "than of isotropy's is explained by nearness to those data (share of variance, 95 % intervals over n problems).",
+        "A Fisher made from data instead of isotropy, on small networks with a known posterior: how much more of its",
+        "error than of isotropy's nearness to those data explains (share of variance, 95 % intervals over n problems).",
         "",
         "| Fisher made from | structure, added |",
         "| --- | --- |",
         *(f"| {label} | {cell} |" for label, cell in zip(sources.values(), cells, strict=True)),
         "",
-        f"In networks of 2,048 units, rank correlation of Laplace's variance of the log odds with isotropy's: {rho}; change",
-        f"of its z with each doubling of the width: {slope}. Isotropy's share of the squared log error of ‖g‖²: {share}.",
+        "In the widest networks, rank correlation of Laplace's variance of the log odds with isotropy's:",
+        f"{rho}; change of its z with each doubling of the width: {slope}.",
+        f"Isotropy's share of the squared log error of ‖g‖²: {share}.",
         "",
     ]
 

@@ -154,7 +154,6 @@ def test_no_tracked_file_is_large():
 
 
 LIMITS = {"cells": 30, "lines of code": 150, "lines of a cell": 30}
-STILL_LONG = {"03_isotropy"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -184,8 +183,7 @@ class TestNotebook:
         code = [cell.source.splitlines() for cell in cells if cell.cell_type == "code"]
         longest = max(len(lines) for lines in code[1:])  # the first holds the parameters
         sizes = {"cells": len(cells), "lines of code": sum(map(len, code)), "lines of a cell": longest}
-        too_long = {name for name, limit in LIMITS.items() if sizes[name] > limit}
-        assert bool(too_long) == (path.stem in STILL_LONG), sizes
+        assert all(sizes[name] <= limit for name, limit in LIMITS.items()), sizes
 
     def test_every_shipped_profile_runs_it(self, path):
         shipped = [profiles.load(file.stem) for file in (ROOT / "profiles").glob("*.yml")]

@@ -308,6 +308,11 @@ def spec(name: str) -> Spec:
     return SPECS.get(name) or FRESH[name]
 
 
+def titles() -> dict[str, str]:
+    """Return the name of every problem of ``SPECS`` and ``FRESH`` as readers see it."""
+    return {name: spec.title for name, spec in (SPECS | FRESH).items()}
+
+
 def make(
     name: str,
     *,
