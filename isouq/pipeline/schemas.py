@@ -221,7 +221,6 @@ class Isotropy(Parameters):
     store_dir: str
     dose_dir: str
     atlas_dir: str
-    n_workers: Count
     dose_problems: Several[DoseProblem]
     dose_seeds: Count
     dose_widths: NotEmpty[Count]

@@ -142,8 +142,8 @@ def table():
             for matrix, (dampings, references) in matrices.items():
                 rows += [
                     {"structure": 0.3, "p_value": 1.0, "problem": problem, "seed": seed, "width": width,
-                     "source": source, "matrix": matrix, "damping": damping, "reference": reference, "excess": (0.1 + seed / 100) * shift / damping,
-                     "nats2": 1.0}
+                     "source": source, "matrix": matrix, "damping": damping, "reference": reference,
+                     "excess": (0.1 + seed / 100) * shift / damping, "nats2": 1.0}
                     for problem in ("binary_moons", "binary_sine", "binary_corner")
                     for seed in (0, 2)
                     for damping in dampings
