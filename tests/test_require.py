@@ -169,7 +169,16 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(dose.case, dose.cases, dose.form, dose.excesses, dose.recipes, dose.table, dose.responses, dose.over_seeds),
-    *(dose.verdicts, dose.curves, dose.swept, dose.named_results, point.objective, spectra.widths),
+    *(
+        dose.verdicts,
+        dose.bands,
+        dose.maps,
+        dose.curves,
+        dose.swept,
+        dose.named_results,
+        point.objective,
+        spectra.widths,
+    ),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
     *(analysis.agreement, analysis.accuracy, tables.table_2),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),

@@ -86,7 +86,6 @@ def structure(
     preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
     A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
-    require.same_rows(field=field, features=features)
     return structures([require.numbers("field", field)], features, permutations, given=given)[0]
 
 
@@ -94,6 +93,8 @@ def structures(
     fields: Sequence[Array], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
 ) -> list[Structure]:
     """Return the `structure` of several fields (point,) by the same features."""
+    for field in fields:
+        require.same_rows(field=field, features=features)
     columns = features = require.numbers("features", features, 2)
     permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
     if (np.sort(permutations) != np.arange(len(features))).any():
@@ -112,7 +113,6 @@ def structures(
 
 def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
     """Fit a field on orthonormal columns, `basis` beside those `known`."""
-    require.same_rows(field=field, features=basis)
     field = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
     rest = field - field.mean()
     rest = rest - known @ (known.T @ rest)
