@@ -184,6 +184,11 @@ def test_a_problem_has_a_verdict_by_its_seeds(table):
     assert (found["seeds"] == 2).all()
 
 
+def test_verdicts_without_the_core_width_are_refused(table):
+    with pytest.raises(ValueError, match=r"responses: widths \[8\] given, 32 wanted among them"):
+        dose.verdicts(dose.responses(table[table["width"] == 8]), {})
+
+
 def test_the_table_of_bands_says_what_the_results_say(table):
     found = dose.bands(dose.responses(table))
     core = dose.named_results(table, n_records=20)["isotropy.dose.w32.fisher.local.slope"]

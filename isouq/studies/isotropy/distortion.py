@@ -84,6 +84,7 @@ def structure(
     residuals are permuted, and fitted on `given` again (Freedman and Lane 1983).
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
     preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
+    The opposite edges of most maps are not, so that p of a map is too small: compare two fields of one map instead.
     A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
     return structures([require.numbers("field", field)], features, permutations, given=given)[0]

@@ -162,7 +162,7 @@ def _drawn_labels(logits: Array, *, seed: int) -> NDArray[np.int64]:
 def excesses(case: Case) -> Iterator[dict[str, Any]]:
     """Yield a row for every source, matrix, damping and reference that `recipes` names, and for the "isotropic" matrix.
 
-    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix, and its p_value;
+    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix;
     excess, T less that of isotropy, and nats2, the same in nats²; added, the field's standard deviation less that of
     isotropy's field, in nats. For CONTROL T is the plain structure: nearness to the training inputs,
     nothing else given.
@@ -183,7 +183,7 @@ def excesses(case: Case) -> Iterator[dict[str, Any]]:
         for (matrix, damping, name, _), field, fit in zip(series, fields, fits, strict=True):
             yield own | {
                 **{"source": source, "matrix": matrix, "damping": damping, "reference": name},
-                **{"structure": fit.beyond_chance, "p_value": fit.p_value},
+                "structure": fit.beyond_chance,
                 "excess": fit.beyond_chance - flat[name].beyond_chance,
                 "nats2": fit.beyond_chance * fit.variance - flat[name].beyond_chance * flat[name].variance,
                 "added": float(field.std() - distortion(norm, case.references[name]).std()),
@@ -251,7 +251,10 @@ def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame
     """Return the core setting by problem: every excess, that of shifted proxies with its t-interval over data seeds.
 
     verdict: "bends" towards the proxies if this interval lies above 0, "does not" if below, else "undecided".
+    Raises ValueError where the core setting's WIDTH was not measured.
     """
+    if WIDTH not in (widths := sorted(set(responses.index.get_level_values("width")))):
+        raise ValueError(f"responses: widths {widths} given, {WIDTH} wanted among them, on which the core checks rest")
     core, rows = responses.xs((WIDTH, *CORE), level=list(SERIES)), dict[str, Any]()
     for problem, of_problem in core.groupby("problem", sort=False):
         band = over_problems(of_problem["shifted"])
