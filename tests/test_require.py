@@ -175,7 +175,7 @@ ROWS_OF = {
 # These take a table, a problem or a case, whose parts are checked where they are used, and no number of their own.
 TAKE_OBJECTS = {
     *(dose.case, dose.cases, dose.form, dose.excesses, dose.recipes, dose.table, dose.responses, dose.over_seeds),
-    *(dose.verdicts, dose.curves, dose.swept, dose.named_results, point.objective),
+    *(dose.verdicts, dose.bands, dose.maps, dose.curves, dose.swept, dose.named_results, point.objective),
     *(ranks.table, ranks.by_width, ranks.slopes, ranks.text),
     *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),

@@ -122,9 +122,10 @@ def test_an_excess_is_over_isotropy_and_of_the_matrix():
     """Where isotropy is right only the matrix has structure; where the matrix is, it has none and isotropy all."""
     case = small("binary_sine")
     rows = pd.DataFrame(list(dose.excesses(case)))
-    assert not rows.loc[rows["matrix"] == "isotropic", ["structure", "excess", "nats2", "spread"]].any(axis=None)
+    assert not rows.loc[rows["matrix"] == "isotropic", ["structure", "excess", "nats2", "added"]].any(axis=None)
     far = rows[(rows["source"] == "shift 2") & (rows["matrix"] == "fisher")]
     assert (far["excess"] == far["structure"]).all()
+    assert (far["added"] > 0).all()
     (form,) = dose.form(case, "fisher", dose.proxies(case.problem, "shift 2"))
     turned = pd.DataFrame(list(dose.excesses(replace(case, references=case.references | {"local": form}))))
     turned = turned[(turned["source"] == "shift 2") & (turned["reference"] == "local")].set_index("matrix")
@@ -141,13 +142,13 @@ def table():
             shift = float(source[6:]) if source.startswith("shift") else {"noise": -1, "control": -2}.get(source, 5)
             for matrix, (dampings, references) in matrices.items():
                 rows += [
-                    {"structure": 0.3, "p_value": 1.0, "problem": problem, "seed": seed, "width": width,
-                     "source": source, "matrix": matrix, "damping": damping, "reference": reference,
-                     "excess": (0.1 + seed / 100) * shift / damping, "nats2": 1.0}
+                    {"width": width, "source": source, "matrix": matrix, "nats2": 1.0, "added": 1.0, "seed": seed,
+                     "problem": problem, "damping": damping, "reference": name,
+                     "excess": (0.1 + seed / 100) * shift / damping}
                     for problem in ("binary_moons", "binary_sine", "binary_corner")
                     for seed in (0, 2)
                     for damping in dampings
-                    for reference in references
+                    for name in references
                 ]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -155,7 +156,7 @@ def table():
 def test_responses_have_the_mean_the_slope_and_the_other_sources(table):
     found = dose.responses(table).loc[(32, "fisher", "local", "binary_moons", 2)]
     expected = {"shifted": 0.24, "slope": 0.12, "near": 0, "other problem": 0.6, "noise": -0.12, "control": -0.24}
-    assert found.drop("nats2").to_dict() == pytest.approx(expected)
+    assert found.drop(["nats2", "added", "added near"]).to_dict() == pytest.approx(expected)
     averaged = dose.over_seeds(dose.responses(table)).loc[(32, "fisher", "local", "binary_moons")]
     assert averaged["shifted"] == pytest.approx(0.22)
 
@@ -183,6 +184,11 @@ def test_a_problem_has_a_verdict_by_its_seeds(table):
     assert (found["seeds"] == 2).all()
 
 
+def test_verdicts_without_the_core_width_are_refused(table):
+    with pytest.raises(ValueError, match=r"responses: widths \[8\] given, 32 wanted among them"):
+        dose.verdicts(dose.responses(table[table["width"] == 8]), {})
+
+
 def test_the_table_of_bands_says_what_the_results_say(table):
     found = dose.bands(dose.responses(table))
     core = dose.named_results(table, n_records=20)["isotropy.dose.w32.fisher.local.slope"]
@@ -202,7 +208,7 @@ def test_maps_are_of_isotropy_and_of_what_the_proxies_made():
 def test_the_damping_sweep_and_the_curves_are_means_over_seeds(table):
     swept = dose.swept(table).set_index(["series", "damping"])
     assert len(swept) == len(dose.MATRICES) * len(dose.DAMPINGS)
-    assert swept.loc[("kfac", 10.0), "value"] == pytest.approx(0.022)
+    assert swept.loc[("KFAC", 10.0), "value"] == pytest.approx(0.022)
     curves = dose.curves(table).set_index(["reference", "problem", "shift"])
     assert curves.loc[("laplace", "binary_sine", 3.0), "excess"] == pytest.approx(0.33)
 

@@ -84,9 +84,9 @@ def structure(
     residuals are permuted, and fitted on `given` again (Freedman and Lane 1983).
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
     preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
+    The opposite edges of most maps are not, so that p of a map is too small: compare two fields of one map instead.
     A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
-    require.same_rows(field=field, features=features)
     return structures([require.numbers("field", field)], features, permutations, given=given)[0]
 
 
@@ -94,6 +94,8 @@ def structures(
     fields: Sequence[Array], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
 ) -> list[Structure]:
     """Return the `structure` of several fields (point,) by the same features."""
+    for field in fields:
+        require.same_rows(field=field, features=features)
     columns = features = require.numbers("features", features, 2)
     permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
     if (np.sort(permutations) != np.arange(len(features))).any():
@@ -112,7 +114,6 @@ def structures(
 
 def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
     """Fit a field on orthonormal columns, `basis` beside those `known`."""
-    require.same_rows(field=field, features=basis)
     field = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
     rest = field - field.mean()
     rest = rest - known @ (known.T @ rest)

@@ -34,7 +34,8 @@ COMMITTED = jobs.COMMITTED.parent / "isotropy"
 SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # along +x, in units of the map, whose side is 6
 FAR = 1.0  # the least shift that counts as data from elsewhere
 SOURCES = (*(f"shift {shift:g}" for shift in SHIFTS), "other problem", "noise")
-MATRICES = ("fisher", "empirical Fisher", "kfac", "ekfac")  # for a softmax the Fisher is the GGN
+# For a softmax the Fisher is the GGN. The empirical one has labels drawn from the model.
+MATRICES = {"fisher": "Fisher", "empirical Fisher": "empirical Fisher", "kfac": "KFAC", "ekfac": "EK-FAC"}
 REFERENCES = ("local", "mcmc", "laplace")
 DAMPINGS = (1.0, 10.0, 1e2, 1e3, 1e4, 1e5)  # in units of the posterior's own; the last is isotropy
 SWEPT = "shift 2"
@@ -161,9 +162,9 @@ def _drawn_labels(logits: Array, *, seed: int) -> NDArray[np.int64]:
 def excesses(case: Case) -> Iterator[dict[str, Any]]:
     """Yield a row for every source, matrix, damping and reference that `recipes` names, and for the "isotropic" matrix.
 
-    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix, and its p_value;
-    excess, T less that of isotropy, and nats2, the same in nats²; and spread, the standard deviation of
-    log(gᵀΣg / ‖g‖²) over the map, in nats. For CONTROL T is the plain structure: nearness to the training inputs,
+    Columns: problem, seed, width, source, matrix, damping, reference; structure, T of the matrix;
+    excess, T less that of isotropy, and nats2, the same in nats²; added, the field's standard deviation less that of
+    isotropy's field, in nats. For CONTROL T is the plain structure: nearness to the training inputs,
     nothing else given.
     """
     grid, permutations = case.problem.grid, grid_shifts(case.problem.shape)
@@ -179,13 +180,13 @@ def excesses(case: Case) -> Iterator[dict[str, Any]]:
         fields = [distortion(estimate, case.references[name]) for *_, name, estimate in series]
         fits = structures(fields, near, permutations, given=given)
         flat = {name: fit for (matrix, _, name, _), fit in zip(series, fits, strict=True) if matrix == "isotropic"}
-        for (matrix, damping, name, estimate), fit in zip(series, fits, strict=True):
+        for (matrix, damping, name, _), field, fit in zip(series, fields, fits, strict=True):
             yield own | {
                 **{"source": source, "matrix": matrix, "damping": damping, "reference": name},
-                **{"structure": fit.beyond_chance, "p_value": fit.p_value},
+                "structure": fit.beyond_chance,
                 "excess": fit.beyond_chance - flat[name].beyond_chance,
                 "nats2": fit.beyond_chance * fit.variance - flat[name].beyond_chance * flat[name].variance,
-                "spread": float(distortion(estimate, norm).std()),
+                "added": float(field.std() - distortion(norm, case.references[name]).std()),
             }
 
 
@@ -198,7 +199,7 @@ def recipes(width: int) -> dict[str, dict[str, tuple[Sequence[float], Sequence[s
     if width == WIDTH:
         for source in SOURCES:
             dampings = DAMPINGS if source == SWEPT else (1.0,)
-            chosen[source] |= dict.fromkeys(MATRICES[1:], (dampings, ("local",)))
+            chosen[source] |= dict.fromkeys(list(MATRICES)[1:], (dampings, ("local",)))
         chosen[SWEPT]["fisher"] = (DAMPINGS, REFERENCES)
     return chosen
 
@@ -212,12 +213,14 @@ def responses(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per width, matrix, reference, problem and seed, at a damping of 1.
 
     Columns: shifted, the mean excess over shifts of FAR and more, and nats2, the same in nats²; slope, of the excess
-    per unit of shift, over all SHIFTS; near, the excess at shift 0; other problem; noise; control, of plain structure.
+    per unit of shift, over all SHIFTS; near, the excess at shift 0; other problem; noise; control, of plain structure;
+    added, nats of the field's size over far shifts, and added near, at shift 0.
     """
     rows = table[(table["damping"] == 1.0) & (table["matrix"] != "isotropic")]
     index = [*SERIES, "problem", "seed"]
-    excess, nats2 = (
-        rows.pivot_table(values=name, index=index, columns="source", sort=False) for name in ("excess", "nats2")
+    excess, nats2, added = (
+        rows.pivot_table(values=name, index=index, columns="source", sort=False)
+        for name in ("excess", "nats2", "added")
     )
     shifts = np.array(SHIFTS)
     names = [f"shift {shift:g}" for shift in SHIFTS]
@@ -225,7 +228,8 @@ def responses(table: pd.DataFrame) -> pd.DataFrame:
     weights = (shifts - shifts.mean()) / np.square(shifts - shifts.mean()).sum()
     means = {"shifted": excess[far].mean(axis=1), "slope": excess[names] @ weights, "near": excess[names[0]]}
     plain = {name: excess[name] for name in ("other problem", "noise", CONTROL)}
-    return pd.DataFrame(means | plain | {"nats2": nats2[far].mean(axis=1)})
+    sizes = {"nats2": nats2[far].mean(axis=1), "added": added[far].mean(axis=1), "added near": added[names[0]]}
+    return pd.DataFrame(means | plain | sizes)
 
 
 def over_seeds(responses: pd.DataFrame) -> pd.DataFrame:
@@ -247,7 +251,10 @@ def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame
     """Return the core setting by problem: every excess, that of shifted proxies with its t-interval over data seeds.
 
     verdict: "bends" towards the proxies if this interval lies above 0, "does not" if below, else "undecided".
+    Raises ValueError where the core setting's WIDTH was not measured.
     """
+    if WIDTH not in (widths := sorted(set(responses.index.get_level_values("width")))):
+        raise ValueError(f"responses: widths {widths} given, {WIDTH} wanted among them, on which the core checks rest")
     core, rows = responses.xs((WIDTH, *CORE), level=list(SERIES)), dict[str, Any]()
     for problem, of_problem in core.groupby("problem", sort=False):
         band = over_problems(of_problem["shifted"])
@@ -280,13 +287,14 @@ def swept(table: pd.DataFrame) -> pd.DataFrame:
     means = _of_sweep(table).groupby(["matrix", "damping", "problem"], sort=False)["excess"].mean()
     bands = {key: over_problems(values) for key, values in means.groupby(["matrix", "damping"], sort=False)}
     return pd.DataFrame(
-        [(*key, b.value, b.low, b.high) for key, b in bands.items() if b is not None],
+        [(MATRICES[str(matrix)], d, b.value, b.low, b.high) for (matrix, d), b in bands.items() if b is not None],
         columns=["series", "damping", "value", "low", "high"],
     )
 
 
 def _of_sweep(table: pd.DataFrame) -> pd.DataFrame:
-    return table[(table["source"] == SWEPT) & (table["width"] == WIDTH) & (table["reference"] == CORE[1])]
+    rows = table[(table["source"] == SWEPT) & (table["width"] == WIDTH) & (table["reference"] == CORE[1])]
+    return rows[rows["matrix"] != "isotropic"]
 
 
 def named_results(table: pd.DataFrame, n_records: int) -> dict[str, Result]:
@@ -300,7 +308,9 @@ def named_results(table: pd.DataFrame, n_records: int) -> dict[str, Result]:
 
     for (width, matrix, reference), rows in by_problem.groupby(list(SERIES), sort=False):
         for column, values in rows.items():
-            unit = {"slope": "per unit of shift", "nats2": "nats²"}.get(str(column), "")
+            unit = {"slope": "per unit of shift", "nats2": "nats²", "added": "nats", "added near": "nats"}.get(
+                str(column), ""
+            )
             add(_key(f"w{width}.{matrix}.{reference}.{column}"), values, unit=unit)
     for (reference, source), rows in curves(table).groupby(["reference", "source"], sort=False):
         add(_key(f"w{WIDTH}.fisher.{reference!s}.{source!s}"), rows["excess"])
