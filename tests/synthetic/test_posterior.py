@@ -64,7 +64,7 @@ def test_hmc_agrees_with_the_closed_form():
     assert drawn.diagnostics.passed, drawn.diagnostics.failures
     classes = np.zeros(8, dtype=int)
     theta = point.find_map(problem, n_starts=2).theta
-    exact = point.estimates(problem, theta, classes)["la"]
+    exact = point.laplace(problem, theta, classes)
     found = posterior.reference(drawn, classes)
     assert np.abs((found.variance - exact) / found.mcse).max() < 5
     assert found.aleatoric is None
