@@ -11,7 +11,7 @@ import torch
 from isouq.studies import evaluation, fits, rejection
 from isouq.studies.isotropy import chain, covariance, distortion, dose, ranks
 from isouq.studies.qa import analysis, tables
-from isouq.studies.synthetic import jobs, point, posterior, problems
+from isouq.studies.synthetic import point, posterior, problems
 
 RNG = np.random.default_rng(0)
 N = 40
@@ -124,12 +124,6 @@ ROWS_OF = {
         "given": (VARIANCE[:, None], "array"),
     },
     distortion.grid_shifts: {"shape": ((4, 4), "")},
-    jobs.mean_interval: {"values": (SCORE[:5] / 9, "enough")},
-    jobs.trend: {
-        "doublings": (np.arange(N) % 4.0, "array"), "values": (SCORE, "array"), "group": (GROUP, "groups"),
-        "seed": (0, "seed"),
-    },
-    jobs.correlations: PEARSON | {"where": (np.ones(N), "labels")},
     point.find_map: {
         "problem": (PROBLEM, ""), "n_starts": (1, "count"), "seed": (0, "seed"), "max_steps": (5, "count")
     },
@@ -141,7 +135,7 @@ ROWS_OF = {
     point.curvature: AT | {"vectors": (np.eye(len(THETA)), "alone")},
     point.hessian: AT,
     point.ggn: AT,
-    point.estimates: AT | {"classes": (CLASSES, "classes"), "laplace": (False, "")},
+    point.laplace: AT | {"classes": (CLASSES, "classes")},
     point.quadratic_form: {"g": (ROWS, "alone"), "precision": (GRAM, "array")},
     point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
     posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
@@ -266,7 +260,6 @@ SERIES = {name: pd.Series(array) for name, array in {"score": SCORE, "other": VA
         lambda s, w: evaluation.bootstrap_interval(evaluation.auroc, s["score"], w),
         lambda s, w: fits.out_of_fold_scores(s[["score"]], w),
         lambda s, w: distortion.distortion(s["other"], s["other"].loc[w.index]),
-        lambda s, w: jobs.trend(s["score"], s["other"], w),
     ],
 )
 def test_series_of_other_rows_are_not_paired_by_position(call):
@@ -305,7 +298,6 @@ def test_series_of_the_same_rows_give_what_arrays_give():
         (lambda: distortion.structure(SCORE, np.ones((N, 1)), SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS[:, [0, 0]], SHIFTS), "features: a constant one"),
         (lambda: distortion.structure(SCORE, ROWS, 0 * SHIFTS), "permutations: rows given that are no order"),
-        (lambda: jobs.mean_interval([3.0, 4.0]), "correlations: 3 to 4 given"),
         (lambda: dose.form(CASE, "fischer", ROWS), "matrix: 'fischer' given.*did you mean 'fisher'"),
         (lambda: dose.proxies(PROBLEM, "shift 4"), "source: 'shift 4' given"),
         (lambda: posterior.isotropy(np.ones((4, 10, 3))), "draws: all the same"),

@@ -8,9 +8,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, TextIO
 
-from isouq.pipeline import profiles, schemas
+from isouq.pipeline import profiles
 from isouq.pipeline.profiles import ProfileError
 from isouq.studies import assets
 from isouq.studies.identity import module_files
@@ -52,14 +52,15 @@ class Graph:
 
     @property
     def problems(self) -> list[str]:
-        """The problems whose posteriors are sampled before 02_mcmc starts."""
-        return list(get_args(schemas.SyntheticProblem)) if "02_mcmc" in self.sections else []
+        """The problems of the atlas, whose posteriors are sampled before the notebooks that use them start."""
+        section: Any = self.sections.get("02_mcmc")
+        return list(section.atlas_problems) if section else []
 
     def before(self, chapter: str) -> list[str]:
         """Return the files of the jobs that have to be done before a notebook starts."""
         if chapter == "04_llm_qa":
             return [f"{self.build}/qa/{shard}.done" for shard in self.shards]
-        used = getattr(self.sections[chapter], "problem_names", []) if chapter != "02_mcmc" else self.problems
+        used = getattr(self.sections[chapter], "atlas_problems", [])
         return [f"{self.build}/mcmc/mcmc-{problem}.done" for problem in self.problems if problem in used]
 
     def parameters(self) -> dict[str, Callable[[Any], str]]:

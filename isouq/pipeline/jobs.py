@@ -33,28 +33,21 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     loaded = profiles.load(profile)
     section: Any = loaded.parameters("02_mcmc")
     isotropy: Any = loaded.parameters("03_isotropy") if "03_isotropy" in loaded.chapters() else None
-    store = Path(section.store_dir)
-    options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": store / "jax"}
-    records: dict[jobs.Job, dict[str, Any]] = {}  # the problems as they stand and the data sizes share jobs
+    options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": Path(section.store_dir, "jax")}
 
-    def run(part: list[jobs.Job], folder: str, committed: Path, **more: Any) -> dict[jobs.Job, Any]:
+    def run(part: list[jobs.Job], folder: str, committed: Path) -> list[atlas.Record]:
         chosen = [job for job in part if problem in (None, job.problem) and seed in (None, job.seed)]
-        return dict(zip(chosen, jobs.run_all(chosen, folder, also=[committed], **more, **options), strict=True))
+        return jobs.run_all(chosen, folder, also=[committed], study=atlas, **options)
 
-    others = [*plan.data_sizes(section), *plan.sizes(section)]
-    shared, settings = plan.table(section), list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
+    settings = list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
     doses = plan.dose(isotropy) if isotropy else []
-    for job in (*shared, *settings, *others, *doses):
+    for job in (*settings, *doses):
         job.make()  # refuses what is impossible before anything is sampled
-    # What a stopped study cannot do without comes first. Only the draws that 03_isotropy shares are kept.
-    of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED, study=atlas)
-    of_doses = run(doses, isotropy.dose_dir, dose.COMMITTED, study=atlas) if doses else {}
-    records |= {job: record.facts for job, record in (of_atlas | of_doses).items()}
-    for part, draws in ((shared, store / "mcmc"), (others, None)):
-        part.sort(key=lambda job: job.seed)
-        records |= run(part, section.records_dir, jobs.COMMITTED, draws=draws)
-    failed = sum(not record["passed"] for record in records.values())
-    hours = sum(record["cpu_seconds"] for record in records.values()) / 3600
+    of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED)
+    of_doses = run(doses, isotropy.dose_dir, dose.COMMITTED) if doses else []
+    records = [record.facts for record in (*of_atlas, *of_doses)]
+    failed = sum(not record["passed"] for record in records)
+    hours = sum(record["cpu_seconds"] for record in records) / 3600
     return f"{len(records)} records, {failed} of them failed the gate; {hours:.2f} hours of one core"
 
 

@@ -168,12 +168,11 @@ class Mcmc(Parameters):
 
     The atlas has every problem with every activation, width, prior and design named, and `atlas_seeds` data seeds of
     each; its declared headline setting has `headline_seeds`. `problem` to `design` are the setting that is looked at in
-    detail. `n_seeds` to `n_draws` are the posteriors that 03_isotropy shares.
+    detail.
     """
 
     chapter = "02_mcmc"
     store_dir: str
-    records_dir: str
     atlas_dir: str
     n_workers: Count
     problem: SyntheticProblem
@@ -188,15 +187,6 @@ class Mcmc(Parameters):
     designs: NotEmpty[Design]
     atlas_seeds: Count
     headline_seeds: Count
-    n_seeds: Count
-    n_chains: Chains
-    n_warmup: Count
-    n_draws: Draws
-    data_sizes: Several[Count]
-    size_problems: NotEmpty[SyntheticProblem]
-    size_widths: Several[Count]
-    size_depths: NotEmpty[Count]
-    size_seeds: Count
 
     @pydantic.model_validator(mode="after")
     def _makes_sense(self) -> "Mcmc":

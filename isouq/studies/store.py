@@ -2,8 +2,7 @@
 
 A stage (question, answer, verdict, estimate, …) is a table of its own, keyed by item_id. What is written of an item at
 once is one transaction. A record is plain JSON, or bytes where it is an array. Scored questions and inner products of
-gradients are stored here. The posteriors' records are files instead (JSON, committed, so that a diff shows a change),
-and so are their draws (netCDF, so that ArviZ reads them).
+gradients are stored here. The posteriors' records are files instead, which are committed.
 """
 
 from __future__ import annotations

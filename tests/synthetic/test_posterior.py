@@ -64,17 +64,16 @@ def test_hmc_agrees_with_the_closed_form():
     assert drawn.diagnostics.passed, drawn.diagnostics.failures
     classes = np.zeros(8, dtype=int)
     theta = point.find_map(problem, n_starts=2).theta
-    exact = point.estimates(problem, theta, classes)["la"]
+    exact = point.laplace(problem, theta, classes)
     found = posterior.reference(drawn, classes)
     assert np.abs((found.variance - exact) / found.mcse).max() < 5
     assert found.aleatoric is None
 
 
-def test_within_and_between_add_up(logistic):
+def test_the_variance_is_that_of_all_draws_and_its_halves_those_of_half_the_chains(logistic):
     found = posterior.reference(logistic, np.zeros(64, dtype=int))
     values = posterior.functions(logistic.problem, logistic.draws)[..., 0]
     np.testing.assert_allclose(found.variance, values.var(axis=(0, 1)), rtol=1e-10)
-    np.testing.assert_allclose(found.within, values.var(axis=1).mean(axis=0), rtol=1e-10)
     np.testing.assert_allclose(found.halves[1], values[2:].var(axis=(0, 1)), rtol=1e-10)
 
 

@@ -8,6 +8,7 @@ needs no new sampling. `table` turns records into correlations.
 import hashlib
 import io
 import json
+import math
 import os
 import time
 import zlib
@@ -23,12 +24,13 @@ import pandas as pd
 from isouq.studies import require
 from isouq.studies.evaluation import pearson, spearman
 from isouq.studies.identity import digest, versions
-from isouq.studies.synthetic import cache, jobs, modes, point, posterior, problems
+from isouq.studies.synthetic import jobs, modes, point, posterior, problems
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
 VERSION = 1  # of what a record holds beyond posterior.VERSION: the three θ* and their fields
-COMMITTED = jobs.COMMITTED.parent / "atlas"
+COMMITTED = jobs.COMMITTED
+PACKAGES = ("jax", "numpy", "numpyro")  # that the draws depend on
 FACTORS = ["problem", "activation", "width", "prior", "design"]
 MANY = 200  # examples of a classification in its other design
 REGIONS = ("whole", "near", "far")
@@ -69,10 +71,10 @@ def cell(job: Job) -> dict[str, Any]:
     }
 
 
-def analyse(job: Job, folder: str | Path | None = None) -> Record:
-    """Sample (or load from `folder`) the posterior of a job and compute all that its record holds."""
+def analyse(job: Job) -> Record:
+    """Sample the posterior of a job and compute all that its record holds."""
     problem = job.make()
-    drawn = cache.draw(problem, job.settings, folder)
+    drawn = posterior.sample(problem, job.settings)
     thetas = modes.find(problem, drawn.draws, n_starts=job.n_starts, seed=job.seed)
     classes = point.predicted_classes(problem, thetas.points[0])
     reference = posterior.reference(drawn, classes)
@@ -81,7 +83,7 @@ def analyse(job: Job, folder: str | Path | None = None) -> Record:
         return np.square(point.gradients(problem, theta, classes) * scales).sum(axis=1)
 
     own, n = thetas.points[:2], len(problem.grid)
-    of_own = [point.estimates(problem, theta, classes) for theta in own]
+    of_own = [point.laplace(problem, theta, classes) for theta in own]
     usable = thetas.admitted & (np.array(thetas.kinds) == "mode")
     fields = {name: getattr(reference, name) for name in ("mean", "variance", "mcse", "halves")}
     if reference.aleatoric is not None and reference.aleatoric_halves is not None:
@@ -89,7 +91,7 @@ def analyse(job: Job, folder: str | Path | None = None) -> Record:
     fields |= {
         "gn": np.stack([squares(theta) for theta in thetas.points]),
         "p": np.stack([point.probabilities(problem, theta, classes) for theta in own]),
-        "la": np.stack([found.get("la", np.full(n, np.nan)) for found in of_own]),
+        "la": np.stack([np.full(n, np.nan) if la is None else la for la in of_own]),
         "gn_prior": np.stack([squares(theta, problem.model.scales()) for theta in own]),
         "gn_draws": np.mean([squares(theta) for theta in thetas.draws], axis=0),
         **modes.steps(problem, drawn.draws, thetas.points[usable], classes),
@@ -111,13 +113,13 @@ def analyse(job: Job, folder: str | Path | None = None) -> Record:
     return Record(job=job, facts=facts, fields=kept | {"classes": classes.astype(np.uint8)})
 
 
-def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> Record:
+def run(job: Job, folder: str | Path) -> Record:
     """Run one job and leave its record in `folder`; the file appears whole or not at all."""
     begun = time.process_time()
-    found = analyse(job, draws)
-    facts = found.facts | {"cpu_seconds": time.process_time() - begun, "versions": versions(*cache.PACKAGES)}
+    found = analyse(job)
+    facts = found.facts | {"cpu_seconds": time.process_time() - begun, "versions": versions(*PACKAGES)}
     facts |= {"job": asdict(job), "version": [posterior.VERSION, VERSION]}
-    facts = jobs.rounded(facts)
+    facts = _rounded(facts)
     facts["content"] = _content(facts, found.fields)
     file = path(job, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,17 @@ def run(job: Job, folder: str | Path, draws: str | Path | None = None) -> Record
     partial.write_bytes(buffer.getvalue())
     os.replace(partial, file)
     return Record(job=job, facts=facts, fields=found.fields)
+
+
+def _rounded(value: Any) -> Any:
+    """Return facts with floats of six digits, and None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def path(job: Job, folder: str | Path) -> Path:

@@ -4,7 +4,7 @@ Every mean of correlations is one of Fisher's z, and its interval Student's t ov
 a setting, and problems where settings are compared, since seeds of one problem are not independent problems.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,7 @@ from scipy import stats
 from isouq.studies import claims
 from isouq.studies.evaluation import Interval
 from isouq.studies.results import Result
-from isouq.studies.synthetic.atlas import FACTORS, cell
-from isouq.studies.synthetic.jobs import Job, mean_interval
-from isouq.studies.synthetic.posterior import Settings
+from isouq.studies.synthetic.atlas import FACTORS
 from isouq.studies.verdicts import fisher_z
 
 MARGIN = 0.1  # "agrees" needs the whole interval within this distance of the paper's number
@@ -67,14 +65,18 @@ def paper_value(method: str, statistic: str, problem: str) -> float:
 
 
 def mean(values: Any) -> tuple[float, float, float, int]:
-    """Return the mean of correlations with its interval (NaN for fewer than two) and their number; NaN is left out."""
+    """Return the mean of correlations with its interval (NaN for fewer than two) and their number; NaN is left out.
+
+    The mean is of Fisher's z, and the 95 % interval Student's t. Raises ValueError for values that are no correlations.
+    """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return (float(values[0]) if len(values) else np.nan), np.nan, np.nan, len(values)
-    band = mean_interval(values)
-    assert band is not None
-    return band.value, band.low, band.high, band.n
+    z = fisher_z(values)
+    reach = float(stats.t.ppf(0.975, len(z) - 1) * stats.sem(z))
+    value, low, high = np.tanh(z.mean() + np.array([0.0, -reach, reach]))
+    return float(value), float(low), float(high), len(z)
 
 
 def of(table: pd.DataFrame, point: str, measure: str, region: str = "whole") -> pd.DataFrame:
@@ -275,23 +277,6 @@ def approximations(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {label: of(table, "mode", name) for name, label in AROUND_A_MODE.items()}
     by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
     return pd.DataFrame({label: groups.agg(_mean_of) for label, groups in by.items()})
-
-
-def of_records(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return mean ρ of ‖g‖² by activation, prior, examples, depth and width, from records of ``jobs``.
-
-    At the MAP, which may have collapsed, and averaged over draws; n: posteriors that passed, of `all`.
-    """
-    rows, names = [], ["activation", "prior", "examples", "depth", "width"]
-    for record in records:
-        own = cell(Job(**{**record["job"], "settings": Settings()})) | {"depth": record["job"]["depth"] or 1}
-        rho = {"MAP": "gn", "draws": "gn_draws"} if record["passed"] else {}
-        own |= {name: record["correlation"][key]["spearman"] for name, key in rho.items()}
-        rows.append(own | {"examples": record["n_examples"], "n": record["passed"], "all": 1})
-    by = pd.DataFrame(rows, columns=[*names, "MAP", "draws", "n", "all"]).astype({"MAP": float, "draws": float})
-    groups = by.groupby(names)
-    means = {name: groups[name].agg(_mean_of) for name in ("MAP", "draws")}
-    return pd.DataFrame(means).join(groups[["n", "all"]].sum())
 
 
 def _mean_of(values: pd.Series) -> float:

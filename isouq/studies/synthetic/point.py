@@ -1,4 +1,4 @@
-"""The MAP and the estimates that follow from it: ‖g‖², the Laplace family and p(1−p)."""
+"""The MAP, and what the estimates are made of: gradients, curvature and probabilities at a θ*."""
 
 import functools
 from collections.abc import Callable
@@ -169,32 +169,9 @@ def quadratic_form(g: np.ndarray, precision: np.ndarray) -> np.ndarray | None:
     return np.einsum("ip,pi->i", g, scipy.linalg.cho_solve(factor, g.T))
 
 
-def estimates(
-    problem: Problem, theta: np.ndarray, classes: np.ndarray, *, laplace: bool = True
-) -> dict[str, np.ndarray]:
-    """Return every point estimate of Var_θ[p] at the grid (point,), by name; those that do not exist are left out.
-
-    gn: ‖g‖² (up to σ²); la: gᵀH⁻¹g; la_diag: with the diagonal of H only; la_last: over the last layer's
-    parameters only; ggn: gᵀ(GGN + prior)⁻¹g; aleatoric: p(1−p), not for a regression. Without `laplace` the
-    four that need a matrix over all parameters are left out.
-    """
-    g = gradients(problem, theta, classes)
-    values: dict[str, np.ndarray | None] = {"gn": np.square(g).sum(axis=1)}
-    if problem.model.kind != "regression":
-        p = probabilities(problem, theta, classes)
-        values["aleatoric"] = p * (1 - p)
-    if laplace:
-        H = hessian(problem, theta)
-        fan_in, fan_out = problem.model.network.shapes[-1]
-        last = slice(len(theta) - (fan_in + 1) * fan_out, None)
-        diagonal = np.diag(H)
-        values |= {
-            "la": quadratic_form(g, H),
-            "la_diag": np.square(g) @ (1 / diagonal) if (diagonal > 0).all() else None,
-            "la_last": quadratic_form(g[:, last], H[last, last]),
-            "ggn": quadratic_form(g, ggn(problem, theta)),
-        }
-    return {name: value for name, value in values.items() if value is not None}
+def laplace(problem: Problem, theta: np.ndarray, classes: np.ndarray) -> np.ndarray | None:
+    """Laplace's variance gᵀH⁻¹g at the grid (point,), or None where the energy's Hessian H is not positive definite."""
+    return quadratic_form(gradients(problem, theta, classes), hessian(problem, theta))
 
 
 def torch_module(model: Model, theta: np.ndarray) -> torch.nn.Sequential:

@@ -106,7 +106,6 @@ class Posterior:
     draws: np.ndarray
     divergent: np.ndarray
     energy: np.ndarray
-    n_steps: np.ndarray
     diagnostics: Diagnostics
 
 
@@ -114,16 +113,13 @@ class Posterior:
 class Reference:
     """Moments of the draws at each grid point; arrays are (point,), variances in units of p² (or of the mean²).
 
-    `variance` = `within` + `between`: the mean of the chains' variances and the variance of their means. A Taylor
-    expansion at one mode can only see the first. `mcse`: Monte Carlo standard error of `variance`. `halves` (2, point):
-    the variance from the first and from the second half of the chains, which are independent, so that their agreement
-    bounds what any estimate can reach. `aleatoric`: E_θ[p(1−p)], None for a regression, and its `aleatoric_halves`.
+    `mcse`: Monte Carlo standard error of `variance`. `halves` (2, point): the variance from the first and from the
+    second half of the chains, which are independent, so that their agreement bounds what any estimate can reach.
+    `aleatoric`: E_θ[p(1−p)], None for a regression, and its `aleatoric_halves`.
     """
 
     mean: np.ndarray
     variance: np.ndarray
-    within: np.ndarray
-    between: np.ndarray
     mcse: np.ndarray
     halves: np.ndarray
     aleatoric: np.ndarray | None
@@ -132,7 +128,7 @@ class Reference:
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets):
-    """Return (z, divergent, energy, n_steps), each (chain, draw, ...), of one chain per key."""
+    """Return (z, divergent, energy), each (chain, draw, ...), of one chain per key."""
     init, step = hmc(
         # Sampled in units of the prior's scale: one step size then suits all layers.
         lambda z: model.energy(z, scales, inputs, targets),
@@ -154,7 +150,7 @@ def _run(model: Model, settings: Settings, keys, starts, scales, inputs, targets
 
         def draw(state, _):
             state = step(state)
-            return state, (state.z, state.diverging, state.energy, state.num_steps)
+            return state, (state.z, state.diverging, state.energy)
 
         state = jax.lax.fori_loop(0, settings.n_warmup, lambda _, state: step(state), state)
         return jax.lax.scan(draw, state, length=settings.n_draws)[1]
@@ -174,7 +170,7 @@ def sample(problem: Problem, settings: Settings) -> Posterior:
     settings.require_memory(problem)
     begun = time.perf_counter()
     start_key, run_key = jax.random.split(jax.random.key(settings.seed))
-    z, divergent, energy, n_steps = _run(
+    z, divergent, energy = _run(
         problem.model.unscaled(),
         replace(settings, seed=0, memory_gb=0.0),  # one compilation serves all seeds, and all data of one size
         jax.random.split(run_key, settings.n_chains),
@@ -190,7 +186,6 @@ def sample(problem: Problem, settings: Settings) -> Posterior:
         problem=problem,
         settings=settings,
         draws=draws,
-        n_steps=np.asarray(n_steps),
         diagnostics=judge(functions(problem, draws), **statistics, seconds=seconds),
         **statistics,
     )
@@ -244,21 +239,17 @@ def _rank_normalised(values: np.ndarray) -> np.ndarray:
 
 
 def reference(posterior: Posterior, classes: np.ndarray) -> Reference:
-    """Return mean, variance (within and between chains, with its Monte Carlo error) and E[p(1−p)].
+    """Return mean, variance (with its Monte Carlo error) and E[p(1−p)].
 
     `classes` (point,): the class whose probability is meant at each grid point (zeros unless multiclass).
     """
     values, classes = functions(posterior.problem, posterior.draws), posterior.problem.classes(classes)
     values = np.take_along_axis(values, classes[None, None, :, None], axis=-1)[..., 0]
-    within = values.var(axis=1).mean(axis=0)
-    between = values.mean(axis=1).var(axis=0)
     squares = np.square(values - values.mean(axis=(0, 1)))
     bernoulli = None if posterior.problem.model.kind == "regression" else values * (1 - values)
     return Reference(
         mean=values.mean(axis=(0, 1)),
-        variance=within + between,
-        within=within,
-        between=between,
+        variance=values.var(axis=1).mean(axis=0) + values.mean(axis=1).var(axis=0),  # within and between chains
         mcse=squares.std(axis=(0, 1)) / np.sqrt(effective_sample_size(squares)),
         halves=_halves(values, np.var),
         aleatoric=None if bernoulli is None else bernoulli.mean(axis=(0, 1)),
