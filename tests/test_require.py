@@ -25,7 +25,7 @@ THETA = RNG.normal(size=PROBLEM.model.network.n_parameters)
 CLASSES = np.zeros(16, dtype=int)
 DRAWS, VALUES = RNG.normal(size=(4, 20, len(THETA))), RNG.normal(size=(4, 20, 16, 1))
 CASE = dose.Case(problem=PROBLEM, theta=THETA, g=ROWS, references={})
-SHIFTS = distortion.shuffles(N, 5, seed=0)
+SHIFTS = np.random.default_rng(0).permuted(np.tile(np.arange(N), (5, 1)), axis=1)
 
 
 def having(value: float, array: np.ndarray) -> np.ndarray:
@@ -116,9 +116,6 @@ ROWS_OF = {
         "field": (SCORE, "array"), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
         "given": (VARIANCE[:, None], "array"),
     },
-    distortion.shuffles: {
-        "n_points": (N, "count"), "n_permutations": (3, "count"), "seed": (0, "seed"), "groups": (GROUP, "groups")
-    },
     distortion.structures: {
         "fields": ([SCORE], ""), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
         "given": (VARIANCE[:, None], "array"),
@@ -173,7 +170,7 @@ TAKE_OBJECTS = {
     *(ranks.table, ranks.by_width, ranks.slopes, ranks.text),
     *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(analysis.rank, analysis.last_layers, analysis.auroc_table, analysis.within, analysis.added_signal),
-    *(analysis.agreement, analysis.accuracy, tables.table_2),
+    *(analysis.agreement, analysis.accuracy, tables.table_2, tables.p_true_question, problems.titles),
     *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
     *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),

@@ -83,7 +83,7 @@ def structure(
     With other features `given`, R² is partial: the share that `features` explain of what those leave over. Then the
     residuals are permuted, and fitted on `given` again (Freedman and Lane 1983).
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
-    preserves: use `shuffles` for exchangeable points and `grid_shifts` for a map, whose neighbours are alike.
+    preserves: those of a map, whose neighbours are alike, are `grid_shifts`.
     The opposite edges of most maps are not, so that p of a map is too small: compare two fields of one map instead.
     A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
@@ -99,9 +99,7 @@ def structures(
     columns = features = require.numbers("features", features, 2)
     permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
     if (np.sort(permutations) != np.arange(len(features))).any():
-        raise ValueError(
-            f"permutations: rows given that are no order of the {len(features)} points, such orders wanted"
-        )
+        raise ValueError(f"permutations: rows given that are no order of the {len(features)} points, orders wanted")
     if given is not None:
         require.same_rows(features=features, given=given)
         columns = np.hstack([require.numbers("given", given, 2), features])
@@ -125,21 +123,6 @@ def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[n
     null = np.square(moved @ basis).sum(1) / (1 - np.square(moved @ known).sum(1))
     p_value = (1 + int((null >= explained).sum())) / (1 + len(null))
     return Structure(explained=explained, by_chance=float(null.mean()), p_value=p_value, variance=variance)
-
-
-def shuffles(
-    n_points: int, n_permutations: int, *, seed: int, groups: NDArray | None = None
-) -> Int[np.ndarray, "permutation point"]:
-    """Return random permutations, within `groups` (point,) where given: two data sets cannot exchange points."""
-    rng = np.random.default_rng(require.seed("seed", seed))
-    order = np.arange(require.count("n_points", n_points))
-    groups = 0 * order if groups is None else require.groups("groups", groups)
-    require.same_rows(n_points=order, groups=groups)
-    rows = np.tile(order, (require.count("n_permutations", n_permutations), 1))
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        rows[:, members] = rng.permuted(rows[:, members], axis=1)
-    return rows
 
 
 def grid_shifts(shape: tuple[int, ...]) -> Int[np.ndarray, "permutation point"]:
