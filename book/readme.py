@@ -89,7 +89,8 @@ def measured(folder: str) -> str:
             lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
     lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
     posteriors = _posteriors(study)
-    runs = {_run(run.meta): None} | ({_run(study.meta, "02_mcmc"): None} if posteriors else {})
+    chapters = ["", "03_isotropy", *(["02_mcmc"] if posteriors else [])]
+    runs = {_run(study.meta if chapter == "02_mcmc" else run.meta, chapter): None for chapter in chapters}
     return "\n".join([*lines, *posteriors, *runs])
 
 
