@@ -36,7 +36,7 @@ def written(table: pd.DataFrame, path) -> bytes:
         ("latin.csv", "prompt,answer\nWo?,Köln\n".encode("latin-1"), "line 2 is no text in UTF-8"),
         ("sixteen.csv", "prompt,answer\na,b\n".encode("utf-16"), "line 1 is no text in UTF-8"),
         ("bare16.csv", "prompt,answer\na,b\n".encode("utf-16-le"), "line 1 is no text in UTF-8"),
-        ("packed.csv", gzip.compress(b"prompt,answer\na,b\n"), "is no text in UTF-8"),
+        ("packed.csv", gzip.compress(b"prompt,answer\na,b\n", mtime=0), "is no text in UTF-8"),
         ("excel.csv", b"PK\x03\x04\x14\x00\x06\x00", "line 1 is no text in UTF-8"),
         ("nul.csv", b"prompt,answer\na,b\nc,\0\n", "line 3 is no text in UTF-8"),
         ("empty.csv", b"", "the file is empty"),
