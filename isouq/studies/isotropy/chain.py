@@ -166,7 +166,8 @@ def text(means: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
     for row in means.to_dict("records"):
         own = rows.setdefault(titles[row["problem"]], {})
         if row["step"] in STEPS:
-            own[f"{row['step']}, share"] = f"{row['share']:.0%} [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+            band = "" if np.isnan(row["share_low"]) else f" [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+            own[f"{row['step']}, share"] = f"{row['share']:.0%}{band}"
         else:
             own[f"{row['step']} (nats²)"] = f"{row['variance']:.{0 if row['variance'] >= 10 else 3}f}"
         own |= {"n": row["n"], "missing": row["n_missing"]}
