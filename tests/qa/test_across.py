@@ -115,7 +115,8 @@ def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(
     table = tables.table_2(pairs | {("small", "wikidata"): ranked["small"]})
     assert list(table.columns) == [*MODELS, "silent", "mean", "paper"]
     assert table.loc[("TriviaQA", "P(True)"), "paper"] == "0.69\u00a0±\u00a00.06"
-    assert (table["silent"] == "").all()
+    assert (table.loc["TriviaQA", "silent"] == "too few").all()
+    assert (table.loc["Wikidata", "silent"] == "").all(), "it was not asked"
     assert (table.loc["Wikidata", "mean"] == "").all()
     one = across.mean([ranked[model]["sequence"]["p_true"] for model in MODELS])
     mean, std = one.as_in_paper()
