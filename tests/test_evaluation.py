@@ -79,6 +79,15 @@ def test_correlations_refuse_nan_and_constants(correlation) -> None:
         correlation([1.0, 1.0], [0.0, 2.0])
 
 
+def auroc_interval(score, wrong, **options):
+    return evaluation.ranking(score, wrong, evaluation.Resamples.of(wrong, **options)).interval()
+
+
+def auroc_difference(score, control, wrong, **options):
+    plan = evaluation.Resamples.of(wrong, **options)
+    return evaluation.ranking(score, wrong, plan).minus(evaluation.ranking(control, wrong, plan)).interval()
+
+
 def test_bootstrap_covers_the_true_mean_at_its_level() -> None:
     rng = np.random.default_rng(1)
     hits = 0
@@ -90,17 +99,17 @@ def test_bootstrap_covers_the_true_mean_at_its_level() -> None:
 
 def test_bootstrap_resamples_rows_jointly_and_repeats_with_its_seed(scored) -> None:
     score, wrong = scored
-    zero = evaluation.auroc_difference(score, 2 * score, wrong)
+    zero = auroc_difference(score, 2 * score, wrong)
     assert (zero.value, zero.low, zero.high) == (0.0, 0.0, 0.0)
-    first, again = (evaluation.auroc_interval(score, wrong, seed=5) for _ in range(2))
+    first, again = (auroc_interval(score, wrong, seed=5) for _ in range(2))
     assert first == again
-    assert first != evaluation.auroc_interval(score, wrong, seed=6)
+    assert first != auroc_interval(score, wrong, seed=6)
     assert first.low < first.value < first.high
     assert first.n == 200
 
 
 def test_bootstrap_redraws_resamples_of_one_class_and_says_when_it_cannot() -> None:
-    interval = evaluation.auroc_interval([0.0, 1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1, 1])
+    interval = auroc_interval([0.0, 1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1, 1])
     assert (interval.low, interval.high) == (1.0, 1.0)
     with pytest.raises(ValueError, match="undefined on more than half"):
         evaluation.bootstrap_interval(_defined_only_without_repeats, np.arange(20), n_resamples=40)
@@ -185,7 +194,7 @@ def test_few_right_answers_do_not_narrow_the_interval() -> None:
         return evaluation.Interval(0.5, low, high, 120)
 
     truth = stats.norm.cdf(1.2 / np.sqrt(2))
-    after = miss_rate(lambda s, w, seed: evaluation.auroc_interval(s, w, n_resamples=200, seed=seed), truth, make, 200)
+    after = miss_rate(lambda s, w, seed: auroc_interval(s, w, n_resamples=200, seed=seed), truth, make, 200)
     assert after <= 0.08
     assert after < miss_rate(percentile, truth, make, 200)
 
@@ -200,7 +209,7 @@ def test_questions_that_share_a_cluster_are_resampled_together() -> None:
         plan = evaluation.Resamples.of(wrong, clusters=np.arange(120) // 5, n_resamples=200, seed=seed)
         return evaluation.ranking(score, wrong, plan).interval()
 
-    alone = miss_rate(lambda s, w, seed: evaluation.auroc_interval(s, w, n_resamples=200, seed=seed), 0.5, make, 100)
+    alone = miss_rate(lambda s, w, seed: auroc_interval(s, w, n_resamples=200, seed=seed), 0.5, make, 100)
     assert alone > 0.2
     assert miss_rate(by_cluster, 0.5, make, 100) <= 0.1
 
@@ -213,7 +222,7 @@ def test_equal_scores_are_seldom_told_apart_and_unequal_ones_are() -> None:
         return (first, second), wrong
 
     def difference(pair, wrong, seed):
-        return evaluation.auroc_difference(*pair, wrong, n_resamples=200, seed=seed)
+        return auroc_difference(*pair, wrong, n_resamples=200, seed=seed)
 
     assert miss_rate(difference, 0.0, make, 150) <= 0.08
     assert miss_rate(difference, 0.0, lambda rng: make(rng, 1.0), 30) > 0.8
@@ -242,8 +251,8 @@ def test_two_sides_of_different_questions_are_refused(scored) -> None:
     with pytest.raises(ValueError, match="plan: resamples of 199 questions given, of 200 wanted"):
         evaluation.ranking(score, wrong, evaluation.Resamples.of(wrong[:-1], n_resamples=40))
     missing = np.where(np.arange(200) == 3, np.nan, score)
-    with pytest.raises(ValueError, match="control: NaN at 1 of 200"):
-        evaluation.auroc_difference(score, missing, wrong)
+    with pytest.raises(ValueError, match="NaN at 1 of 200"):
+        auroc_difference(score, missing, wrong)
 
 
 def test_fewer_than_two_clusters_are_refused(scored) -> None:

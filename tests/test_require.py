@@ -83,8 +83,6 @@ ROWS_OF = {
     evaluation.spearman: PEARSON,
     evaluation.auroc: ASKED,
     evaluation.stratified_auroc: ASKED | {"stratum": (GROUP, "groups")},
-    evaluation.auroc_interval: ASKED | DRAWN,
-    evaluation.auroc_difference: ASKED | DRAWN | {"control": (OTHER, "score")},
     evaluation.bootstrap_interval: DRAWN | {
         "statistic": (np.mean, ""), "level": (0.9, "level"), "clusters": (GROUP, "groups")
     },
@@ -249,8 +247,7 @@ SERIES = {name: pd.Series(array) for name, array in {"score": SCORE, "other": VA
     "call",
     [
         lambda s, w: evaluation.auroc(s["score"], w),
-        lambda s, w: evaluation.auroc_interval(s["score"], w),
-        lambda s, w: evaluation.auroc_difference(s["score"].to_numpy(), s["other"], w),
+        lambda s, w: evaluation.ranking(s["score"], w, evaluation.Resamples.of(w)),
         lambda s, w: evaluation.stratified_auroc(s["score"], w.to_numpy(), w),
         lambda s, w: evaluation.pearson(s["score"], s["other"].loc[w.index]),
         lambda s, w: evaluation.spearman(s["score"], s["other"].loc[w.index]),
@@ -267,7 +264,9 @@ def test_series_of_other_rows_are_not_paired_by_position(call):
 
 def test_series_of_the_same_rows_give_what_arrays_give():
     assert evaluation.auroc(SERIES["score"], SERIES["wrong"]) == evaluation.auroc(SCORE, WRONG)
-    assert evaluation.auroc_interval(SERIES["score"], WRONG) == evaluation.auroc_interval(SCORE, WRONG)
+    plan = evaluation.Resamples.of(WRONG)
+    ranked = [evaluation.ranking(score, WRONG, plan).interval() for score in (SERIES["score"], SCORE)]
+    assert ranked[0] == ranked[1]
 
 
 @pytest.mark.parametrize(

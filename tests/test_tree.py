@@ -54,8 +54,8 @@ ONLY_IN = {
 FILE_LINES = 400
 WALLS = {"library": 3300, "studies": 6000}  # physical lines, as planned; studies with all language models
 # What there is, above the plan. The studies count with the code of the notebooks, so that a rule or a table that moves
-# from a notebook to a tested function is not held against them. The new tests of isotropy (C2, C3) added 151 lines net.
-TODAY = {"library": 3937, "studies": 10269}
+# from a notebook to a tested function is not held against them. The new tests of isotropy (C2, C3) added 135 lines net.
+TODAY = {"library": 3937, "studies": 10253}
 
 
 def room_of(name: str) -> str:

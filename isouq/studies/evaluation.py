@@ -313,25 +313,6 @@ def weighted_auroc(
     return np.divide(concordant, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
 
 
-def auroc_interval(score: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
-    """Return the AUROC for "the answer is wrong" with its 95 % BCa bootstrap interval over questions."""
-    require.same_rows(score=score, wrong=wrong)
-    return ranking(score, wrong, Resamples.of(wrong, n_resamples=n_resamples, seed=seed)).interval()
-
-
-def auroc_difference(
-    score: ArrayLike, control: ArrayLike, wrong: ArrayLike, *, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> Interval:
-    """Return AUROC(score) − AUROC(control) on the same questions, with its paired 95 % BCa bootstrap interval.
-
-    Raises ValueError as `auroc` does, and for a question that one of the two has no score for.
-    """
-    require.same_rows(score=score, control=control, wrong=wrong)
-    control = require.numbers("control", control, finite=False)
-    plan = Resamples.of(wrong, n_resamples=n_resamples, seed=seed)
-    return ranking(score, wrong, plan).minus(ranking(control, wrong, plan)).interval()
-
-
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """Return a proportion with Wilson's score interval, which stays inside [0, 1] also near its ends.
 

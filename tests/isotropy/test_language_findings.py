@@ -36,7 +36,9 @@ def simulated(seed, *, strength=1.0):
     wrong = rng.permutation(N) < N // 2
     return Study(
         proxies=pd.DataFrame({"kind": np.repeat(KINDS, N_EACH), "text": text[0]}),
-        queries=pd.DataFrame({"kind": "query", "text": text[1], "paraphrased": paraphrased, "wrong": wrong}),
+        queries=pd.DataFrame({"text": text[1], "paraphrased": paraphrased, "wrong": wrong}).assign(
+            kind="query", relation=[f"relation {row}" for row in range(N)]
+        ),
         log_prob=-rng.exponential(5, N),
         gram=proxies @ proxies.T,
         products=queries @ proxies.T,
@@ -54,6 +56,19 @@ def planted():
 def control_of(study, n_resamples=100):
     columns = findings.field(study, "paraphrase"), study.queries["paraphrased"].to_numpy()
     return bootstrap_interval(findings.difference, *columns, n_resamples=n_resamples, seed=900)
+
+
+def test_statements_of_one_relation_are_resampled_together():
+    one = simulated(2)
+    rows = np.tile(np.arange(N), 4)  # every query four times: no more is known than from one of each
+    four = replace(
+        one, queries=one.queries.iloc[rows], log_prob=one.log_prob[rows], products=one.products[rows],
+        squares=one.squares[rows],
+    )  # fmt: skip
+    few, many = (findings.find(study, encode, n_resamples=200, seed=900) for study in (one, four))
+    pairs = [(f.control, f.ladder.loc["paraphrase", "pull"], *f.gains.values()) for f in (few, many)]
+    for alone, repeated in zip(*pairs, strict=True):
+        assert 0.8 < (repeated.high - repeated.low) / (alone.high - alone.low) < 1.25
 
 
 def test_the_control_finds_a_planted_pull_and_no_absent_one():

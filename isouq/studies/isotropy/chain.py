@@ -24,7 +24,7 @@ from isouq.studies import require
 from isouq.studies.isotropy.ranks import factored
 from isouq.studies.results import Result
 from isouq.studies.synthetic import findings, point, posterior
-from isouq.studies.synthetic.atlas import Record, correlation
+from isouq.studies.synthetic.atlas import Record, correlation, local_mode
 from isouq.studies.synthetic.problems import Problem
 
 Array = NDArray[np.float64]
@@ -80,8 +80,8 @@ def noise(halves: Array) -> float:
 def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, Array], Array, str] | None:
     """Return the logarithm of the chain's variances (point,) by name, MCMC's first, then that of ‖g‖² when trained.
 
-    With them: the Gaussian's halves (2, point), and the matrix of `laplace`. The mode is the one whose ‖g‖² the record
-    holds as that of its draws. None for a record without draws around a mode.
+    With them: the Gaussian's halves (2, point), and the matrix of `laplace`. None for a record without draws around a
+    mode.
 
     Raises ValueError for a variance that is zero at some point.
     """
@@ -89,7 +89,7 @@ def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, 
     if "mode_variance" not in fields:
         return None
     trained, classes = fields["thetas"][0], record.fields["classes"]
-    theta = fields["thetas"][np.abs(fields["gn"] - fields["mode_gn"]).max(axis=1).argmin()]
+    theta = local_mode(record)
     precision, matrix = laplace(problem, theta)
     halves = gaussian(problem, theta, precision, classes, n_draws=n_draws)
     h, log_factor = factored(problem, theta, classes)

@@ -24,7 +24,7 @@ from isouq.studies.isotropy import covariance, kronecker
 from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structures
 from isouq.studies.results import Result
 from isouq.studies.synthetic import jobs, point, problems
-from isouq.studies.synthetic.atlas import Record
+from isouq.studies.synthetic.atlas import Record, local_mode
 from isouq.studies.synthetic.findings import over_problems
 from isouq.studies.synthetic.problems import Problem
 
@@ -67,20 +67,13 @@ class Case:
 def case(record: Record) -> Case:
     """Read a case off a record of ``atlas``, at the mode around which the record's local covariance was taken.
 
-    That mode is the one of `thetas` whose ‖g‖² is `mode_gn`. Another θ* would meet a covariance that is not its own,
-    and the distortion would be one of the choice of θ*.
+    Another θ* would meet a covariance that is not its own, and the distortion would be one of the choice of θ*.
     Raises ValueError for a record that failed the gate or that has no covariance around one mode.
     """
     name, fields = record.job.file(), record.fields
     if not record.facts["passed"]:
         raise ValueError(f"{name}: failed the gate ({', '.join(record.facts['failures'])})")
-    if "mode_taylor" not in fields:
-        raise ValueError(f"{name}: no mode has enough draws around it for a covariance")
-    modes = np.flatnonzero(np.array(record.facts["kinds"]) == "mode")
-    away = np.abs(fields["gn"][modes] / fields["mode_gn"] - 1).max(axis=1)
-    if away.min() > 1e-3:
-        raise ValueError(f"{name}: none of its modes has the ‖g‖² of `mode_gn` (nearest: {away.min():.1e} away)")
-    problem, theta = record.job.make(), fields["thetas"][modes[away.argmin()]].astype(float)
+    problem, theta = record.job.make(), local_mode(record)
     g = point.gradients(problem, theta, fields["classes"])
     laplace = point.quadratic_form(g, point.ggn(problem, theta))
     assert laplace is not None  # the prior's precision alone is positive definite

@@ -8,7 +8,8 @@ with its 95 % interval. They were drawn at random, so nothing but the proxies te
 nothing else here can be decided. The *pull* of a kind of proxies is Spearman's ρ of the field with the queries'
 nearness to them: an interval wholly below 0 (less variance near the proxies) or wholly above (more) means structure,
 one that holds 0 means that none was found. Whether structure matters is another question: it does when the order of
-U_E changes, a rank correlation with isotropy's order below SAME_ORDER with its whole interval.
+U_E changes, a rank correlation with isotropy's order below SAME_ORDER with its whole interval. All intervals resample
+whole relations, as chapter 04's do for Wikidata: statements of one relation are alike.
 """
 
 from __future__ import annotations
@@ -23,19 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from isouq.studies import require
-from isouq.studies.evaluation import (
-    Interval,
-    auroc,
-    auroc_difference,
-    auroc_interval,
-    bootstrap_interval,
-    enough_of_both,
-    spearman,
-)
+from isouq.studies.evaluation import Interval, auroc, bootstrap_interval, enough_of_both, ranking, spearman
 from isouq.studies.isotropy.distortion import distortion, nearness
 from isouq.studies.isotropy.language import Study
 from isouq.studies.isotropy.texts import PROXIES, Source
-from isouq.studies.resamples import UndefinedStatisticError
+from isouq.studies.resamples import Resamples, UndefinedStatisticError
 from isouq.studies.results import Result, key_of
 
 Array = NDArray[np.float64]
@@ -74,7 +67,7 @@ def verdict(pull: Interval, control: Interval) -> str:
 
 
 def detectable(n: int, power: float = 0.8) -> float:
-    """Return the size of a pull that n queries show with this probability, at 5 %.
+    """Return the size of a pull that n independent queries show with this probability, at 5 %.
 
     By Fisher's z, whose variance for Spearman's ρ is 1.06/(n − 3) (Fieller, Hartley and Pearson 1957).
     """
@@ -145,7 +138,7 @@ def find(study: Study, encode: Callable[[list[str]], Any], *, n_resamples: int, 
     """Apply all rules to one model's study."""
     how = {"n_resamples": n_resamples, "seed": seed}
     columns = field(study, "paraphrase"), study.queries["paraphrased"].to_numpy()
-    control = bootstrap_interval(difference, *columns, **how)
+    control = bootstrap_interval(difference, *columns, clusters=study.queries["relation"], **how)
     return Findings(
         control=control,
         ladder=ladder(study, near(study, encode), control, **how),
@@ -168,7 +161,7 @@ def ladder(
     for kind in _kinds(study):
         bent, scores = field(study, kind), log_scores(study, kind)
         pairs = {"pull": (bent, nearness[kind]), "rank_g": (scores[0], plain[0]), "rank_u_e": (scores[1], plain[1])}
-        how = {"n_resamples": n_resamples, "seed": seed}
+        how: dict[str, Any] = {"clusters": study.queries["relation"], "n_resamples": n_resamples, "seed": seed}
         found = {name: bootstrap_interval(spearman, *pair, **how) for name, pair in pairs.items()}
         row = PROXIES.get(kind, ALL)._asdict() | {"spread": bent.std(), **found}
         rows[kind] = row | {"verdict": verdict(found["pull"], control)}
@@ -218,14 +211,15 @@ def gains(study: Study, *, n_resamples: int, seed: int) -> dict[str, Interval]:
 
     Empty where too few answers are right or wrong.
     """
-    wrong, how = study.queries["wrong"].to_numpy(dtype=bool), {"n_resamples": n_resamples, "seed": seed}
+    wrong = study.queries["wrong"].to_numpy(dtype=bool)
     if not enough_of_both(wrong):
         return {}
-    plain, bent = log_scores(study, None), log_scores(study, "all")
+    plan = Resamples.of(wrong, clusters=study.queries["relation"], n_resamples=n_resamples, seed=seed)
+    plain, bent = ([ranking(s, wrong, plan) for s in log_scores(study, kind)] for kind in (None, "all"))
     return {
-        "wikidata.isotropic.auroc": auroc_interval(plain[0], wrong, **how),
-        "wikidata.all.auroc_gain": auroc_difference(bent[0], plain[0], wrong, **how),
-        "wikidata.all.auroc_gain_u_e": auroc_difference(bent[1], plain[1], wrong, **how),
+        "wikidata.isotropic.auroc": plain[0].interval(),
+        "wikidata.all.auroc_gain": bent[0].minus(plain[0]).interval(),
+        "wikidata.all.auroc_gain_u_e": bent[1].minus(plain[1]).interval(),
     }
 
 

@@ -105,13 +105,14 @@ def other_relations(statements: Sequence[str], pool: Sequence[Question]) -> list
 def queries(model: Any, tokenizer: Any, n: int, *, n_paraphrased: int, seed: int = 0) -> pd.DataFrame:
     """n greedy answers to Wikidata statements after N_SHOTS examples, right by exact match.
 
-    Columns: kind, question, text (both together), wrong, prompt_ids, answer_ids, and paraphrased by `draw_paraphrased`.
-    Empty answers and texts over MAX_TOKENS are left out.
+    Columns: kind, question, relation, text (both together), wrong, prompt_ids, answer_ids, and paraphrased by
+    `draw_paraphrased`. Empty answers and texts over MAX_TOKENS are left out.
     """
     paraphrased = draw_paraphrased(n, n_paraphrased, seed)
     content, asked, shots = _statements(seed)
     rows = _answered(model, tokenizer, content, asked[: 3 * n], shots, n)
-    return pd.DataFrame(rows).assign(kind="query", paraphrased=paraphrased)
+    relations = [parse(row["question"])[0] for row in rows]
+    return pd.DataFrame(rows).assign(kind="query", relation=relations, paraphrased=paraphrased)
 
 
 def proxies(model: Any, tokenizer: Any, queries: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:

@@ -171,6 +171,21 @@ def find(job: Job, folders: Iterable[str | Path]) -> Record | None:
     return None
 
 
+def local_mode(record: Record) -> np.ndarray:
+    """Return the mode θ* (param,) that the record's fields mode_… belong to: the one whose ‖g‖² is `mode_gn`.
+
+    Raises ValueError for a record that has no draws around a mode, or none of whose modes has that norm.
+    """
+    name, fields = record.job.file(), record.fields
+    if "mode_gn" not in fields:
+        raise ValueError(f"{name}: no mode has enough draws around it for a covariance")
+    places = np.flatnonzero(np.array(record.facts["kinds"]) == "mode")
+    away = np.abs(fields["gn"][places] / fields["mode_gn"] - 1).max(axis=1)
+    if away.min() > 1e-3:
+        raise ValueError(f"{name}: none of its modes has the ‖g‖² of `mode_gn` (nearest: {away.min():.1e} away)")
+    return fields["thetas"][places[away.argmin()]].astype(float)
+
+
 def _content(facts: dict[str, Any], fields: dict[str, np.ndarray]) -> str:
     plain = {name: value for name, value in facts.items() if name != "content"}
     hashes = {n: [str(v.dtype), v.shape, hashlib.sha256(v.tobytes()).hexdigest()] for n, v in fields.items()}
