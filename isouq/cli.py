@@ -102,8 +102,8 @@ def _score(args: argparse.Namespace) -> int:
     spaces, or what the model generates where the cell is empty or missing. The same command resumes a run that was
     stopped, from OUTPUT.partial; only --batch-size may differ. Exit code 1 if a row has no scores.
     """
-    from isouq.language.files import score_file
     from isouq.language.scoring import Scoring
+    from isouq.use.files import score_file
 
     how = Scoring(aggregations=(args.aggregation,), engine=args.engine, batch_size=args.batch_size)
     load = functools.partial(assets.load_causal_lm, args.model)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from isouq.language import tables
+from isouq.use import tables
 
 PAIR = b'{"prompt": "a", "answer": "b"}\n'
 

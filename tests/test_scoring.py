@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import isouq
 from isouq import cli, estimate, gradients
-from isouq.language import files, generation, scoring, tables
+from isouq.language import generation, scoring
+from isouq.use import files, tables
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
     *(tuple(f"pipeline.{room}" for room in step) for step in PIPELINE),
+    ("use", "plotting", "integrations"),
     ("cli",),
 )
 STEP = {room: number for number, rooms in enumerate(STEPS) for room in rooms}
@@ -52,10 +53,12 @@ ONLY_IN = {
     "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy"},
 }
 FILE_LINES = 400
-WALLS = {"library": 3300, "studies": 6000}  # physical lines, as planned; studies with all language models
+USE = {"use", "cli", "integrations", "plotting"}  # what a practitioner asks for: files, commands, labels, decisions
+# Physical lines, as planned: the library and its use 4,000 together; studies with all language models.
+WALLS = {"library": 3300, "studies": 6000}
 # What there is, above the plan. The studies count with the code of the notebooks, so that a rule or a table that moves
 # from a notebook to a tested function is not held against them. The new tests of isotropy (C2, C3) added 135 lines net.
-TODAY = {"library": 3937, "studies": 10253}
+TODAY = {"library": 3401, "studies": 10253}
 
 
 def room_of(name: str) -> str:
@@ -110,8 +113,9 @@ def test_no_file_grows_past_what_one_can_read(path):
 
 
 def lines_of(part: str) -> dict[str, int]:
-    rooms = {path: path.relative_to(PACKAGE).parts[0] for path in MODULES}
-    paths = [path for path, room in rooms.items() if (room if room in ("studies", "pipeline") else "library") == part]
+    rooms = {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES}
+    part_of = {"studies": "studies", "pipeline": "pipeline"} | dict.fromkeys(USE, "use")
+    paths = [path for path, room in rooms.items() if part_of.get(room, "library") == part]
     return {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in paths}
 
 

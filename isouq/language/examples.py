@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from isouq.gradients.model import ExampleError
 
 BatchSize = int | Literal["auto"]
+# What a library may raise about a row. The row reports it, and the others are scored.
+ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,3 +145,18 @@ def batches(
             n = max(1, bisect_right(range(1, n + 1), room, key=lambda k: cost([examples[row] for row in rows[:k]])))
         yield Batch.of(examples, rows[:n])
         rows = rows[n:]
+
+
+def each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
+    """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
+    if not items:
+        return {}
+    try:
+        return dict(zip(items, work(list(items.values())), strict=True))
+    except ROW_ERRORS as error:
+        if len(items) > 1:
+            return {k: v for row, item in items.items() for k, v in each(work, {row: item}, errors).items()}
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        text = error.about("the row") if isinstance(error, ExampleError) else str(error)
+        errors[next(iter(items))] = kind + " ".join(text.split())
+        return {}

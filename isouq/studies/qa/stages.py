@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
 from isouq.language import scoring
-from isouq.language.examples import from_pairs
-from isouq.language.files import each
+from isouq.language.examples import each, from_pairs
 from isouq.studies.qa import rivals, sampling
 from isouq.studies.qa.answers import answer, choice, verdict
 from isouq.studies.qa.subject import Settings, Subject

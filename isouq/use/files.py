@@ -22,14 +22,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from isouq import models
-from isouq.gradients.model import ExampleError
-from isouq.language import encoding, generation, scoring, tables
-from isouq.language.examples import from_pairs
+from isouq.language import encoding, generation, scoring
+from isouq.language.examples import each, from_pairs
 from isouq.language.scoring import SCORES, Scoring
+from isouq.use import tables
 
 COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
-# What a library may raise about a row. The row reports it, and the others are scored.
-ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 Record = dict[str, Any]
 
 
@@ -191,18 +189,3 @@ class _Subject:
             {**dict(zip(SCORES, row, strict=True)), "straddles": pair.straddles}
             for row, pair in zip(finite, pairs, strict=True)
         ]
-
-
-def each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
-    """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
-    if not items:
-        return {}
-    try:
-        return dict(zip(items, work(list(items.values())), strict=True))
-    except ROW_ERRORS as error:
-        if len(items) > 1:
-            return {k: v for row, item in items.items() for k, v in each(work, {row: item}, errors).items()}
-        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
-        text = error.about("the row") if isinstance(error, ExampleError) else str(error)
-        errors[next(iter(items))] = kind + " ".join(text.split())
-        return {}
