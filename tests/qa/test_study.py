@@ -73,6 +73,30 @@ def test_the_stored_ids_are_what_is_scored(table: pd.DataFrame, tmp_path: Path, 
         assert table["log_gradient"][row] == pytest.approx(log_g, abs=1e-4)
 
 
+def test_the_two_modes_of_truthfulqa_share_their_samples(tmp_path: Path, llama, tokenizer) -> None:
+    wanted = Settings(n_questions=6, n_shots=2, n_samples=3, max_new_tokens=5, store_dir=str(tmp_path))
+    subject = study.prepare(llama, tokenizer, small_set(40, True), wanted, encoder=letters)
+    identity = {"data_set": "truthfulqa", "choose": False}
+    with Store(study.store_path(tmp_path, "m--truthfulqa", identity), identity) as store:
+        study.complete(store, subject, wanted, progress=False)
+        drawn = {stage: store.get(stage) for stage in ("shot", *study.SAMPLED)}
+    other = {"data_set": "truthfulqa_choose", "choose": True}
+    with Store(tmp_path / "choose.sqlite", other) as store:
+        asked = [question.item_id for question in subject.questions][:4]
+        store.put(asked[0], {"sample": {"text": ["its own"]}})
+        study._take_samples(store, "m", subject.questions[:4], wanted)
+        assert store.get("shot") == drawn["shot"]
+        assert set(store.get("sample")) == set(asked) & {*drawn["sample"], asked[0]}
+        assert store.get("sample").pop(asked[0]) == {"text": ["its own"]}
+        meanings = store.get("meaning")
+        assert all(meanings[key] == drawn["meaning"][key] for key in drawn["meaning"].keys() & set(asked))
+        assert not store.get("answer"), "the answers of the two modes differ"
+    elsewhere = {**other, "seed": 1}
+    with Store(tmp_path / "elsewhere.sqlite", elsewhere) as store:
+        study._take_samples(store, "m", subject.questions, wanted)
+        assert not store.get("sample"), "samples of another seed are not these"
+
+
 def test_asked_without_examples_the_prompt_is_the_question_alone_and_p_true_keeps_its_own(llama, tokenizer) -> None:
     content = small_set(40)
     usual, bare = (

@@ -5,6 +5,7 @@ The chapter and the pipeline's job call `run`, which computes only what the stor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,12 @@ from isouq.studies.qa.data import Question
 from isouq.studies.qa.sentences import no_loading_bar
 from isouq.studies.qa.stages import complete
 from isouq.studies.qa.subject import Settings, prepare
-from isouq.studies.store import Store, store_path
+from isouq.studies.store import Store, StoreError, store_path
 
 ENCODER = "all-minilm-l6-v2"
 FILES = {"triviaqa": "data-00000-of-00001.arrow", "wikidata": "task.json", "truthfulqa": "questions.json"}
 # Of TruthfulQA the model writes its answer, or picks a reference answer.
+SAMPLED = ("sample", "meaning")  # stages that do not depend on the answer
 DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")
 
 
@@ -69,8 +71,27 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     with Store(path, wanted) as store:
         if settings.records_dir and (kept := stages.records_path(store, settings.records_dir)).exists():
             store.restore(kept)
+        if source == "truthfulqa" and settings.n_samples:
+            _take_samples(store, model, subject.questions, settings)
         complete(store, subject, settings, progress=progress)
         return tabulate(store, subject.questions)
+
+
+def _take_samples(store: Store, model: str, questions: Sequence[Question], settings: Settings) -> None:
+    """Take over the samples that the other mode of TruthfulQA drew: they answer the same prompts by the same numbers.
+
+    A store that another process holds, or that is damaged, is left alone, and the samples are drawn anew.
+    """
+    other = "truthfulqa" if store.identity["choose"] else "truthfulqa_choose"
+    identity_there = {**store.identity, "data_set": other, "choose": not store.identity["choose"]}
+    path = store_path(Path(settings.store_dir), f"{model}--{other}", identity_there)
+    if path.exists():
+        with contextlib.suppress(StoreError), Store(path, identity_there) as there:
+            asked = {question.item_id for question in questions} | there.get("shot").keys()
+            for stage in ("shot", *SAMPLED):
+                records = there.get(stage)
+                for item_id in store.missing(stage, records.keys() & asked):
+                    store.put(item_id, {stage: records[item_id]})
 
 
 def load_questions(name: str) -> data.DataSet:
@@ -108,6 +129,8 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
     rows = []
     for question in questions:
         of = {stage: found.get(question.item_id, {}) for stage, found in records.items()}
+        if not of["answer"]["text"]:  # which has no scores, though it may have samples from the other mode
+            of |= {stage: {} for stage in SAMPLED}
         answer, verdict = of["answer"], of["verdict"]
         layers = of["estimate"].get("layers", {})
         rows.append(
