@@ -247,10 +247,20 @@ def max_t(rankings: Sequence[Ranking]) -> float:
     return max(float(np.quantile(away.max(axis=0), 0.95)), -float(special.ndtri(0.025)))
 
 
-def ranking(score: ArrayLike, wrong: ArrayLike, plan: Resamples, statistic: Statistic | None = None) -> Ranking:
-    """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`."""
+def ranking(
+    score: ArrayLike,
+    wrong: ArrayLike,
+    plan: Resamples,
+    statistic: Statistic | None = None,
+    *,
+    out_of_bag: bool = True,
+) -> Ranking:
+    """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`.
+
+    `out_of_bag`: whether also on those left out, which only a comparison with a fitted score asks for.
+    """
     score, wrong = _score_and_wrong(score, wrong)
-    return _rank(functools.partial(statistic or weighted_auroc, score, wrong), wrong, plan)
+    return _rank(functools.partial(statistic or weighted_auroc, score, wrong), wrong, plan, out_of_bag)
 
 
 def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, plan: Resamples) -> Ranking:
@@ -269,11 +279,12 @@ def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
         raise UndefinedStatisticError("no stratum holds both right and wrong answers")
 
 
-def _rank(of: Callable[[Weights], Column], wrong: NDArray[np.bool_], plan: Resamples) -> Ranking:
+def _rank(of: Callable[[Weights], Column], wrong: NDArray[np.bool_], plan: Resamples, unseen: bool = True) -> Ranking:
     if plan.counts.shape[1] != len(wrong):
         raise ValueError(f"plan: resamples of {plan.counts.shape[1]} questions given, of {len(wrong)} wanted")
     value = _defined_on_all(of(np.ones((1, len(wrong)))), wrong)
-    draws, out_of_bag, jackknife = (of(part) for part in (plan.counts, plan.unseen, plan.left_out))
+    draws, jackknife = of(plan.counts), of(plan.left_out)
+    out_of_bag = of(plan.unseen) if unseen else np.full(len(draws), np.nan)
     n_units = min(len(plan.left_out), int(wrong.sum()), int((~wrong).sum()))
     return Ranking(value, draws, out_of_bag, jackknife, len(wrong), n_units)
 
