@@ -80,8 +80,7 @@ def _accuracy(score: Column, wrong: NDArray[np.bool_], weights: Weights, rejecte
     the sum over k above `first` is H(n) − H(max(j − 1, first)), of which `gone` has the second part, cumulated over
     places. Tied answers have the mean of their places.
     """
-    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, weights.sum(axis=1).max(initial=0) + 1)))
-    summed = np.append(0.0, np.cumsum(harmonic[:-1]))
+    harmonic, summed = _harmonic(int(weights.sum(axis=1).max(initial=0)).bit_length())
     pools = Pooled.of(score, wrong)
 
     def of(weights: Weights, rejected: Weights) -> Column:
@@ -101,6 +100,13 @@ def _accuracy(score: Column, wrong: NDArray[np.bool_], weights: Weights, rejecte
         return np.divide(total, rejected, out=np.full(len(total), np.nan), where=rejected > 0)
 
     return by_blocks(of, weights, rejected)
+
+
+@functools.lru_cache(maxsize=2)
+def _harmonic(bits: int) -> tuple[Column, Column]:
+    """H(k) and the sum of H(j − 1) over j = 1 … k, for k below 2 to the power of `bits`."""
+    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, 2**bits)))
+    return harmonic, np.append(0.0, np.cumsum(harmonic[:-1]))
 
 
 def _curve(score: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:

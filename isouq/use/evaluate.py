@@ -21,7 +21,8 @@ try:
     from isouq.studies import evaluation, fits, rejection, require
     from isouq.studies.evaluation import Column, Ranking, Resamples, UndefinedStatisticError
 except ImportError as missing:
-    raise ImportError(f"{missing.name} is not installed; pip install 'isouq[evaluate]'") from missing
+    package = str(missing.name).partition(".")[0]
+    raise ImportError(f"{package} is not installed; pip install 'isouq[evaluate]'") from missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
