@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from isouq.language.scoring import inner_products, score_texts, score_tokens
     from isouq.studies import assets
     from isouq.studies.assets import load_causal_lm
+    from isouq.use.calibrate import Calibrator, calibrate
+    from isouq.use.evaluate import evaluate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibrator",
     "Estimate",
     "Regression",
     "assets",
+    "calibrate",
+    "evaluate",
     "inner_products",
     "load_causal_lm",
     "score_classes",
@@ -42,6 +47,8 @@ _HOMES = {
     **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
+    **dict.fromkeys(("Calibrator", "calibrate"), "isouq.use.calibrate"),
+    "evaluate": "isouq.use.evaluate",
 }
 _MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
     "causal_lm": ("language.scoring",),

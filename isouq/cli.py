@@ -1,4 +1,4 @@
-"""The `isouq` command: `isouq score`, `isouq assets list | fetch | verify`."""
+"""The `isouq` command: `isouq score`, `evaluate`, `calibrate`, `assets list | fetch | verify`."""
 
 import argparse
 import functools
@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from isouq.studies import assets
+from isouq.use import commands as use
 
 # Repeated here so that --help does not import torch; a test compares them with isouq.estimate and isouq.gradients.
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--engine", default="auto", choices=ENGINES, help="how gradients are computed")
     score.add_argument("--batch-size", default=8, type=_positive, help="rows a pass; changes speed, not scores")
     score.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
+
+    use.add_parsers(commands)
 
     text = "pinned models and data: list, fetch, verify"
     actions = commands.add_parser("assets", help=text, description=text).add_subparsers(metavar="ACTION", required=True)

@@ -50,7 +50,7 @@ ONLY_IN = {
     "numpyro": {"studies.synthetic"},
     "pydantic": {"pipeline.schemas", "pipeline.profiles"},
     "papermill": {"pipeline.runner"},
-    "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy"},
+    "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy", "use"},
 }
 FILE_LINES = 400
 USE = {"use", "cli", "integrations", "plotting"}  # what a practitioner asks for: files, commands, labels, decisions
@@ -58,7 +58,8 @@ USE = {"use", "cli", "integrations", "plotting"}  # what a practitioner asks for
 WALLS = {"library": 3300, "studies": 6000}
 # What there is, above the plan. The studies count with the code of the notebooks, so that a rule or a table that moves
 # from a notebook to a tested function is not held against them. The new tests of isotropy (C2, C3) added 135 lines net.
-TODAY = {"library": 3401, "studies": 10253}
+# Statistics of all resamples at once added 166 to the studies, the names evaluate, calibrate and Calibrator 7 to the library.
+TODAY = {"library": 3408, "studies": 10419}
 
 
 def room_of(name: str) -> str:
