@@ -91,16 +91,15 @@ def least_memory(call) -> float:
     return float(re.search(r"give ([\d.e+]+) or more", str(error.value))[1])
 
 
-def into_parts(monkeypatch, count: int) -> None:
-    """Cut every parameter, as little memory does."""
-    parts = [Part(number, count) for number in range(count)]
-    plan = lambda sizes, *_: [products.Group([name], part) for name in reversed(sizes) for part in parts]  # noqa: E731
-    monkeypatch.setattr(products, "groups", plan)
+def plan_groups(monkeypatch, plan) -> None:
+    """Groups of parameters by a function of their names, as some memory would make them."""
+    monkeypatch.setattr(products, "groups", lambda sizes, *_: plan([*reversed(sizes)]))
 
 
 @pytest.mark.parametrize(("name", "tied"), [("gemma3", True), ("gpt2", False), ("qwen2_moe", False)])
 def test_the_parts_of_parameters_add_up(monkeypatch, name, tied):
-    into_parts(monkeypatch, 3)
+    """All parameters in one group per part: a group for each parameter would catch no more, in dozens of sweeps."""
+    plan_groups(monkeypatch, lambda names: [products.Group(names, Part(number, 3)) for number in range(3)])
     with upcasts_to(dtype_of(name)):
         model = build(name, tied=tied)
     check(model, dtype_of(name), engine="ghost" if name in COVERED else "auto")
@@ -108,7 +107,7 @@ def test_the_parts_of_parameters_add_up(monkeypatch, name, tied):
 
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])
 def test_the_least_memory_asked_for_is_enough(engine):
-    model = build("gemma3", tied=True)
+    model = build("llama", tied=True, num_hidden_layers=1)
     least = least_memory(partial(scoring.gram, model, pad(ROWS, "left"), pad(OTHERS, "right"), engine=engine))
     check(model, torch.float64, engine=engine, memory=least)
 
@@ -232,9 +231,9 @@ class Killed(dict):
 
 
 def test_a_killed_run_resumes_after_its_last_group(monkeypatch):
-    model, seen, kept = build("llama", tied=True), passes(monkeypatch), Killed(3)
+    model, seen, kept = build("llama", tied=True, num_hidden_layers=1), passes(monkeypatch), Killed(3)
     call = partial(scoring.gram, model, pad(ROWS, "left"), pad(OTHERS, "left"))
-    into_parts(monkeypatch, 1)
+    plan_groups(monkeypatch, lambda names: [products.Group([name], Part(0, 1)) for name in names])
     with upcasts_to(torch.float64):
         whole = call()
         n_whole = len(seen)
