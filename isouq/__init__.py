@@ -71,13 +71,14 @@ class _Moved(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the module of the new name in the place of the old one; the names of two go into one module."""
-        _, old, *below = module.__name__.split(".")
+        name = module.__name__
+        _, old, *below = name.split(".")
         new = [".".join(["isouq", home, *below]) for home in _MOVED[old].split()]
-        warnings.warn(f"{module.__name__} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{name} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
         modules = [import_module(name) for name in new]
         for part in modules:
             vars(module).update(vars(part))
-        sys.modules[module.__name__] = module if modules[1:] else modules[0]
+        sys.modules[name] = module if modules[1:] else modules[0]
 
 
 sys.meta_path.insert(0, _Moved())  # before the finder that would look below a package's new folder

@@ -37,8 +37,8 @@ def check(name: str, tied: bool, lengths: str, padding: str, engine: str) -> str
     batch = pad(EXAMPLES[lengths], padding)
     dtype, reference = dtype_of(name), wanted(name, tied, lengths)
     with upcasts_to(dtype):
-        found = score_aggregations(model_of(name, tied), *batch, aggregations=AGGREGATIONS, engine=engine)
-    for aggregation, estimate in found.items():
+        estimates = score_aggregations(model_of(name, tied), *batch, aggregations=AGGREGATIONS, engine=engine)
+    for aggregation, estimate in estimates.items():
         assert_close(estimate.log_prob, reference.log_prob, dtype)
         assert_logs_close(estimate.log_epistemic, reference.epistemic[aggregation].log(), dtype)
         assert estimate.n_parameters == sum(p.numel() for p in model_of(name, tied).parameters())

@@ -25,28 +25,28 @@ SHORT = examples((3, 2, 3), (1, 1, 2), seed=3)  # so short that token products b
 
 def gradients(model: nn.Module, sequences) -> torch.Tensor:
     """∇S of each example, whole, by plain autograd: (example, param)."""
-    found = []
+    rows = []
     for ids, n_answer in sequences:
         grads = torch.autograd.grad(token_log_probs(model, ids, n_answer).sum(), list(model.parameters()))
-        found.append(torch.cat([g.flatten().double() for g in grads]))
-    return torch.stack(found)
+        rows.append(torch.cat([g.flatten().double() for g in grads]))
+    return torch.stack(rows)
 
 
-def assert_near(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_near(products: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
     """Inner products can cancel, so errors are measured against ‖x‖‖y‖."""
-    assert found.shape == wanted.shape
-    assert found.isfinite().all()
-    assert ((found - wanted).abs() / scale).max() <= RELATIVE[dtype]
+    assert products.shape == wanted.shape
+    assert products.isfinite().all()
+    assert ((products - wanted).abs() / scale).max() <= RELATIVE[dtype]
 
 
 def check(model: nn.Module, dtype: torch.dtype, sequences=ROWS, others=OTHERS, **options) -> None:
     with upcasts_to(dtype):
         X, Y = gradients(model, sequences), gradients(model, others)
-        found = scoring.gram(model, pad(sequences, "left"), pad(others, "right"), **options)
+        gram = scoring.gram(model, pad(sequences, "left"), pad(others, "right"), **options)
     x, y = X.norm(dim=1), Y.norm(dim=1)
-    assert_near(found.rows, X @ X.T, x[:, None] * x, dtype)
-    assert_near(found.between, X @ Y.T, x[:, None] * y, dtype)
-    assert_near(found.squares, Y.square().sum(1), y * y, dtype)
+    assert_near(gram.rows, X @ X.T, x[:, None] * x, dtype)
+    assert_near(gram.between, X @ Y.T, x[:, None] * y, dtype)
+    assert_near(gram.squares, Y.square().sum(1), y * y, dtype)
 
 
 # One of each way in which parameters meet: what is multiplied are factors, whose rules test_ghost.py holds against all
@@ -147,15 +147,15 @@ def test_the_parts_of_every_form_of_factor_make_up_the_whole(shape):
             whole[example, index[example, t]] += right[example, t]
     square = whole.flatten(1).square().sum(1)
     for count in (1, 2, 3, 8):
-        found, parts = torch.zeros(2, n, dtype=torch.float64)
+        sums, parts = torch.zeros(2, n, dtype=torch.float64)
         for number in range(count):
             part = Part(number, count)
             f, g, dense = (
                 x.cut(part, torch.Size(shape)) for x in (Outer(left, right), Rows(index, right), Dense(whole))
             )
-            found += f.squared_norm() + 2 * f.inner(g) + g.squared_norm()
+            sums += f.squared_norm() + 2 * f.inner(g) + g.squared_norm()
             parts += dense.squared_norm()
-        torch.testing.assert_close(found, square, rtol=1e-12, atol=0)
+        torch.testing.assert_close(sums, square, rtol=1e-12, atol=0)
         torch.testing.assert_close(parts, square, rtol=1e-12, atol=0)
 
 
@@ -245,9 +245,9 @@ def test_a_killed_run_resumes_after_its_last_group(monkeypatch):
         again = call(checkpoint=kept)
     assert n_resumed == n_whole - 3 * 2  # a pass for the rows and one for the others in each of three groups
     assert len(seen) - n_resumed == 2, "what fits is asked, and nothing is done again"
-    for found in (resumed, again):
+    for gram in (resumed, again):
         for name in ("rows", "between", "squares"):
-            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0)
+            torch.testing.assert_close(getattr(gram, name), getattr(whole, name), rtol=1e-12, atol=0)
 
 
 def test_a_model_is_left_as_it_was(tmp_path):
@@ -272,8 +272,8 @@ def test_products_on_a_real_model_agree_with_autograd():
     texts = ["The capital of France is Paris", "Water boils at 100", "A tale of two cities was written by Dickens"]
     sequences = [(torch.tensor(tokenizer(text)["input_ids"]), 2) for text in texts]
     X = gradients(model, sequences)
-    found = scoring.gram(model, pad(sequences[:2], "left"), pad(sequences[2:], "left"), engine="ghost", memory=1e8)
+    gram = scoring.gram(model, pad(sequences[:2], "left"), pad(sequences[2:], "left"), engine="ghost", memory=1e8)
     norms = X.norm(dim=1)
-    error = (torch.cat([found.rows, found.between], 1) - X[:2] @ X.T).abs() / (norms[:2, None] * norms)
+    error = (torch.cat([gram.rows, gram.between], 1) - X[:2] @ X.T).abs() / (norms[:2, None] * norms)
     assert error.max() <= 1e-4
-    assert abs(found.squares[0] / norms[2] ** 2 - 1) <= 1e-4
+    assert abs(gram.squares[0] / norms[2] ** 2 - 1) <= 1e-4
