@@ -102,6 +102,7 @@ class Sums:
         block, self.squares = self.numbers.split([n_rows * self.n_examples, n_others])
         self.block = block.view(n_rows, self.n_examples)
         self.n_bytes = min(float(BUFFER_BYTES), work.memory / 8)  # of explicit gradients that are formed at a time
+        self.buffer = torch.empty(0)
 
     def gram(self) -> Gram:
         """The sums so far."""
@@ -136,12 +137,13 @@ class Sums:
         dtype = torch.promote_types(pieces[0].factor.left.dtype, torch.float32)
         row_size = self.n_examples * width
         step = min(n_rows, max(1, int(self.n_bytes / (row_size * dtype.itemsize))))
-        buffer = torch.empty(step * row_size, dtype=dtype)
+        if self.buffer.numel() < step * row_size or self.buffer.dtype != dtype:  # one allocation serves a whole group
+            self.buffer = torch.empty(step * row_size, dtype=dtype)
         starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
         once = len(starts) == len(pieces) and n_held == self.n_examples  # every example has one piece
         for low in range(0, n_rows, step):
             rows = slice(low, min(low + step, n_rows))
-            matrix = buffer[: (rows.stop - low) * row_size].view(self.n_examples, -1, width)
+            matrix = self.buffer[: (rows.stop - low) * row_size].view(self.n_examples, -1, width)
             if not once:
                 matrix.zero_()
             for piece in pieces:
@@ -203,6 +205,7 @@ def _by_factors(work: Work) -> Gram:
             kept = _gather(work, group)
             while kept:  # a name for what is popped would keep it alive during the next passes
                 _add(sums, *kept.popitem())
+            sums.buffer = torch.empty(0)
             bar.update(len(group.names))
             if work.checkpoint is not None:
                 record = {"progress": {"groups": str(plan), "done": number}, "sums": sums.numbers.numpy().tobytes()}
