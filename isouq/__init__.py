@@ -50,17 +50,14 @@ _HOMES = {
     **dict.fromkeys(("Calibrator", "calibrate"), "isouq.use.calibrate"),
     "evaluate": "isouq.use.evaluate",
 }
-_MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
-    "causal_lm": ("language.scoring",),
-    "encoding": ("language.encoding",),
-    "profiles": ("pipeline.schemas", "pipeline.profiles"),
-    "provenance": ("studies.results", "pipeline.runner"),
-    "covariance": ("studies.isotropy.covariance",),
-    "distortion": ("studies.isotropy.distortion",),
-    **{
-        name: (f"studies.{name}",)
-        for name in ("assets", "cost", "evaluation", "identity", "isotropy", "plotting", "qa", "store", "synthetic")
-    },
+_MOVED = {  # module or package → where its names went when the library, its studies and the pipeline were separated
+    **{old: f"studies.{old}" for old in "assets cost evaluation identity isotropy plotting qa store synthetic".split()},
+    "causal_lm": "language.scoring",
+    "encoding": "language.encoding",
+    "profiles": "pipeline.schemas pipeline.profiles",
+    "provenance": "studies.results pipeline.runner",
+    "covariance": "studies.isotropy.covariance",
+    "distortion": "studies.isotropy.distortion",
 }
 
 
@@ -73,23 +70,22 @@ def __getattr__(name: str) -> object:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds a module under its old name, with a DeprecationWarning."""
+    """Finds a module that moved, and what lies below it, under its old name, with a DeprecationWarning."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        """Return a spec for an old name and for what lies below it, None for all others."""
-        top, _, rest = name.partition(".")
-        return ModuleSpec(name, self) if top == "isouq" and rest.partition(".")[0] in _MOVED else None
+        """Return a spec for an old name, None for all others."""
+        return ModuleSpec(name, self) if name.startswith("isouq.") and name.split(".")[1] in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module under its new name, or the names of several, in the place of the old one."""
-        old = module.__name__
-        first, _, below = old.removeprefix("isouq.").partition(".")
-        new = [".".join(filter(None, ("isouq", name, below))) for name in _MOVED[first]]
-        warnings.warn(f"{old} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
+        """Put the module of the new name in the place of the old one; the names of two go into one module."""
+        name = module.__name__
+        _, old, *below = name.split(".")
+        new = [".".join(["isouq", home, *below]) for home in _MOVED[old].split()]
+        warnings.warn(f"{name} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
         modules = [import_module(name) for name in new]
-        for part in modules[1:]:
-            vars(module).update(vars(modules[0]) | vars(part))
-        sys.modules[old] = module if modules[1:] else modules[0]
+        for part in modules:
+            vars(module).update(vars(part))
+        sys.modules[name] = module if modules[1:] else modules[0]
 
 
 sys.meta_path.insert(0, _Moved())  # before the finder that would look below a package's new folder

@@ -1,7 +1,5 @@
 """Any torch classifier or regressor → its uncertainty: the paper's estimate in its original, one-label form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -138,7 +136,7 @@ def _squared_norms(
     batch_size: int,
     parameters: Sequence[str] | None,
 ) -> SquaredNorms:
-    """Squared norms batch by batch, joined; `objective` takes the model's output for some rows, and these rows."""
+    """Squared norms of all batches, joined; `objective` takes the model's output for a range of rows and the range."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
     check_model(model)
@@ -168,11 +166,11 @@ def _length(inputs: Inputs) -> int:
 
 
 def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
-    here = slice(rows.start, rows.stop)
+    part = slice(rows.start, rows.stop)
     if isinstance(inputs, Tensor):
-        out = run(model, "inputs", inputs[here])
+        out = run(model, "inputs", inputs[part])
     else:
-        out = run(model, "inputs", **{name: value[here] for name, value in inputs.items()})
+        out = run(model, "inputs", **{name: value[part] for name, value in inputs.items()})
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
         shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__
@@ -184,7 +182,7 @@ def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
 
 
 def _logits(outputs: Tensor, link: str) -> Tensor:
-    """A logit for each class, float64; a single one is the log odds of class 1, and class 0 has logit 0."""
+    """A logit for each class, float64; a single logit is the log odds of class 1, and class 0 gets logit 0."""
     wide = outputs.double()
     if link == "sigmoid":
         if wide.dim() == 2 and wide.shape[1] != 1:
@@ -199,7 +197,7 @@ def _logits(outputs: Tensor, link: str) -> Tensor:
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """log p − log(1 − p) of every class, (example, class); 1 − p of the top class is the sum over the others."""
+    """log p − log(1 − p) of every class, (example, class); for the top class 1 − p is summed over the others."""
     top = logits.argmax(1, keepdim=True)
     others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
     log_p = logits.log_softmax(1)

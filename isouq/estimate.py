@@ -1,10 +1,8 @@
-"""The paper's definitions (arXiv 2603.29466), one function per equation, and `Estimate`, what they give.
+"""The paper's definitions (arXiv 2603.29466), one function per equation, and `Estimate`, which holds the results.
 
-Notation: S = Σ_t log p(y_t | x, y_<t) over the L answer tokens, G = ‖∇θ S‖². Everything here works on
-logarithms: in float32 ‖∇θ p‖² is exactly 0 long before log p = −106.
+Notation: S = Σ_t log p(y_t | x, y_<t) over the L answer tokens, G = ‖∇θ S‖². Everything here works on logarithms:
+in float32 ‖∇θ p‖² underflows to 0 long before log p = −106.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -66,7 +64,7 @@ class Estimate:
     def log_gradient(self) -> Float[Tensor, "*example"]:
         """The delta method's variance of log p, as a logarithm: log U_E − 2 log p; for `sequence` log G itself."""
         log_p = self.log_probability
-        if log_p is None:  # not given: only e^S of a long answer leaves the range of float64, and its log is S
+        if log_p is None:  # only e^S of a long answer leaves float64's range, and its logarithm is S
             log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
         return self.log_epistemic - 2 * log_p
 
@@ -111,15 +109,15 @@ class Regression:
 def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
 
-    Written as e^{log p} times the absolute value of expm1(log p): exact as p approaches 1, where it is 0 and not −0.
+    Computed as e^{log p}·|expm1(log p)|, which is exact as p approaches 1, and 0 rather than −0 at p = 1.
     """
     return log_p.exp() * torch.expm1(log_p).abs()
 
 
 def log_odds(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """log p − log(1 − p), from log p in float64: what is differentiated in place of log p.
+    """log p − log(1 − p), from log p in float64: it is differentiated in place of log p.
 
-    ∇log p = (1 − p)·∇log odds. As p approaches 1 the left side leaves float32's range and the last factor does not.
+    ∇log p = (1 − p)·∇log odds. As p approaches 1, ∇log p leaves float32's range and ∇log odds does not.
     """
     return log_p - torch.expm1(log_p).neg().clamp(min=torch.finfo(log_p.dtype).tiny).log()
 
@@ -151,9 +149,7 @@ def geometric(
 
 
 def token_mean(
-    log_p: Float[Tensor, "example token"],
-    log_G: Float[Tensor, "example token"],
-    answer: Tensor,
+    log_p: Float[Tensor, "example token"], log_G: Float[Tensor, "example token"], answer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(p, U_A, log U_E) as means over tokens: U_E = (1/L) Σ_t ‖∇θ p_t‖², U_A = (1/L) Σ_t p_t(1 − p_t).
 

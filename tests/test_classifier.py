@@ -37,13 +37,13 @@ def loop(model: nn.Module, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tens
 def test_scores_are_those_of_the_plain_loop_whatever_the_batch(engine, batch_size):
     model, target = network(), torch.tensor([0, 1, 2, 1, 0])
     p, squares = loop(model, INPUTS, target)
-    found = isouq.score_classes(model, INPUTS, target, engine=engine, batch_size=batch_size)
-    assert_close(found.probability, p, torch.float32)
-    assert_close(found.aleatoric, p * (1 - p), torch.float32)
-    assert_close(found.epistemic, squares, torch.float32)
-    assert_close(found.log_gradient.exp(), squares / p.square(), torch.float32)
-    assert found.engine == engine
-    assert found.n_parameters == 67
+    scores = isouq.score_classes(model, INPUTS, target, engine=engine, batch_size=batch_size)
+    assert_close(scores.probability, p, torch.float32)
+    assert_close(scores.aleatoric, p * (1 - p), torch.float32)
+    assert_close(scores.epistemic, squares, torch.float32)
+    assert_close(scores.log_gradient.exp(), squares / p.square(), torch.float32)
+    assert scores.engine == engine
+    assert scores.n_parameters == 67
 
 
 def test_without_a_target_the_predicted_class_is_scored_and_all_gives_every_class():
@@ -81,27 +81,27 @@ def test_softmax_keeps_every_digit_at_both_ends(engine, n_classes, gap):
     log_variance = F.logsigmoid(-log_r) + F.logsigmoid(log_r)
     log_square = math.log(2 * (1 + 1 / (n_classes - 1)))
     for target in (torch.tensor([0]), "all"):
-        found = isouq.score_classes(at_gap(gap, n_classes), torch.ones(1, 1), target, engine=engine)
+        scores = isouq.score_classes(at_gap(gap, n_classes), torch.ones(1, 1), target, engine=engine)
         first = (0, 0) if target == "all" else 0
-        assert_logs_close(found.log_epistemic[first], 2 * log_variance + log_square, torch.float32)
-        assert_logs_close(found.log_gradient[first], log_square + 2 * F.logsigmoid(log_r), torch.float32)
-        assert_close(found.aleatoric[first], log_variance.exp(), torch.float32)
-        assert not found.aleatoric.signbit().any()
-        assert not found.log_gradient.isnan().any()
+        assert_logs_close(scores.log_epistemic[first], 2 * log_variance + log_square, torch.float32)
+        assert_logs_close(scores.log_gradient[first], log_square + 2 * F.logsigmoid(log_r), torch.float32)
+        assert_close(scores.aleatoric[first], log_variance.exp(), torch.float32)
+        assert not scores.aleatoric.signbit().any()
+        assert not scores.log_gradient.isnan().any()
 
 
 @ENGINES
 @pytest.mark.parametrize("gap", [-800.0, -20.0, 0.0, 20.0, 27.5, 800.0])
 def test_sigmoid_is_a_softmax_over_zero_and_the_logit(engine, gap):
     one, two = at_gap(gap, 1), at_gap(gap, 2)
-    found = isouq.score_classes(one, torch.ones(1, 1), "all", link="sigmoid", engine=engine)
+    scores = isouq.score_classes(one, torch.ones(1, 1), "all", link="sigmoid", engine=engine)
     other = isouq.score_classes(two, torch.ones(1, 1), "all", engine=engine)
-    assert_close(found.aleatoric, other.aleatoric.flip(1))
+    assert_close(scores.aleatoric, other.aleatoric.flip(1))
     assert_logs_close(
-        found.log_epistemic + math.log(2), other.log_epistemic.flip(1), torch.float32
+        scores.log_epistemic + math.log(2), other.log_epistemic.flip(1), torch.float32
     )  # one logit moves, not two
     flat = isouq.score_classes(nn.Sequential(one, nn.Flatten(0)), torch.ones(1, 1), link="sigmoid", engine=engine)
-    assert_close(flat.log_prob, found.log_prob.amax(1))
+    assert_close(flat.log_prob, scores.log_prob.amax(1))
 
 
 # ── Regressors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,16 +110,16 @@ def test_sigmoid_is_a_softmax_over_zero_and_the_logit(engine, gap):
 @ENGINES
 def test_a_regressors_outputs_are_differentiated_themselves(engine):
     model = network(2)
-    found = isouq.score_outputs(model, INPUTS, noise_variance=0.3, engine=engine, batch_size=2)
+    scores = isouq.score_outputs(model, INPUTS, noise_variance=0.3, engine=engine, batch_size=2)
     outputs = model(INPUTS)
     parameters = list(model.parameters())
     squares = [
         [sum(g.square().sum() for g in torch.autograd.grad(v, parameters, retain_graph=True)) for v in row]
         for row in outputs
     ]
-    assert_close(found.epistemic, torch.tensor(squares), torch.float32)
-    assert_close(found.mean, outputs.detach(), torch.float32)
-    assert (found.aleatoric == 0.3).all()
+    assert_close(scores.epistemic, torch.tensor(squares), torch.float32)
+    assert_close(scores.mean, outputs.detach(), torch.float32)
+    assert (scores.aleatoric == 0.3).all()
     one = isouq.score_outputs(nn.Sequential(network(1), nn.Flatten(0)), INPUTS, noise_variance=0.0)
     assert one.mean.shape == one.epistemic.shape == (5, 1)
 
@@ -147,8 +147,8 @@ class Named(nn.Module):
 
 def test_engines_that_differ_between_batches_are_both_named():
     shift = torch.zeros(5, 3).index_fill(0, torch.tensor([4]), 1.0)
-    found = isouq.score_classes(Named().eval(), {"x": INPUTS, "shift": shift}, batch_size=4)
-    assert found.engine == "autograd+ghost"
+    scores = isouq.score_classes(Named().eval(), {"x": INPUTS, "shift": shift}, batch_size=4)
+    assert scores.engine == "autograd+ghost"
 
 
 NAN = INPUTS.clone()

@@ -1,6 +1,4 @@
-"""Squared gradient norms per example: `squared_norms` with a fast exact engine and the reference that checks it."""
-
-from __future__ import annotations
+"""Squared gradient norms per example: `squared_norms`, with a fast exact engine and the reference that checks it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,11 +34,11 @@ def squared_norms(
         model: The model that computes the objective; it is left as it was.
         objective: A slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
         n_examples: The number of rows in the batch.
-        engine: "ghost" is exact or raises NotCovered, "autograd" goes one example at a time, "auto" takes the second
-            where the first refuses.
+        engine: "ghost" is exact or raises NotCovered, "autograd" takes one example at a time, "auto" falls back to
+            "autograd" where "ghost" refuses.
         parameters: Name patterns, such as "layers.2.*", to restrict the norm to; None for all.
-        apart: Whether all that `objective` does around the model treats examples apart. Then nothing has to be
-            compared for a model whose class is known to do so (`isolation`).
+        apart: Whether what `objective` does around the model keeps examples apart. If the model's class is known to
+            do so too, no example has to be compared with itself alone (`isolation`).
         rows: The examples' places in the caller's order, for error messages.
 
     Returns:
@@ -71,7 +69,7 @@ def squared_norms(
 
 
 def _ghost(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter], apart: bool) -> SquaredNorms:
-    """The fast engine: a batch together, or one example at a time where the examples meet or only they have a rule."""
+    """The fast engine: the whole batch at once, or one example at a time if that is refused (examples that mix)."""
     try:
         return _together(model, examples, parameters, apart)
     except NotCovered:

@@ -1,7 +1,7 @@
 """The reference engine: one example at a time through an ordinary backward pass, slow and short; and the result's type.
 
-Each parameter's gradient is squared and dropped as soon as it is complete, so the peak of memory above the model's is
-its largest parameter.
+Each parameter's gradient is squared and dropped as soon as it is complete, so the memory needed beyond the model's own
+is that of its largest parameter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,10 +44,10 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class SquaredNorms:
-    """What was differentiated, its squared gradient norms, and over which parameters.
+    """The values that were differentiated and their squared gradient norms.
 
-    `objective` (example, objective) float64 holds the values themselves, `by_parameter` (example, objective, param)
-    float64 their ‖∇θ‖², `names` the parameters, `n_parameters` how many numbers these are.
+    `objective` (example, objective) float64 holds the values, `by_parameter` (example, objective, param) float64 their
+    ‖∇θ‖², `names` the parameters' names, `n_parameters` how many numbers these hold.
     """
 
     objective: Tensor
@@ -57,7 +58,7 @@ class SquaredNorms:
 
     @classmethod
     def joined(cls, parts: Sequence[SquaredNorms], order: Tensor | slice = slice(None)) -> SquaredNorms:
-        """The parts' examples one after the other, then in this `order`; zeros where a part has fewer objectives."""
+        """The parts' examples in sequence, then put in `order`; zeros where a part has fewer objectives."""
         width = max(part.objective.shape[1] for part in parts)
         missing = [width - part.objective.shape[1] for part in parts]
         objective = [F.pad(part.objective, (0, n)) for part, n in zip(parts, missing, strict=True)]
@@ -67,7 +68,7 @@ class SquaredNorms:
         return replace(parts[0], engine=engine, **joined)  # type: ignore[arg-type]
 
     def columns(self, which: slice) -> SquaredNorms:
-        """The same for the objectives `which`."""
+        """The same for some of the objectives."""
         return replace(self, objective=self.objective[:, which], by_parameter=self.by_parameter[:, which])
 
     @property
@@ -110,7 +111,7 @@ def _one(values: Tensor, k: int, tracked: Tracked) -> Tensor:
 
 
 def differentiate(value: Tensor, tracked: Tracked, take: Callable[[Tensor, Tensor], None], *, retain: bool) -> None:
-    """Call `take` with each parameter and its gradient as soon as that is whole, and hold it no longer."""
+    """Call `take` with each parameter and its gradient as soon as it is complete, then let go of the gradient."""
     leaves = [p for p in tracked.tensors if p.requires_grad and p.is_leaf]
     graph = Graph(value)
     if any(is_custom(node) for node in graph.order):
@@ -119,31 +120,27 @@ def differentiate(value: Tensor, tracked: Tracked, take: Callable[[Tensor, Tenso
 
     def hook(p: Tensor, grad: Tensor) -> Tensor:
         take(p, grad)
-        # What autograd keeps in its place takes no memory.
+        # Autograd holds what is returned until the end of the pass: a zero that takes no memory.
         return grad if grad.is_sparse else grad.new_zeros(()).expand_as(grad)
 
-    handles = [p.register_hook(functools.partial(hook, p)) for p in leaves]
-    try:  # `grad` runs no hook of the owner's on what accumulates gradients, and fills no .grad
+    with ExitStack() as hooks:
+        for p in leaves:
+            hooks.enter_context(p.register_hook(functools.partial(hook, p)))
+        # Unlike backward(), this runs no hook of the owner's on an AccumulateGrad node and fills no .grad.
         torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _accumulate(
     value: Tensor, graph: Graph, leaves: list[Tensor], take: Callable[[Tensor, Tensor], None], retain: bool
 ) -> None:
-    """The same through .grad: a custom function (reentrant checkpointing) may bring a gradient in parts, or refuse
+    """The same through .grad: a custom function (reentrant checkpointing) may deliver a gradient in parts, or refuse
     `torch.autograd.grad`."""
-    outside = [leaf for leaf in graph.leaves.values() if all(leaf is not p for p in leaves)]
-    kept = [leaf.grad for leaf in outside]
-    try:
-        for leaf in outside:
-            leaf.grad = None
+    with ExitStack() as undo:
+        for leaf in graph.leaves.values():
+            if all(leaf is not p for p in leaves):  # not a parameter: it keeps the gradient that its owner has on it
+                undo.callback(setattr, leaf, "grad", leaf.grad)
+                leaf.grad = None
         value.backward(retain_graph=retain)
-    finally:
-        for leaf, grad in zip(outside, kept, strict=True):
-            leaf.grad = grad
     for p in leaves:
         if p.grad is not None:
             take(p, p.grad)

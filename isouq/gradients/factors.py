@@ -1,7 +1,6 @@
 """Per-example gradients in the form in which a backward pass delivers them, without building them.
 
-A *factor* is the gradient of one use of one parameter, for every example of a batch at once. Three forms are enough
-for the networks of the field:
+A *factor* is the gradient of one use of one parameter, for every example of a batch at once. It has one of three forms:
 
     Outer   Σ_t left_t ⊗ right_t      a matrix multiplication (Linear, Conv1D, convolution, the LM head)
     Rows    row[index_t] += right_t   an embedding look-up
@@ -22,7 +21,7 @@ from torch import Tensor
 
 
 class NoRule(Exception):
-    """There is no rule for this use of a parameter; the message says why, and the caller knows which parameter."""
+    """There is no rule for this use of a parameter. The message says why; the caller adds the parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ def _has_more_rows(shape: torch.Size) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """The gradient of one use of one parameter, for every example of a batch; its forms are the classes below."""
+    """The gradient of one use of one parameter, for every example of a batch; the forms are the classes below."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; the first axis of each is the examples'."""
+        """The tensors by name; examples are the first axis of each."""
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def __len__(self) -> int:
@@ -55,23 +54,19 @@ class Factor:
 
     @property
     def n_bytes(self) -> int:
-        """What the factor takes; an activation that several weights share is counted with each."""
+        """The size of the tensors; an activation shared by several weights is counted for each."""
         return sum(x.nbytes for x in self.tensors().values())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
-        """The same with `function` applied to each tensor."""
+        """The factor with `function` applied to each of its tensors."""
         return replace(self, **{name: function(x) for name, x in self.tensors().items()})
-
-    def detached(self) -> Factor:
-        """A copy on the CPU, apart from autograd's graph and from what else the storage holds."""
-        return self.mapped(lambda x: x.detach().to("cpu", copy=True))
 
     def squared_norm(self) -> Tensor:
         """‖gradient‖² of each example: (example,) float64."""
         return self.inner(self)
 
     def inner(self, other: Factor) -> Tensor:
-        """⟨this, other⟩ of each example, for two uses of one parameter: (example,) float64. Raises NoRule."""
+        """⟨self, other⟩ of each example, for two uses of one parameter: (example,) float64. Raises NoRule."""
         raise NotImplementedError
 
     def cut(self, part: Part, shape: torch.Size) -> Factor:
@@ -79,16 +74,12 @@ class Factor:
         raise NotImplementedError
 
     def dense(self, purpose: str) -> Dense:
-        """The gradient itself. Raises NoRule, which names the purpose, for a form that has to be kept apart."""
+        """The gradient written out. Raises NoRule, with `purpose` in its text, for a form that has no such rule."""
         raise NoRule(f"{purpose} a gradient of the form {type(self).__name__}, which has no rule")
 
     def transposed(self) -> Factor:
         """The gradient of the parameter whose transpose was used."""
         return Dense(self.dense("is transposed before a use with").grad.transpose(-1, -2))
-
-    def reshaped(self, shape: tuple[int, ...]) -> Factor:
-        """The gradient of the parameter of `shape` that was reshaped before its use."""
-        return Dense(self.dense("is reshaped before a use with").grad.reshape(len(self), *shape))
 
     def of_slice(self, slot: int) -> Factor:
         """The gradient of the stacked parameter of which slice `slot` was used."""
@@ -102,30 +93,20 @@ class Dense(Factor):
     grad: Tensor
 
     def inner(self, other: Factor) -> Tensor:
-        """⟨this, other⟩ of each example."""
+        """⟨self, other⟩ of each example."""
         return total(wide(self.grad) * wide(other.dense("has a dense gradient besides").grad))
 
     def cut(self, part: Part, shape: torch.Size) -> Dense:
-        """The part of the last axis."""
+        """That part of the last axis."""
         return Dense(self.grad[..., part.of(self.grad.shape[-1])])
 
     def dense(self, purpose: str) -> Dense:
         """Itself."""
         return self
 
-    def as_outer(self) -> Outer:
-        """The same numbers as one column."""
-        column = self.grad.reshape(len(self), 1, -1)
-        return Outer(column, column.new_ones(len(self), 1, 1))
-
-    def looked_up(self, index: Tensor, padding: int) -> Rows:
-        """The gradient of an embedding from that of its rows at `index`, looked up once for all examples."""
-        rows = self.grad.reshape(len(self), index.numel(), -1)
-        return Rows(index.reshape(1, -1).expand(len(rows), -1), rows).without(padding)
-
 
 class Tokens(Factor):
-    """A sum over tokens, Σ_t left_t ⊗ right_t. Its forms keep the left side each in its own way."""
+    """A sum over tokens, Σ_t left_t ⊗ right_t; each subclass stores the left side in its own way."""
 
     right: Tensor
 
@@ -138,11 +119,11 @@ class Tokens(Factor):
         return self.left_products(other) * (wide(self.right) @ wide(other.right).transpose(1, 2))
 
     def inner(self, other: Factor) -> Tensor:
-        """⟨this, other⟩ of each example."""
+        """⟨self, other⟩ of each example."""
         return total(self.products(other)) if isinstance(other, Tokens) else other.inner(self)
 
     def across(self, other: Tokens) -> Tensor:
-        """⟨this of example i, other of example j⟩ for all pairs: (i, j) float64."""
+        """⟨example i of self, example j of other⟩ for all pairs: (i, j) float64."""
         one, two = (factor.mapped(lambda x: x.flatten(0, 1)[None]) for factor in (self, other))
         products = one.products(two).view(*self.right.shape[:2], *other.right.shape[:2])
         return products.sum((1, 3), dtype=torch.float64)
@@ -168,25 +149,18 @@ class Outer(Tokens):
         return products if self.slot == other.slot else torch.zeros_like(products)
 
     def squared_norm(self) -> Tensor:
-        """By token×token products or by the explicit gradient, whichever is cheaper."""
+        """‖gradient‖² from token×token products or from the explicit gradient, whichever is cheaper."""
         if self.left.shape[1] == 1:
             return total(wide(self.left).square()) * total(wide(self.right).square())
-        if self.cheaper_as_gram():
+        n_tokens, (a, b) = self.left.shape[1], self.size
+        if n_tokens * (a + b) <= 1.25 * a * b:  # multiplications; 1.25 is for writing and reading the explicit gradient
             return self.inner(self)
         pairs = zip(wide(self.left), wide(self.right), strict=True)  # one example's gradient at a time
         norms = [torch.linalg.vector_norm(left.T @ right, dtype=torch.float64) for left, right in pairs]
         return torch.stack(norms).square()
 
-    def cheaper_as_gram(self) -> bool:
-        """Whether two token×token products cost fewer multiplications than the explicit gradient.
-
-        The explicit gradient is also written and read once, which the factor 1.25 stands for.
-        """
-        a, b = self.size
-        return self.left.shape[1] * (a + b) <= 1.25 * a * b
-
     def cut(self, part: Part, shape: torch.Size) -> Outer:
-        """The part of the left side's features or of the right side's."""
+        """That part of the left side's features or of the right side's."""
         side = "left" if _has_more_rows(shape) else "right"
         x = getattr(self, side)
         return replace(self, **{side: x[..., part.of(x.shape[-1])]})
@@ -201,13 +175,13 @@ class Outer(Tokens):
         out.baddbmm_(wide(self.left[:, :, rows]).transpose(1, 2), wide(self.right), beta=int(add))
 
     def dense(self, purpose: str) -> Dense:
-        """(example, a, b), unless a slice of it is meant."""
+        """(example, a, b), unless it belongs to a slice of the parameter."""
         if self.slot is not None:
             return super().dense(purpose)
         return Dense(wide(self.left).transpose(1, 2) @ wide(self.right))
 
     def transposed(self) -> Outer:
-        """The sides change places."""
+        """The sides swapped."""
         return replace(self, left=self.right, right=self.left)
 
     def of_slice(self, slot: int) -> Outer:
@@ -229,13 +203,13 @@ class Rows(Tokens):
         return other.left_products(self).transpose(1, 2)
 
     def without(self, padding: int) -> Rows:
-        """The same but for the row of padding, which gathers no gradient; torch says -1 where there is none."""
+        """Without the row of the padding id, which gets no gradient; torch says -1 where there is none."""
         if padding < 0:
             return self
         return Rows(self.index, self.right.masked_fill((self.index == padding).unsqueeze(-1), 0))
 
     def cut(self, part: Part, shape: torch.Size) -> Rows:
-        """The tokens with an id in the part's range, counted from its start; or the part of the rows' features."""
+        """The tokens whose id is in the part, counted from its start; or that part of the rows' features."""
         if not _has_more_rows(shape):
             return Rows(self.index, self.right[..., part.of(self.right.shape[-1])])
         rows = part.of(shape[0])

@@ -1,11 +1,9 @@
-"""Reading autograd's graph: every use of every parameter, and which example each row of a matrix belongs to.
+"""Finds every use of every parameter in autograd's graph, and which example each row of a matrix belongs to.
 
-The graph is what differentiation sees, whatever the modules are called. Walking it once per batch finds each edge
-into a parameter; an edge that leads to an operation without a rule is refused by the parameter's name. So nothing
-can be left out silently: no custom module, no tied weight, no parameter used through `functional`.
+The graph is what differentiation sees, whatever the modules are called. One walk per batch finds each edge into a
+parameter; an edge to an operation without a rule is refused with the parameter's name. So nothing is left out silently:
+no custom module, no tied weight, no parameter used through `functional`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,11 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from isouq.gradients.factors import NoRule
 from isouq.gradients.torch_contract import POINTWISE, RESHAPES, SAVED, Node, leaf_tensor, operation, output_shape, saved
 
-KEEPS_ROWS = frozenset(  # operations whose output has the rows of those inputs that have as many
-    POINTWISE
-    | RESHAPES
-    | frozenset("Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Mean Softmax LogSoftmax".split())
-)
+# Operations whose output has the rows of those inputs that have as many.
+_BY_ROW = frozenset("Split SplitWithSizes Slice Unbind NativeLayerNorm FusedRmsNorm Softmax LogSoftmax".split())
+KEEPS_ROWS = POINTWISE | RESHAPES | _BY_ROW
 DATA_INPUT = {"Mm": 0, "GroupedMm": 0, "Addmm": 1}  # at which input a matrix product takes the activation
 
 
@@ -30,7 +26,7 @@ class Graph:
 
     def __init__(self, output: Tensor) -> None:
         self.consumers: dict[Node, list[tuple[Node, int]]] = {}  # node → (consumer, at which of its inputs)
-        self.leaves: dict[Node, Tensor] = {}  # what gathers a gradient → the tensor that it belongs to
+        self.leaves: dict[Node, Tensor] = {}  # node that accumulates a gradient → the tensor that it belongs to
         nodes: dict[Node, None] = {}
         stack: list[Node] = [output.grad_fn]
         while stack:
@@ -47,7 +43,7 @@ class Graph:
         self.order = list(nodes)
 
     def roots(self, consumers: set[Node]) -> list[Node]:
-        """Those of `consumers` that have none of the others below them: where a backward pass may stop."""
+        """Those of `consumers` with no other of them below: where a backward pass may stop."""
         above: set[Node] = set()  # nodes with a consumer strictly below
         stack = list(consumers)
         while stack:
@@ -59,14 +55,14 @@ class Graph:
 
 
 Owner = Tensor | None | Literal[False]
-"""Whose a value's rows are: a tensor has the example of each, None means equal consecutive blocks, False unknown."""
+"""The example of each row of a value: a tensor says it, None means equal consecutive blocks, False unknown."""
 
 
 @dataclass
 class Layout:
     """Which rows of a flattened (row, feature) matrix belong to which of `n_examples` examples.
 
-    Read off shapes, so a good guess and no proof: `isolation` asks for that.
+    It is inferred from shapes, which is a good guess and no proof: `isolation` takes care of that.
     """
 
     n_examples: int
@@ -80,9 +76,9 @@ class Layout:
         return pad_sequence(matrix[owner.argsort(stable=True)].split(counts), batch_first=True)
 
     def owner(self, node: Node, slot: int | None, n_rows: int) -> Tensor | None:
-        """The example of each row of the node's input `slot`, None for that of its output.
+        """The example of each row of the node's input `slot`, or of its output if `slot` is None.
 
-        None stands for equal consecutive blocks. Raises NoRule.
+        Returns None for equal consecutive blocks. Raises NoRule.
         """
         source, number = (node, 0) if slot is None else node.next_functions[slot]  # no source: the raw input
         if self.n_examples == 1 or (source is None and n_rows % self.n_examples == 0):

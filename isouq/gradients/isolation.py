@@ -1,19 +1,17 @@
-"""May the examples of a batch meet? What an example scores must not depend on its company, nor on what came before.
+"""Checks that the examples of a batch do not mix: a score must not depend on the rest of the batch or on earlier ones.
 
-Nothing is remembered from one batch to the next, since what mixes examples can depend on their values, on the size of
-the batch, and on what was attached to the model in between. Each batch is held against two questions.
+Nothing is remembered from one batch to the next, since whether examples mix can depend on their values, on the size of
+the batch, and on what was attached to the model in between. Each batch has to pass two questions.
 
-*Does an example have the same value alone?* A graph cannot tell: masks, routes and sizes leave no trace in it. So the
-answer is a class known to treat examples apart, or one forward pass of every example alone.
+*Does an example have the same value alone?* The graph cannot tell: masks, routes and sizes leave no trace in it. So
+either the model's class is known to keep examples apart, or every example is also passed forward alone.
 
-*Does a gradient belong to the example that it is counted for?* A class known to treat examples apart answers that too.
-For all other models objective i is weighted by w_i, and each squared norm must grow by w_i² exactly, or another
-example's gradient is in it.
+*Does a gradient belong to the example that it is counted for?* Again a known class answers that. For all other models
+objective i is weighted by w_i, and each squared norm must grow by exactly w_i²; if not, another example's gradient is
+in it.
 
-Where an answer is no, NotCovered is raised and the examples go one at a time.
+If an answer is no, NotCovered is raised and the examples are taken one at a time.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -26,12 +24,12 @@ from isouq.gradients.torch_contract import POINTWISE, RESHAPES, NotCovered, forw
 
 
 class Slack(NamedTuple):
-    """By how much, relatively, rounding may change a norm scaled by a power of two, a value, and a norm."""
+    """How much, relatively, rounding may change a norm scaled by a power of two, a value, and a norm."""
 
     scaled: float
     value: float
     norm: float
-    radix: int = 16  # how many weights the type's range allows
+    radix: int = 16  # number of different weights that the type's range allows
 
 
 SLACK = {  # the narrowest type of the parameters decides
@@ -43,22 +41,22 @@ SLACK = {  # the narrowest type of the parameters decides
 
 
 def is_known(model: nn.Module, plan: Plan, *, apart: bool) -> bool:
-    """Whether nothing has to be compared, since a class known to treat examples apart answers for this batch.
+    """Whether nothing has to be compared, because the model's class is known to keep the examples of a batch apart.
 
-    `apart`: whether the objective itself, around the model, treats examples apart, as isouq's own do. A decoder's graph
-    must be made of operations that are known of decoders. All parameters of a stack must be asked for, as their rules
-    refuse a layer that takes the axis of the examples for another.
+    `apart` says whether the objective itself, around the model, keeps examples apart, as isouq's own do. A decoder's
+    graph may hold only operations known from decoders. Of a stack, all parameters must be asked for, because their
+    rules refuse a layer that mistakes the examples' axis for another.
     """
     familiar = is_decoder(model) and all(operation(node) in FAMILIAR for node in plan.graph.order)
     return plan.n_examples == 1 or (apart and (familiar or (plan.watches_all and is_stack(model))))
 
 
 def compare(plan: Plan, examples: Examples, squares: Tensor) -> None:
-    """Raise NotCovered unless each example's value and gradient are what it has alone.
+    """Raise NotCovered unless each example's value and gradient are the same as alone.
 
     `squares` are those of the plan's column 0, (example, param); the backward pass must have retained the graph. The
-    last example, of which a full batch has no room left, also needs the same gradient alone: a branch of value zero may
-    have one.
+    last example, the first to be dropped by a layer with limited room, must have the same gradient alone as well: a
+    branch whose value is zero may still have a gradient.
     """
     types = {tensor.dtype for tensor in plan.tracked.tensors}
     slack = next(slack for dtype, slack in SLACK.items() if dtype in types)
@@ -74,8 +72,8 @@ def compare(plan: Plan, examples: Examples, squares: Tensor) -> None:
 def _check_weights(plan: Plan, squares: Tensor, slack: Slack) -> None:
     """Each squared norm must grow by the square of its own objective's weight.
 
-    Weights are powers of two, which scale exactly, and differ for any two examples in one pass at least. Of several
-    columns a sum with random factors is tried.
+    Weights are powers of two, which scale exactly; any two examples have different weights in at least one pass.
+    Several columns are tried as one sum with random factors.
     """
     n, n_columns, radix = plan.n_examples, plan.values.shape[1], slack.radix
     column = plan.values[:, 0]
@@ -92,15 +90,15 @@ def _check_equal(other: Tensor, squares: Tensor, plan: Plan, slack: float) -> No
     wrong = (other - squares).abs() > slack * (squares + 1e-4 * squares.sum(1, keepdim=True))
     if bool(wrong.any()):
         name = list(plan.tracked.parameters)[int(wrong.any(0).nonzero()[0])]
-        raise NotCovered(name, "gathers gradients of one example in another's: the examples of a batch meet")
+        raise NotCovered(name, "gets gradients of one example in another's: the examples of a batch mix")
 
 
 # ── By class ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Every class named here is compared with the plain loop in tests/gradients, batch by batch. Of a decoder it is known
-# that tokens see earlier tokens of their own sequence only, that padding on the right changes nothing, and that its
-# values are laid out (example, token, …) or, for routed experts, by an index that the graph holds. That holds for the
-# class as installed: a subclass, a hook, a forward method put in its place, a module of other origin (an adapter), an
-# attention of other origin, positions that depend on the longest sequence, or training mode, and it is asked anew.
+# Tests compare every class named here with the plain loop, batch by batch. In a decoder, tokens see only earlier tokens
+# of their own sequence, padding on the right changes nothing, and values are laid out (example, token, …) or, for
+# routed experts, by an index that the graph holds. This is known of the class as installed. A subclass, a hook, a
+# replaced forward method, a module from elsewhere (an adapter), an attention from elsewhere, positions that depend on
+# the longest sequence, or training mode: each makes `is_known` False, and the examples are compared.
 
 DECODERS = frozenset(
     f"{name}ForCausalLM"
@@ -112,7 +110,7 @@ STACKED = frozenset(
     " Dropout1d Dropout2d ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Tanh Sigmoid Softplus Softsign Hardtanh"
     " Hardswish LogSigmoid MaxPool2d AvgPool2d AdaptiveAvgPool2d".split()
 )
-FAMILIAR = (  # what the decoders' graphs are made of: an operation besides these, and it is asked anew
+FAMILIAR = (  # the operations in the decoders' graphs; any other makes `is_known` False
     POINTWISE
     | RESHAPES
     | frozenset(
@@ -138,8 +136,9 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 def is_stack(model: nn.Module) -> bool:
-    """Whether the model is a pile of torch's own layers, as installed, each of which takes row by row."""
-    plain = ("elementwise_affine", "track_running_stats")  # without these a norm of the raw input leaves no trace
+    """Whether the model is a stack of torch's own layers, as installed, each of which treats its rows separately."""
+    # Without these a norm has no parameter or statistic; if it is the first layer, the graph does not show it.
+    plain = ("elementwise_affine", "track_running_stats")
     return _as_installed(model, "torch.nn.modules.") and all(
         type(m).__name__ in STACKED and all(getattr(m, name, True) for name in plain) for m in model.modules()
     )
@@ -148,7 +147,7 @@ def is_stack(model: nn.Module) -> bool:
 def _as_installed(model: nn.Module, *homes: str) -> bool:
     def untouched(module: nn.Module) -> bool:
         kind, own = type(module), vars(module)
-        moved = type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # moves values between devices only
+        moved = type(own.get("_hf_hook")).__module__.startswith("accelerate.")  # only moves values between devices
         in_place = kind.__module__.startswith(homes) and kind.forward.__module__.startswith(homes)
         return in_place and ("forward" not in own or moved) and not module.training and not any(forward_hooks(module))
 

@@ -1,13 +1,11 @@
-"""All that is asked of a model and done to it: checks, the choice of parameters, forward passes, leaving no trace."""
-
-from __future__ import annotations
+"""Everything the engines ask of a model and do to it: checks, choosing parameters, forward passes, cleaning up."""
 
 import fnmatch
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -22,7 +20,7 @@ DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExampleError(ValueError):
-    """An error of one example: `example` is its place in the caller's order, "{}" in `message` stands for its name."""
+    """An error in one example: `example` is its place in the caller's order; "{}" in `message` stands for its name."""
 
     def __init__(self, message: str, example: int) -> None:
         super().__init__(message.replace("{}", f"example {example}"))
@@ -34,7 +32,7 @@ class ExampleError(ValueError):
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what has no score: no module, weights without numbers, a training mode that changes the output.
+    """Refuse what cannot be scored: no module, weights without values, a training mode that changes the output.
 
     Raises TypeError or ValueError, naming the module or parameter and the way out.
     """
@@ -54,10 +52,10 @@ def check_model(model: nn.Module) -> None:
 
 
 def _depends_on_mode(module: nn.Module) -> str | None:
-    """Why a module's output in training mode may be another than in eval mode, or None.
+    """Why a module's output may differ between training and eval mode, or None.
 
-    Only classes whose code mentions `training` come into question. Where the module or its config states rates,
-    these decide. Norms without statistics ignore the mode, and so does transformers but for its rates.
+    Only a class whose code mentions `training` can differ. If the module or its config states dropout rates, they
+    decide. Norms without running statistics ignore the mode, and so does transformers apart from its rates.
     """
     kinds: list[Any] = [type(module), *map(type, forward_hooks(module)[1])]  # spectral norms are hooks
     reader = next((kind.__name__ for kind in kinds if _reads_mode(kind)), None)
@@ -73,7 +71,7 @@ def _depends_on_mode(module: nn.Module) -> str | None:
 
 @cache
 def _reads_mode(kind: Any) -> bool:
-    """Whether a method of the class or of its bases mentions `training`, besides nn.Module's own and fast paths."""
+    """Whether a method of the class or its bases mentions `training`, apart from nn.Module's own and fast paths."""
     bases = set(kind.__mro__) - {nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder}
     methods = [inspect.unwrap(f) for base in bases for f in vars(base).values() if inspect.isfunction(f)]
     codes: list[Any] = [method.__code__ for method in methods]
@@ -84,7 +82,7 @@ def _reads_mode(kind: Any) -> bool:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Raise ValueError where a forward pass inside draws random numbers, in whatever mode."""
+    """Raise ValueError if a forward pass in this context draws random numbers, in whatever mode."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
 
     def states() -> list[Tensor]:
@@ -97,21 +95,21 @@ def repeatable() -> Iterator[None]:
 
 
 def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
-    """The model's output. What torch says of an input that does not fit becomes a ValueError naming `argument`."""
+    """The model's output. Torch's error about an input that does not fit becomes a ValueError naming `argument`."""
     try:
         return model(*args, **options)
     except (RuntimeError, IndexError, ValueError) as error:
-        if type(error) not in (RuntimeError, IndexError, ValueError):  # memory, checkpointing: no matter of the input
+        if type(error) not in (RuntimeError, IndexError, ValueError):  # subclasses: out of memory, checkpointing
             raise
         given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
         raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, each once (a tied one under its first name), those that match `patterns` only.
+    """The model's parameters that match `patterns`, by name, each once (a tied one under its first name).
 
-    Parameters of whole numbers that serve as indices have no gradient and are left out. Raises ValueError for a
-    pattern that matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
+    Integer parameters that serve as indices are left out. Raises ValueError for a pattern that
+    matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
     if isinstance(patterns, str):
         raise TypeError(f"parameters: the string {patterns!r} given, a list of name patterns or None wanted")
@@ -122,17 +120,14 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
         if not fnmatch.filter(every, pattern):
             raise ValueError(f"parameters: {pattern!r} matches none of the model's, such as {next(iter(every))!r}")
     asked = {n: p for n, p in every.items() if patterns is None or any(fnmatch.fnmatch(n, q) for q in patterns)}
-    chosen = {n: p for n, p in asked.items() if not _is_index(p)}
+    # Parameters of indices or counts have no gradient. Narrow integers, and int32 matrices, are packed weights instead.
+    no_gradient = (torch.int64, torch.bool)
+    chosen = {n: p for n, p in asked.items() if p.dtype not in no_gradient and (p.dtype != torch.int32 or p.dim() > 1)}
     if not chosen:
         raise ValueError(f"parameters: {list(asked)} asked for, at least one with a gradient wanted; None means all")
     _refuse_without_gradient(model, chosen)
     tied = _tied(model, every.values())
     return {n: p for n, p in chosen.items() if n not in tied}
-
-
-def _is_index(p: Tensor) -> bool:
-    """Whether a parameter holds places or counts; narrow integers, and int32 in matrices, are packed weights."""
-    return p.dtype in (torch.int64, torch.bool) or (p.dtype is torch.int32 and p.dim() < 2)
 
 
 def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
@@ -155,21 +150,17 @@ def _refuse_without_gradient(model: nn.Module, chosen: dict[str, nn.Parameter]) 
 class Tracked:
     """Which tensor stands for which parameter: the parameters themselves, and the copies that offloading loads.
 
-    `parameters` are the chosen ones, `names` (by identity) those of all, `tensors` all that may gather a gradient.
+    `parameters` are the chosen ones; `names` maps the id of every tensor to its parameter's name; `tensors` are all
+    that may receive a gradient.
     """
 
     parameters: dict[str, nn.Parameter]
-    names: dict[int, str] = field(default_factory=dict)
-    tensors: list[Tensor] = field(default_factory=list)
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Take note of a tensor that a hook puts in a parameter's place; holding it keeps its identity."""
-        self.names[id(tensor)] = name
-        self.tensors.append(tensor)
+    names: dict[int, str]
+    tensors: list[Tensor]
 
 
 class _Watched(dict[str, Any]):
-    """A module's parameters, telling when one is replaced during the forward pass (accelerate's offloading does)."""
+    """A module's parameters; tracks the tensors put in their place during a forward pass (accelerate's offloading)."""
 
     def __init__(self, original: dict[str, Any], names: dict[str, str], tracked: Tracked) -> None:
         super().__init__(original)
@@ -178,11 +169,12 @@ class _Watched(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         if key in self.names and value is not None and value.device.type != "meta":
-            self.tracked.load(self.names[key], value)
+            self.tracked.names[id(value)] = self.names[key]
+            self.tracked.tensors.append(value)  # held, so that no other tensor gets its id
 
 
 def _tied(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, str]:
-    """Name → the name it is tied to, where offloading has torn them apart: their identity is lost, the names remain."""
+    """Name → the name it is tied to, if the model is offloaded: tied weights are then distinct tensors."""
     if not any(p.is_meta for p in parameters):
         return {}
     declared = getattr(model, "all_tied_weights_keys", None)
@@ -193,55 +185,41 @@ def _tied(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, str]:
 
 @contextmanager
 def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]:
-    """Let all parameters require a gradient, or none if none is `chosen`; put everything back afterwards.
+    """Let all parameters require a gradient, or none if none is `chosen`; restore everything afterwards.
 
-    All of them, as autograd's graph then tells from the input on how the examples are laid out. Meanwhile what the
-    owner has attached to the backward pass (hooks on parameters and modules, optimisers in them, gradients so far) is
-    set aside, and compiled code runs as it was written.
+    With all of them, autograd's graph reaches back to the input, which tells how the examples are laid out. Meanwhile
+    what the owner has attached to the backward pass (hooks on parameters and modules, optimisers in them, gradients so
+    far) is set aside, and compiled code runs eagerly.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("called inside torch.inference_mode(), where there are no gradients; leave it for this call")
     every = dict(model.named_parameters(remove_duplicate=False))
     tied, tensors = _tied(model, every.values()), {id(p): p for p in every.values()}
-    tracked = Tracked({name: every[name] for name in chosen}, tensors=list(tensors.values()))
-    tracked.names = {id(p): name for name, p in reversed(every.items())}
-    tracked.names |= {id(every[name]): to for name, to in tied.items()}
-    flags = [(p, p.requires_grad) for p in tensors.values()]
-    offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and m._parameters]
-    hooks = backward_hooks(model, tensors.values())
-    kept, grads = [dict(table) for table in hooks], [p.grad for p in tensors.values()]
-    try:
-        for table in hooks:  # emptied in place: autograd holds the very same tables
+    names = {id(p): name for name, p in reversed(every.items())} | {id(every[name]): to for name, to in tied.items()}
+    tracked = Tracked({name: every[name] for name in chosen}, names, list(tensors.values()))
+    with ExitStack() as undo:
+        for table in backward_hooks(model, tensors.values()):  # emptied in place: autograd holds these very tables
+            undo.callback(table.update, dict(table))
             table.clear()
         for p in tensors.values():
+            undo.callback(setattr, p, "grad", p.grad)
+            undo.callback(p.requires_grad_, p.requires_grad)
             p.grad = None
-        for p, _ in flags:
             if p.dtype in DIFFERENTIABLE:
                 p.requires_grad_(bool(tracked.parameters))
-        for module in offloaded:
-            names = {k: tracked.names[id(p)] for k, p in module._parameters.items() if p is not None}
-            module._parameters = _Watched(module._parameters, names, tracked)
-        with torch.enable_grad(), _as_written(), repeatable():
+        for module in model.modules():
+            if hasattr(module, "_hf_hook") and module._parameters:
+                own = {k: names[id(p)] for k, p in module._parameters.items() if p is not None}
+                module._parameters = _Watched(module._parameters, own, tracked)
+                undo.callback(lambda m: setattr(m, "_parameters", dict(m._parameters)), module)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+            # A compiled graph shows no operation and allows one backward pass only.
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.enable_grad(), repeatable():
             yield tracked
-    finally:
-        for table, content in zip(hooks, kept, strict=True):
-            table.update(content)
-        for p, grad in zip(tensors.values(), grads, strict=True):
-            p.grad = grad
-        for module in offloaded:
-            module._parameters = dict(module._parameters)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Compiled code runs eagerly: its graph shows no operation, and it allows one backward pass only."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def check_differentiable(values: Tensor) -> None:
-    """Refuse values that no parameter could have a gradient from; a score of exactly zero would hide the reason."""
+    """Refuse values without a graph, which would otherwise score exactly zero and hide the reason."""
     if not values.requires_grad:
         raise ValueError("model: its output carries no gradient (detached, or computed under torch.no_grad())")

@@ -1,14 +1,13 @@
-"""The plan of a batch's backward pass: a rule for every use of every parameter, found in autograd's graph.
+"""The plan of a batch's backward pass: a rule for every use of every parameter in autograd's graph.
 
-No parameter's gradient is formed. Hooks turn the activations and output gradients into factors as the backward pass
-meets them. A use without a rule raises `NotCovered` before anything is returned.
+No parameter's gradient is formed. Hooks turn activations and output gradients into factors as the backward pass reaches
+them. A use without a rule raises `NotCovered` before anything is returned.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +22,6 @@ from isouq.gradients.rules import Step, Use, step
 from isouq.gradients.torch_contract import Grads, Node, NotCovered, is_custom, output_shape
 
 Visit = Callable[[Use, list[Factor]], None]
-
-
-@contextmanager
-def planned(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter]) -> Iterator[Plan]:
-    """A forward pass of the examples, and the plan of its backward pass over `parameters`. Raises NotCovered."""
-    with differentiable(model, parameters) as tracked:
-        try:
-            yield Plan(examples.values(), tracked, examples.n)
-        except CheckpointError as error:  # gradient checkpointing unpacks an activation once and no more
-            why = "is computed anew in the backward pass (gradient checkpointing)"
-            raise NotCovered("an activation", why) from error
 
 
 class Plan:
@@ -51,7 +39,7 @@ class Plan:
             if name in self.tracked.parameters:
                 self._follow(leaf, name, tuple(tensor.shape), ())
         self.custom = [node for node in self.graph.order if is_custom(node)]
-        # A Python autograd.Function may reach parameters that this graph lacks: all have to be watched for that.
+        # A Python autograd.Function may use parameters that this graph does not show; `backward` checks that for all.
         self.watches_all = len(self.tracked.parameters) == len({*self.tracked.names.values()})
         for node in self.custom:
             if not self.watches_all or "checkpoint" in node.name().lower():
@@ -73,7 +61,7 @@ class Plan:
     def squares(self, seed: Tensor, *, retain: bool) -> Tensor:
         """‖∇‖² of each example's part of `seed`, a sum over examples, by parameter: (example, param) float64.
 
-        ‖Σ_uses g_use‖² = Σ ‖g_use‖² + 2 Σ_{u<v} ⟨g_u, g_v⟩, added up as the backward pass meets the uses.
+        ‖Σ_uses g_use‖² = Σ ‖g_use‖² + 2 Σ_{u<v} ⟨g_u, g_v⟩, added up as the backward pass reaches the uses.
         """
         nothing = self.values.new_zeros(self.n_examples, dtype=torch.float64)
         squares = dict.fromkeys(self.tracked.parameters, nothing)
@@ -91,13 +79,13 @@ class Plan:
         return torch.stack(list(squares.values()), 1).cpu()  # waits for a card once
 
     def backward(self, seed: Tensor, visit: Visit, *, retain: bool) -> None:
-        """One activation-gradient pass from `seed`; `visit` sees each use with its factors as the pass meets it.
+        """One activation-gradient pass from `seed`; calls `visit` with each use and its factors as the pass reaches it.
 
-        Raises NotCovered where a custom function gathers a parameter's gradient by itself, or cannot be passed.
+        Raises NotCovered if a custom function accumulates a parameter's gradient itself, or fails in the pass.
         """
         if not self.roots:  # none of the chosen parameters takes part: their gradient is zero
             return
-        handles = [node.register_prehook(self._meet(node, visit)) for node in self.by_node]
+        handles = [node.register_prehook(partial(self._meet, node, visit)) for node in self.by_node]
         try:
             edges = [GradientEdge(node, 0) for node in self.roots]
             grads = torch.autograd.grad(seed, edges, retain_graph=retain, allow_unused=True)
@@ -112,16 +100,24 @@ class Plan:
             if tensor.grad is not None:
                 name = self.tracked.names[id(tensor)]
                 raise NotCovered(name, f"gathers a gradient inside {self.custom[0].name()}")
-        for node, grad in zip(self.roots, grads, strict=True):  # the pass stops here, so their hooks did not run
-            self._meet(node, visit)((grad,))
+        for node, grad in zip(self.roots, grads, strict=True):  # the pass stopped before the hooks of these
+            self._meet(node, visit, (grad,))
 
-    def _meet(self, node: Node, visit: Visit) -> Callable[[Grads], None]:
-        @torch.no_grad()
-        def hook(grads: Grads) -> None:
-            for use in self.by_node[node] if grads[0] is not None else ():
-                try:
-                    visit(use, use.factors(grads))
-                except NoRule as error:
-                    raise NotCovered(use.parameter, str(error)) from None
+    @torch.no_grad()
+    def _meet(self, node: Node, visit: Visit, grads: Grads) -> None:
+        for use in self.by_node[node] if grads[0] is not None else ():
+            try:
+                visit(use, use.factors(grads))
+            except NoRule as error:
+                raise NotCovered(use.parameter, str(error)) from None
 
-        return hook
+
+@contextmanager
+def planned(model: nn.Module, examples: Examples, parameters: dict[str, nn.Parameter]) -> Iterator[Plan]:
+    """A forward pass of the examples, and the plan of its backward pass over `parameters`. Raises NotCovered."""
+    with differentiable(model, parameters) as tracked:
+        try:
+            yield Plan(examples.values(), tracked, examples.n)
+        except CheckpointError as error:  # gradient checkpointing unpacks an activation once and no more
+            why = "is computed anew in the backward pass (gradient checkpointing)"
+            raise NotCovered("an activation", why) from error

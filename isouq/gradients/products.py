@@ -1,10 +1,10 @@
 """Inner products ⟨∇S_i, ∇S_j⟩ between examples, over all parameters, without one gradient the size of the model.
 
-The examples' factors are gathered for as many parameters at a time as the memory allows; each parameter then adds its
-block of X·Yᵀ, either from explicit per-example gradients, a slice of rows at a time, or from token×token products,
-whichever costs fewer multiplications. One sweep over the batches is needed per group of parameters. A parameter whose
-factors do not fit (the head of a vocabulary of 262,144 words has one of 1 MB for every answer token) is taken in parts:
-⟨g_i, g_j⟩ is a sum over the weight's rows.
+The examples' factors are kept for as many parameters at a time as the memory allows (a group). Each parameter then adds
+its part of X·Yᵀ, from explicit per-example gradients, a slice of rows at a time, or from token×token products,
+whichever costs fewer multiplications. Each group needs one sweep over the batches. A parameter whose factors do not fit
+(the head of a vocabulary of 262,144 words has one of 1 MB for every answer token) is taken in parts: ⟨g_i, g_j⟩ is a
+sum over the weight's rows.
 
 Cost of n rows and m others of T tokens in a model of P parameters, in multiplications: 2(n+m)TP for every sweep (half
 of it a backward pass that ends at the group's first layer), (n+m)TP for the explicit gradients, n(n+m)P for their
@@ -40,13 +40,13 @@ MOST_PARTS = 64  # of a parameter; each costs a sweep over all batches
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """Where sums are kept while they grow, such as `isouq.studies.store.Store`: one record of an item in each stage."""
+    """Where unfinished sums are stored, such as `isouq.studies.store.Store`: one record per item and stage."""
 
     def get(self, stage: str) -> dict[str, Any]:
-        """The records of a stage by item."""
+        """Return the records of a stage by item."""
 
     def put(self, item_id: str, records: dict[str, Any], *, replace: bool) -> None:
-        """Write one item's records, {stage: plain JSON or bytes}, all of them or none."""
+        """Write one item's records, {stage: plain JSON or bytes}: all of them or none."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Gram:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: batches of rows and of others, and the memory for it in bytes."""
+    """A call of `inner_products`: batches of rows and of others, and the memory for it in bytes."""
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
@@ -77,7 +77,7 @@ class Work:
         return replace(self, rows=rows, others=others)
 
     def visit(self, examples: Examples, parameters: dict[str, nn.Parameter], visit: Visit) -> None:
-        """One batch's pass, checked as the norms are."""
+        """One batch's pass; that its examples do not mix is checked as for the norms."""
         with planned(self.model, examples, parameters) as plan:
             known, seed = isolation.is_known(self.model, plan, apart=True), plan.values[:, 0].sum()
             plan.backward(seed, visit, retain=not known)
@@ -93,7 +93,7 @@ class Piece(NamedTuple):
 
 
 class Sums:
-    """The products while they are added up, parameter by parameter: rows come first, then the others."""
+    """The products, added up parameter by parameter. The rows are first, then the others."""
 
     def __init__(self, work: Work) -> None:
         n_rows, n_others = (sum(batch.n for batch in part) for part in (work.rows, work.others))
@@ -105,11 +105,11 @@ class Sums:
         self.buffer = torch.empty(0)
 
     def gram(self) -> Gram:
-        """What has been added up."""
+        """The sums so far."""
         return Gram(self.block[:, : self.n_rows], self.block[:, self.n_rows :], self.squares)
 
     def add_gradients(self, matrix: Tensor) -> None:
-        """Add the products of explicit gradients (example, number); float32 sums over no more than 65,536 numbers."""
+        """Add the products of explicit gradients (example, number); no float32 sum is over more than 65,536 numbers."""
         n = self.n_rows
         for part in matrix.split(1 << 16, dim=1):
             self.block += (part[:n] @ part.T).double()
@@ -119,7 +119,7 @@ class Sums:
     def add_pair(self, p: Piece, q: Piece) -> None:
         """Add the products of all examples of p with all of q, and of q with p, by token×token products.
 
-        Of two pieces of other examples only the products of an example with itself are wanted.
+        If both pieces are of the others, only the products of an example with itself are wanted.
         """
         n = self.n_rows
         if p.rows.start < n or q.rows.start < n:
@@ -135,24 +135,20 @@ class Sums:
         """Add explicit gradients: as many of the weight's rows at a time as the buffer holds for all examples."""
         n_rows, width = pieces[0].factor.size
         dtype = torch.promote_types(pieces[0].factor.left.dtype, torch.float32)
-        step = max(1, int(self.n_bytes / (self.n_examples * width * dtype.itemsize)))
+        row_size = self.n_examples * width
+        step = min(n_rows, max(1, int(self.n_bytes / (row_size * dtype.itemsize))))
+        if self.buffer.numel() < step * row_size or self.buffer.dtype != dtype:  # one allocation serves a whole group
+            self.buffer = torch.empty(step * row_size, dtype=dtype)
         starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
-        once = len(starts) == len(pieces) and n_held == self.n_examples
+        once = len(starts) == len(pieces) and n_held == self.n_examples  # every example has one piece
         for low in range(0, n_rows, step):
             rows = slice(low, min(low + step, n_rows))
-            matrix = self._matrix(rows.stop - low, width, dtype)
-            if not once:  # an example has no piece, or several
+            matrix = self.buffer[: (rows.stop - low) * row_size].view(self.n_examples, -1, width)
+            if not once:
                 matrix.zero_()
             for piece in pieces:
                 piece.factor.write(matrix[piece.rows], rows, add=not once)
             self.add_gradients(matrix.flatten(1))
-
-    def _matrix(self, n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """(example, row, width) to be written over: one allocation serves a group of parameters."""
-        size = self.n_examples * n_rows * width
-        if self.buffer.numel() < size or self.buffer.dtype != dtype:
-            self.buffer = torch.empty(size, dtype=dtype)
-        return self.buffer[:size].view(self.n_examples, n_rows, width)
 
 
 def inner_products(
@@ -168,13 +164,13 @@ def inner_products(
 ) -> Gram:
     """Inner products ⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0).
 
-    `batches` (the rows) and `others` are (objective, n_examples), each objective such that what it does around the
-    model treats examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between
-    forward passes, and a pass (`in_pass` bytes, by the caller's estimate) or what is multiplied. With a `checkpoint`,
-    this run's store, a run that was killed resumes after its last whole group of parameters.
+    `batches` (the rows) and `others` are (objective, n_examples); what an objective does around the model must keep
+    examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between forward
+    passes, and a pass (`in_pass` bytes, the caller's estimate) or what is multiplied. With a `checkpoint`, this run's
+    store, a run that was killed resumes after the last group of parameters that it finished.
 
-    Raises ValueError, before the work starts, where `memory` does not suffice, with the bytes that are needed;
-    NotCovered as `squared_norms`, but with engine "auto" the reference then does the work.
+    Raises ValueError, before the work starts, if `memory` is too small, with the bytes that are needed; NotCovered as
+    `squared_norms` for engine "ghost".
     """
     if not any(size for _, size in batches):
         raise ValueError("batches: no example given, at least one wanted")
@@ -190,11 +186,8 @@ def inner_products(
     return _by_gradients(alone)
 
 
-# ── By factors, a group of parameters at a time ──────────────────────────────────────────────────────────────────────
-
-
 class Group(NamedTuple):
-    """Parameters of which the factors, or a part of them, are kept at the same time."""
+    """Parameters whose factors, or the same part of them, are kept at the same time."""
 
     names: list[str]
     part: Part
@@ -202,7 +195,7 @@ class Group(NamedTuple):
 
 def _by_factors(work: Work) -> Gram:
     sums = Sums(work)
-    # No pass while products are taken; but a pass leaves holes in the heap that what is kept does not fill.
+    # A pass and the products never overlap, but a pass leaves holes in the heap that the products do not fill.
     taken = work.in_pass + max(work.in_pass, sums.n_bytes) + sums.block.nbytes
     plan = groups(_factor_bytes(work), work.memory, taken)
     n_done = _resume(work.checkpoint, plan, sums)
@@ -210,7 +203,7 @@ def _by_factors(work: Work) -> Gram:
     with tqdm(total=sum(n_names), initial=sum(n_names[:n_done]), desc="parameters", disable=not work.progress) as bar:
         for number, group in enumerate(plan[n_done:], n_done + 1):
             kept = _gather(work, group)
-            while kept:  # no name for what is popped, which would keep it during the next passes
+            while kept:  # a name for what is popped would keep it alive during the next passes
                 _add(sums, *kept.popitem())
             sums.buffer = torch.empty(0)
             bar.update(len(group.names))
@@ -221,9 +214,9 @@ def _by_factors(work: Work) -> Gram:
 
 
 def _factor_bytes(work: Work) -> Sizes:
-    """What keeping every example's factors of each parameter costs, and what of it no cut makes smaller.
+    """The bytes of every example's factors, by parameter, and how many of them remain in however small a part.
 
-    One batch of rows and one of the others tell.
+    They are extrapolated from the first batch of rows and the first of the others.
     """
     sizes = dict.fromkeys(work.parameters, (0.0, 0.0))
     for batches in (work.rows, work.others):
@@ -241,10 +234,9 @@ def _factor_bytes(work: Work) -> Sizes:
 
 
 def groups(sizes: Sizes, memory: float, taken: float) -> list[Group]:
-    """Consecutive parameters together, as many as fit, the last layers first: their backward pass stops early.
+    """Groups of as many consecutive parameters as fit, the last layers first, since their backward pass stops early.
 
-    A parameter that does not fit by itself stands in as many groups of its own as it has parts. Raises ValueError where
-    that does not help.
+    A parameter that does not fit is cut into parts, each a group of its own. Raises ValueError if that does not help.
     """
     free = room(memory, taken, *max((fixed + (size - fixed) / MOST_PARTS, n) for n, (size, fixed) in sizes.items()))
     together: list[Group] = []
@@ -262,9 +254,9 @@ def groups(sizes: Sizes, memory: float, taken: float) -> list[Group]:
 
 
 def room(memory: float, taken: float, least: float, what: str) -> float:
-    """Bytes of `memory` left beside those `taken` all along. Raises ValueError unless these are the `least` wanted.
+    """The bytes of `memory` left beside those `taken` all along. Raises ValueError unless there are more than `least`.
 
-    A third more than `taken` and `least` is enough, where passes and buffers grow with the memory up to its quarter.
+    The error asks for a third more than `taken` and `least`, since passes and buffers may take a quarter of the memory.
     """
     if not memory > 0:
         raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
@@ -275,7 +267,7 @@ def room(memory: float, taken: float, least: float, what: str) -> float:
 
 
 def _resume(checkpoint: Checkpoint | None, plan: list[Group], sums: Sums) -> int:
-    """How many groups an earlier run has done; their products are put into `sums`."""
+    """The number of groups that an earlier run has finished; loads their products into `sums`."""
     progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
     if checkpoint is None or progress.get("groups") != str(plan):
         return 0
@@ -284,7 +276,7 @@ def _resume(checkpoint: Checkpoint | None, plan: list[Group], sums: Sums) -> int
 
 
 def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
-    """One sweep: every batch's factors of the group's parameters, or the part of them."""
+    """One sweep over the batches: the factors of the group's parameters, or the group's part of them."""
     chosen = {name: work.parameters[name] for name in group.names}
     kept: dict[Key, list[Piece]] = defaultdict(list)
     end = 0
@@ -293,8 +285,10 @@ def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
 
         def visit(use: Use, factors: list[Factor], rows: slice = slice(end - examples.n, end)) -> None:
             for factor in factors:
-                piece = factor.cut(group.part, chosen[use.parameter].shape).detached()
-                kept[use.parameter, getattr(factor, "slot", None)].append(Piece(rows, piece))
+                part = factor.cut(group.part, chosen[use.parameter].shape)
+                # A copy on the CPU, without autograd's graph and the rest of the storage that the part is a view of.
+                piece = Piece(rows, part.mapped(lambda x: x.detach().to("cpu", copy=True)))
+                kept[use.parameter, getattr(factor, "slot", None)].append(piece)
 
         work.visit(examples, chosen, visit)
     for name in {name for name, slot in kept if slot is not None}:
@@ -309,7 +303,7 @@ def _add(sums: Sums, key: Key, pieces: list[Piece]) -> None:
     if forms > {Dense}:
         raise NotCovered(key[0], "is used both as a matrix and by broadcasting, which has no inner product here")
     if forms == {Dense}:
-        pieces, forms = [Piece(rows, factor.as_outer()) for rows, factor in pieces], {Outer}
+        pieces, forms = [Piece(rows, _as_column(factor.grad)) for rows, factor in pieces], {Outer}
     if forms == {Outer} and not _by_tokens(pieces):
         sums.add_explicit(pieces)
     else:
@@ -318,20 +312,23 @@ def _add(sums: Sums, key: Key, pieces: list[Piece]) -> None:
                 sums.add_pair(p, q)
 
 
+def _as_column(grad: Tensor) -> Outer:
+    """A gradient of any shape as a matrix of one column."""
+    column = grad.reshape(len(grad), 1, -1)
+    return Outer(column, column.new_ones(len(grad), 1, 1))
+
+
 def _by_tokens(outer: list[Piece]) -> bool:
     """Whether token×token products cost fewer multiplications than explicit gradients."""
     (a, b), n_tokens = outer[0].factor.size, outer[0].factor.left.shape[1]
     return n_tokens * n_tokens * (a + b) < a * b
 
 
-# ── By the reference ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _by_gradients(work: Work) -> Gram:
-    """A backward pass per batch of one example, anew for every slice of the gradients that fits the memory."""
+    """One backward pass per example, repeated for every slice of the gradients that fits the memory."""
     sums, parameters = Sums(work), work.parameters.values()
     n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
-    size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number, and once more
+    size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number in two copies
     left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
     width = min(n_numbers, int(left / size))
     for low in tqdm(range(0, n_numbers, width), desc="slices of gradients", disable=not work.progress):

@@ -1,7 +1,7 @@
 """One rule per operation: from what autograd kept for it and the gradient at its output to the parameter's factor.
 
 A rule is a pure function (use, grads) → factor or factors. A step is the way back through an operation on the
-parameter alone (a transpose, a cast, 1 + w). To cover a new layer, add one function here, what it reads to
+parameter alone (a transpose, a cast, 1 + w). To cover a new layer, add one function here, the attributes it reads to
 `torch_contract.SAVED`, and one row to the table in tests/gradients/test_ghost.py.
 """
 
@@ -24,9 +24,9 @@ Step = Callable[[Factor], Factor]
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One use of one parameter: `node` takes it at input `slot` after the parameter-only `steps`, last one first.
+    """One use of one parameter: `node` takes it at input `slot`, after the parameter-only `steps` (last one first).
 
-    `shape` is the parameter's where it enters, `layout` the batch's.
+    `shape` is that of the value at `slot`; `layout` is the batch's.
     """
 
     parameter: str
@@ -79,7 +79,7 @@ def _matmul(use: Use, grads: Grads) -> Factor:
 
 
 def _grouped_matmul(use: Use, grads: Grads) -> list[Factor]:
-    """out[rows of e] = x[rows of e] @ W[e], the experts of a mixture; `offs` are the ends of each expert's rows."""
+    """out[rows of e] = x[rows of e] @ W[e], the experts of a mixture; `offs` are the ends of the experts' rows."""
     x, grad, split = use.saved("self"), grads[0], use.layout.split
     if use.slot == 0 or use.saved("offs") is None or x.dim() != 2:
         raise NoRule(f"enters {use.node.name()} in a form that has no rule")
@@ -109,7 +109,7 @@ def _embedding(use: Use, grads: Grads) -> Rows:
 
 
 def per_example_sum(use: Use, grad: Tensor) -> Dense:
-    """Sum grad over what was broadcast from the parameter's shape, per example: (example, *shape).
+    """Sum grad over the axes along which the parameter was broadcast, per example: (example, *shape).
 
     `grad` belongs to the node's output: (example, …), or (row, feature) with the rows of the examples flattened.
     """
@@ -130,12 +130,12 @@ def _per_channel_sum(grad: Tensor) -> Dense:
 
 
 def _multiply(use: Use, grads: Grads) -> Dense:
-    """out = x ∘ w, among others the gain of an RMSNorm."""
+    """out = x ∘ w, such as the gain of an RMSNorm."""
     return per_example_sum(use, wide(grads[0]) * use.saved("other" if use.slot == 0 else "self"))
 
 
 def _add(use: Use, grads: Grads) -> Dense:
-    """out = x + αw, among others a bias or a position's embedding; or w repeated for every example, a class token."""
+    """out = x + αw, such as a bias or a position's embedding; or w repeated for every example, as a class token is."""
     summed = per_example_sum(use, wide(grads[0]))
     return Dense(summed.grad * use.saved("alpha")) if use.slot == 1 else summed
 
@@ -154,7 +154,7 @@ def _rms_norm(use: Use, grads: Grads) -> Dense:
 
 
 def _batch_norm(use: Use, grads: Grads) -> Dense:
-    """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode is an example's output its own."""
+    """out = (x − μ)/√(v + ε) ∘ w + b with running μ, v: only in eval mode are examples independent."""
     if use.saved("training"):
         raise NoRule("belongs to a batch norm in training mode, which mixes the examples; call model.eval()")
     grad = wide(grads[0])
@@ -218,7 +218,7 @@ INPUT_FIRST = frozenset(["NativeLayerNorm", "FusedRmsNorm", "NativeBatchNorm", "
 
 
 def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step | None:
-    """The way back through `node` if it acts on the parameter's value (of `shape`) alone, else None."""
+    """The way back through `node` if it acts on the parameter's value (of `shape`) alone, None otherwise."""
     name, n_axes = operation(node), len(shape)
     alone = name == "Add" and slot == 0 and node.next_functions[1][0] is None and output_shape(node) == shape  # 1 + w
     if name in ("ToCopy", "Alias", "Clone") or alone:
@@ -227,7 +227,7 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
     if name == "T" or (name == "Permute" and n_axes == 2) or last_two:
         return lambda factor: factor.transposed()
     if name in RESHAPES:
-        return lambda factor: factor.reshaped(shape)
+        return lambda factor: Dense(factor.dense("is reshaped before a use with").grad.reshape(len(factor), *shape))
     if name == "Embedding":
         return _look_up(node, n_examples)
     index = None
@@ -243,4 +243,9 @@ def _look_up(node: Node, n_examples: int) -> Step | None:
     index, padding = saved(node, "indices"), saved(node, "padding_idx")
     if index.shape[:1] == (n_examples,) or saved(node, "scale_grad_by_freq"):
         return None
-    return lambda factor: factor.dense("is looked up before a use with").looked_up(index, padding)
+
+    def back(factor: Factor) -> Rows:
+        rows = factor.dense("is looked up before a use with").grad.reshape(len(factor), index.numel(), -1)
+        return Rows(index.reshape(1, -1).expand(len(rows), -1), rows).without(padding)
+
+    return back

@@ -2,15 +2,12 @@
 
 Torch documents how to walk autograd's graph, but neither the names of the operations in it nor what each of them keeps
 for its backward pass. SAVED states both. tests/gradients/test_torch_contract.py builds every operation of SAVED and
-checks what it keeps; `make test-torch VERSION=2.11.0` runs the tests under another torch. A name that a later torch
-changes raises NotCovered in `saved`, with the operation and torch's version, so engine "auto" falls back to the
-reference.
+checks what it keeps; `make test-torch VERSION=2.11.0` runs the tests under another torch. If a later torch changes a
+name, `saved` raises NotCovered with the operation and torch's version, and engine "auto" falls back to the reference.
+(`model` also puts tables of its own in place of modules' `_parameters`, as accelerate's offloading expects them there.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -58,21 +55,16 @@ class NotCovered(ValueError):
 
 def operation(node: Node) -> str:
     """The operation that a node differentiates: "Mm" for MmBackward0; overloads from 1 on keep their whole name."""
-    return _operation(node.name())
-
-
-@cache
-def _operation(name: str) -> str:
-    return name.rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
+    return node.name().rsplit("::", 1)[-1].removesuffix("0").removesuffix("Backward")
 
 
 def saved(node: Node, name: str) -> Any:
-    """What the operation at `node` kept under `name`, which SAVED has to list.
+    """What the operation at `node` kept under `name`, which SAVED must list; integers with their sign.
 
-    Integers come with their sign. Raises NotCovered where this version of torch keeps nothing by that name.
+    Raises NotCovered if this version of torch keeps nothing by that name.
     """
     if name not in SAVED[operation(node)]:
-        raise LookupError(f"name: {operation(node)} and {name} are no entry of SAVED, which a test compares with torch")
+        raise LookupError(f"name: SAVED has no entry {operation(node)}: {name}, so no test compares it with torch")
     try:
         value = getattr(node, f"_saved_{name}")
     except AttributeError:
@@ -92,14 +84,14 @@ def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
 
 
 def leaf_tensor(node: Node) -> Tensor | None:
-    """The tensor whose gradient the node gathers, None for all other nodes."""
+    """The tensor whose gradient the node accumulates, None for all other nodes."""
     return node.variable if operation(node) == "AccumulateGrad" else None
 
 
 def is_custom(node: Node) -> bool:
-    """Whether a Python autograd.Function stands at the node: it may hold parameters that the graph does not show.
+    """Whether the node is a Python autograd.Function, which may use parameters that the graph does not show.
 
-    Operators registered with torch.library name all their inputs, so theirs are not meant; nor are functions that
+    Operators registered with torch.library do not count, since they name all their inputs; nor do functions that
     declare themselves `parameter_free`.
     """
     registered = node.name().startswith("GeneratedBackwardFor_")
@@ -108,13 +100,13 @@ def is_custom(node: Node) -> bool:
 
 
 def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[int, Any]]:
-    """The tables of hooks that a backward pass would run. Autograd holds these very objects: empty them in place."""
+    """The tables of hooks that a backward pass would run. Autograd holds these very objects, so empty them in place."""
     tables = [table for p in parameters for table in (p._backward_hooks, p._post_accumulate_grad_hooks)]
     tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
     return [table for table in tables if table]
 
 
 def forward_hooks(module: nn.Module | None) -> tuple[list[Any], list[Any]]:
-    """The hooks that see what `module` returns, and those that see what it is given; None: the hooks of all modules."""
+    """The hooks on what `module` returns, and those on what it is given; for None, the hooks of all modules."""
     own, prefix = (vars(torch_module), "_global") if module is None else (vars(module), "")
     return [*own[f"{prefix}_forward_hooks"].values()], [*own[f"{prefix}_forward_pre_hooks"].values()]

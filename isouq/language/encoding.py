@@ -1,13 +1,11 @@
 """Texts → token ids: where a prompt ends and its answer begins.
 
-What a tokenizer puts in front of every text (BOS, [CLS]) comes before the prompt; what it puts at the end (EOS, [SEP])
-is left out, since the answer has yet to follow. A pair is encoded as one text and split where the answer's characters
-begin, so that its ids are those of the whole text: many tokenizers put a space before every text, and would put one
-between. Where one token has characters of both ("http:" before "//x", or a prompt that ends with a space before
-"Paris"), the two are encoded apart, and the pair's `straddles` is True.
+Tokens that a tokenizer adds in front of every text (BOS, [CLS]) come before the prompt; those it adds at the end (EOS,
+[SEP]) are left out, since the answer follows. A pair is encoded as one text and split where the answer's characters
+begin, so its ids are those of the whole text: encoded apart, many tokenizers would add a space before the answer. If
+one token has characters of both ("http:" before "//x", or a prompt that ends with a space before "Paris"), the two are
+encoded apart, and the pair's `straddles` is True.
 """
-
-from __future__ import annotations
 
 import itertools
 from typing import Any, NamedTuple
@@ -26,10 +24,10 @@ class Pair(NamedTuple):
 def pair(tokenizer: Any, prompt: str, answer: str, place: int | None = None) -> Pair:
     """The ids of a prompt, after the opening special tokens, and of the answer that continues it.
 
-    Together they are the ids of `prompt + answer`, unless a token `straddles` the border: then they are the prompt's
-    own ids, as a model that generates reads them, and the answer's own. `place` is the pair's number, for errors.
+    Together they are the ids of `prompt + answer`. If a token `straddles` the border, they are the prompt's own ids, as
+    a model reads them to generate, and the answer's own. `place` is the pair's number, for errors.
 
-    Raises TypeError for what is no text, ValueError where the prompt or the answer has no token.
+    Raises TypeError if either is not a string, ValueError if the prompt or the answer has no token.
     """
     for name, text in (("prompt", prompt), ("answer", answer)):
         if not isinstance(text, str):
@@ -45,12 +43,12 @@ def pair(tokenizer: Any, prompt: str, answer: str, place: int | None = None) -> 
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt that waits for its answer: opening special tokens, the text's own, no closing ones."""
+    """The ids of a prompt before its answer: the opening special tokens and the text's own, without closing ones."""
     return [*_opening(tokenizer), *_ids(tokenizer, prompt)]
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
-    """The ids of an answer as it follows any prompt, without the space that a tokenizer may put before every text."""
+    """The ids of an answer after any prompt, without the space that a tokenizer may put before every text."""
     plain = _ids(tokenizer, answer)
     splits = [_split(tokenizer, anchor, answer) for anchor in ANCHORS]
     after = [split[1] for split in splits if split and split[0]]
@@ -66,10 +64,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _split(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]] | None:
-    """The ids of the whole text without special tokens, cut where the answer begins; None where a token straddles.
+    """The ids of the whole text without special tokens, cut where the answer begins; None if a token straddles.
 
-    Offsets alone do not tell: some tokenizers leave spaces out of them. So either no character at the border is left
-    out, or the prompt's part is what the prompt alone gives.
+    Offsets alone do not decide, since some tokenizers leave spaces out of them. So either the tokens on both sides must
+    touch the border, or the prompt's part must equal the ids of the prompt alone.
     """
     fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=fast)
@@ -86,7 +84,7 @@ def _split(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before every text, read off a text whose own ids occur once in the whole."""
+    """The ids that the tokenizer puts before every text, found with a text whose own ids occur once in the result."""
     words = (tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer)))
     for probe in itertools.chain("a0", words):
         content, whole = _ids(tokenizer, probe), list(tokenizer(probe)["input_ids"])

@@ -1,11 +1,11 @@
-"""Token sequences with an answer: the type that scores are computed from, and the batches that a model is given."""
+"""Token sequences with an answer: `Example`, from which scores are computed, and the batches that a model is given."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from isouq.gradients.model import ExampleError
 
 BatchSize = int | Literal["auto"]
-# What a library may raise about a row. The row reports it, and the others are scored.
+# What a library may raise for one row. The row reports it, and the others are scored.
 ROW_ERRORS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
@@ -52,7 +52,7 @@ def from_pairs(pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Exa
 
 
 def from_rectangle(input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor | None = None) -> list[Example]:
-    """One example for each row of tensors (example, token): the form in which ids come through the public functions.
+    """One example for each row of tensors (example, token), the form of ids in the public functions.
 
     Raises TypeError or ValueError, naming the argument, what was given and what is wanted.
     """
@@ -91,7 +91,7 @@ def _from_row(i: int, ids: Tensor, answer: Tensor, present: Tensor) -> Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right, where a causal model does not look.
+    """Examples padded on the right, which a causal model does not see.
 
     ids (example, token) int64; answer (example, token) True where ids[t] is an answer's token; rows: the examples'
     places in the caller's order.
@@ -111,15 +111,15 @@ class Batch:
         """Part of the examples, without the padding that only the others needed."""
         answer = self.answer[rows]
         width = int(answer.any(0).nonzero().max()) + 1
-        return Batch(self.ids[rows, :width], answer[:, :width], self.rows[rows])
+        return replace(self, ids=self.ids[rows, :width], answer=answer[:, :width], rows=self.rows[rows])
 
     def padded(self, n_tokens: int) -> Batch:
         """The same examples with more padding after the last token."""
         ids, answer = (nn.functional.pad(x, (0, n_tokens)) for x in (self.ids, self.answer))
-        return Batch(ids, answer, self.rows)
+        return replace(self, ids=ids, answer=answer)
 
 
-TOKENS_PER_BATCH = 2048  # what "auto" aims at: large enough for the matrix products, small in memory
+TOKENS_PER_BATCH = 2048  # the target of "auto": large enough for the matrix products, small in memory
 
 
 def batches(
@@ -132,8 +132,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of `batch_size` examples of similar length, the longest first.
 
-    "auto" takes as many as have TOKENS_PER_BATCH tokens, padding included, and `cost` no more than `room`, but at least
-    one. `by_answer` sorts by the answer's length first: `token_mean` makes a pass for each token of the longest answer.
+    "auto" takes as many as have TOKENS_PER_BATCH tokens, padding included, and whose `cost` is within `room`, but at
+    least one. `by_answer` sorts by the answer's length first, since `token_mean` makes a pass for each token of the
+    longest answer.
     """
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or 'auto' wanted")
@@ -148,7 +149,7 @@ def batches(
 
 
 def each(work: Callable[[list[Any]], list[Any]], items: dict[int, Any], errors: dict[int, Any]) -> dict[int, Any]:
-    """`work` of all items, together or, where that fails, one by one; the rows that fail alone end in `errors`."""
+    """`work` of all items, together or, if that fails, one by one; rows that fail alone go to `errors`."""
     if not items:
         return {}
     try:

@@ -1,6 +1,4 @@
-"""All that is asked of a language model: log p of answers, what it accepts, what a pass costs, what padding helps."""
-
-from __future__ import annotations
+"""Everything asked of a language model: log p of answers, what it accepts, what a pass costs, which padding helps."""
 
 import contextlib
 import inspect
@@ -30,17 +28,17 @@ def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         n_words, row = logits.shape[2], batch.rows[int(unknown[0])]
         raise ExampleError(f"input_ids: {{}} has an answer id above {n_words - 1}, the last of the logits' words", row)
     n_answer = scored.sum(1)
-    # The places of each example's answer tokens, then others, up to the longest answer.
+    # Positions of each example's answer tokens first, then any others, as many as the longest answer has.
     order = (~scored[:, keep]).to(torch.int8).argsort(dim=1, stable=True)[:, : int(n_answer.max())].to(logits.device)
     exists = (torch.arange(order.shape[1])[None] < n_answer[:, None]).to(logits.device)
-    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # above are prompts' ids at most
+    wanted = targets[:, keep].to(logits.device).clamp(max=logits.shape[2] - 1)  # only ids of prompts can be above
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_p = LogProb.apply(wide, wanted.unsqueeze(2))
     return log_p.gather(1, order).masked_fill(~exists, 0)
 
 
 def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
-    """Logits (example, kept position, vocab); the head runs at these only, where the model knows `logits_to_keep`."""
+    """Logits (example, kept position, vocab); the head runs at these only if the model takes `logits_to_keep`."""
     device = next(model.parameters(), torch.empty(0)).device
     if device.type == "meta":  # offloaded
         device = torch.device("cpu")
@@ -58,7 +56,7 @@ def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
 
 
 def finite_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """`token_log_probs`. Raises ExampleError naming the first example of which one is NaN or infinite."""
+    """`token_log_probs`. Raises ExampleError for the first example with a NaN or infinite one."""
     values = token_log_probs(model, batch)
     wrong = (~values.isfinite()).any(1).nonzero().flatten()
     if len(wrong):
@@ -67,26 +65,26 @@ def finite_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _by_fours(wanted: Tensor) -> Tensor:
-    """The places wanted and up to three more: on one to three rows, kernels add up the vocabulary less exactly."""
+    """The positions wanted, filled up to a multiple of four: kernels for fewer rows sum the vocabulary less exactly."""
     places = wanted.nonzero().flatten()
     more = -len(places) % 4
     return torch.cat([places, (~wanted).nonzero().flatten()[-more:]]).sort().values if more else places
 
 
 class LogProb(torch.autograd.Function):
-    """log softmax(logits)[wanted], float64, with every digit of p and of 1 − p.
+    """log softmax(logits)[wanted] in float64, with every digit of p and of 1 − p.
 
-    Everything comes from the log odds, the wanted logit less the log-sum-exp of the others: nothing is subtracted from
-    1. Of the logits' size only they themselves are saved.
+    Everything is computed from the log odds, the wanted logit less the log-sum-exp of the others, so nothing is
+    subtracted from 1. The logits are the only tensor of their size that is saved.
     """
 
-    parameter_free = True  # for the graph's reader: nothing but the logits is differentiated in here
+    parameter_free = True  # tells torch_contract.is_custom that only the logits are differentiated in here
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         """Logits (example, token, vocab) and ids (example, token, 1) → log p (example, token)."""
         lowest, tops, sums = torch.finfo(logits.dtype).min, [], []
-        part = torch.empty_like(logits.flatten(0, 1)[:16])  # one for all pieces, and one in float64: glibc leaves holes
+        part = torch.empty_like(logits.flatten(0, 1)[:16])  # reused by all pieces, as is `wide`: the heap keeps holes
         wide = part.double()
         for piece, word in zip(logits.flatten(0, 1).split(16), wanted.flatten(0, 1).split(16), strict=True):
             others = part[: len(piece)].copy_(piece).scatter_(-1, word, -torch.inf)
@@ -114,8 +112,8 @@ def pass_cost(
 ) -> Callable[[Sequence[Example]], float]:
     """A function giving the bytes above the model's weights of a forward and backward pass over a batch of examples.
 
-    It scales what a pass over the longest example takes. A fifth more is for what no graph shows: temporary copies,
-    the comparison of examples in a batch and alone, holes in the heap.
+    It scales the bytes of a pass over the longest example, and adds a fifth for what no graph shows: temporary copies,
+    the comparison of examples with themselves alone, holes in the heap.
     """
     longest = max(range(len(examples)), key=lambda i: len(examples[i]))
     body, head, n_positions = _pass_bytes(model, Batch.of(examples, [longest]), parameters)
@@ -130,9 +128,9 @@ def pass_cost(
 
 
 def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None) -> tuple[float, float, int]:
-    """Bytes that a pass holds for all tokens, and for the logits, which are at as many positions as the last number.
+    """Bytes that a pass holds for the body and for the logits, and the number of positions that have logits.
 
-    Logits count apart, since the head runs at every position where one example of a batch has an answer.
+    Logits count separately, since the head runs at every position where any example of a batch has an answer.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # storage → its bytes and the width of what it holds
@@ -141,10 +139,10 @@ def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1] if x.dim() else 1
-        return x.detach()  # with its graph, an output would hold itself
+        return x.detach()  # an output saved with its graph would keep itself alive
 
     with differentiable(model, select_parameters(model, parameters)), saved_tensors_hooks(pack, lambda x: x):
-        values = token_log_probs(model, batch)  # a name, so that the graph lives while its storages are counted
+        values = token_log_probs(model, batch)  # named, so that the graph lives while its storages are counted
         check_differentiable(values)
         node: Any = values.grad_fn
         while not hasattr(node, "saved_tensors"):  # up to LogProb, which saves the logits
@@ -152,7 +150,7 @@ def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None
         logits = node.saved_tensors[0].to("meta")  # its shape and type
     head = float(sum(size for size, width in kept.values() if width == logits.shape[-1]))
     body = sum(size for size, _ in kept.values()) - head
-    # The logits' gradient comes on top; in half precision also as a copy of that type and, for the products, one more.
+    # Add the logits' gradient; in half precision also its copy of that type and one more for the products.
     head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
     if not _takes(model, "logits_to_keep"):  # the head runs at every token
         body, head = body + head, 0.0
@@ -198,7 +196,7 @@ def check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
 
 
 def _is_causal(model: nn.Module, ids: Tensor) -> bool:
-    """Whether log p of a text's tokens is the same whatever follows the text; a decoder known as such is not tried."""
+    """Whether log p of a text's tokens is the same whatever follows them; a known decoder is not tried."""
     context = limits(model)[1] or 10**9
     n_after = min(8, context // 2)
     if n_after == 0 or is_decoder(model):
@@ -209,14 +207,14 @@ def _is_causal(model: nn.Module, ids: Tensor) -> bool:
     other.ids[:, len(text) :] = ids.max().clamp(min=1)
     slack = 0.1 if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) else 1e-5
     with torch.no_grad(), repeatable():
-        one, two = (token_log_probs(model, part) for part in (batch, other))  # same shapes, by which kernels round
+        one, two = (token_log_probs(model, part) for part in (batch, other))  # of one shape, since kernels round by it
     return torch.allclose(one, two, rtol=slack, atol=slack, equal_nan=True)
 
 
 def padding(model: nn.Module, batch: Batch) -> int:
-    """How many tokens to append, which a decoder does not see, for matrix products whose kernels go by eights.
+    """How many padding tokens to append to make the length a multiple of eight, for faster matrix products.
 
-    At most one in 16, within the model's context, and only where the model's class is known to see no padding.
+    At most one in 16, within the model's context, and only if the model is a decoder known not to see padding.
     """
     width, context = batch.ids.shape[1] - 1, limits(model)[1]
     n = -width % 8

@@ -1,10 +1,8 @@
-"""What a model answers: greedy generation that ends with the line.
+"""Greedy generation of answers that end with the line.
 
 An answer is the token ids that the model produced, without the token that ended it (the first whose text contains a
-newline, or an end-of-sequence token). Exactly these ids are scored; what the ending token costs is not part of log p.
+newline, or an end-of-sequence token). Exactly these ids are scored; log p does not include the ending token.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ Stops = tuple[frozenset[int], frozenset[int]]  # the ids that end an answer: new
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer as generated: its ids, its text without white space around it, what ended it (newline, eos, length)."""
+    """A generated answer: its ids, its text without surrounding white space, what ended it (newline, eos, length)."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -43,7 +41,7 @@ def generate(
 
 
 def left_padded(prompts: Sequence[Sequence[int]], shared: int = 0) -> tuple[Tensor, Tensor]:
-    """Return input_ids and attention_mask, (prompt, token) int64; padding goes behind the first `shared` tokens."""
+    """Return input_ids and attention_mask, (prompt, token) int64; padding goes after the first `shared` tokens."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -58,10 +56,9 @@ def left_padded(prompts: Sequence[Sequence[int]], shared: int = 0) -> tuple[Tens
 def continuations(
     model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, *, stops: Stops, max_new_tokens: int, cache: Any = None
 ) -> list[Generation]:
-    """Return what follows each row of `ids`, of which `cache` holds the first tokens; both are padded as `mask` says.
+    """Return the greedy continuation of each row of `ids`, whose first tokens `cache` holds; `mask` is 0 at padding.
 
-    The likeliest token is taken every time. The model's own generation config may ask for sampling or penalties, so
-    it is replaced during the call.
+    The model's own generation config may ask for sampling or penalties, so it is replaced during the call.
     """
     from transformers import GenerationConfig
 

@@ -41,12 +41,12 @@ def _squares(value: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     return torch.stack([torch.zeros(()).double() if g is None else g.double().square().sum() for g in grads])
 
 
-def assert_same(found: SquaredNorms, reference: Tensor, dtype: torch.dtype = torch.float64) -> None:
+def assert_same(norms: SquaredNorms, reference: Tensor, dtype: torch.dtype = torch.float64) -> None:
     """The totals, and each parameter's part: relative to itself and to a millionth of the total."""
-    assert found.by_parameter.shape == reference.shape
-    assert_close(found.total, reference.sum(-1), dtype)
-    error = (found.by_parameter - reference).abs() / (reference + 1e-6 * reference.sum(-1, keepdim=True))
-    assert error.max() <= RELATIVE[dtype], f"{found.names[int(error.amax((0, 1)).argmax())]}: {error.max():.1e}"
+    assert norms.by_parameter.shape == reference.shape
+    assert_close(norms.total, reference.sum(-1), dtype)
+    error = (norms.by_parameter - reference).abs() / (reference + 1e-6 * reference.sum(-1, keepdim=True))
+    assert error.max() <= RELATIVE[dtype], f"{norms.names[int(error.amax((0, 1)).argmax())]}: {error.max():.1e}"
 
 
 def is_exact(model: nn.Module, objective: Objective, n: int, dtype: torch.dtype = torch.float64) -> bool:
@@ -55,9 +55,9 @@ def is_exact(model: nn.Module, objective: Objective, n: int, dtype: torch.dtype 
     reference = wanted(model, objective, n)
     assert_same(squared_norms(model, objective, n), reference, dtype)
     try:
-        found = squared_norms(model, objective, n, engine="ghost")
+        norms = squared_norms(model, objective, n, engine="ghost")
     except NotCovered:
         return False
-    assert_same(found, reference, dtype)
-    assert found.engine in ("ghost", "ghost, one at a time")
-    return found.engine == "ghost"
+    assert_same(norms, reference, dtype)
+    assert norms.engine in ("ghost", "ghost, one at a time")
+    return norms.engine == "ghost"

@@ -28,12 +28,12 @@ def inputs():
 
 
 def test_reference_is_plain_autograd(model, inputs):
-    found = squared_norms(model, classes(model, inputs), 5, engine="autograd")
-    assert found.engine == "autograd"
-    assert found.names == tuple(name for name, _ in model.named_parameters())
-    assert found.n_parameters == sum(p.numel() for p in model.parameters())
-    assert_close(found.objective, model(inputs).log_softmax(-1)[:, :2].detach())
-    assert_same(found, wanted(model, classes(model, inputs), 5))
+    norms = squared_norms(model, classes(model, inputs), 5, engine="autograd")
+    assert norms.engine == "autograd"
+    assert norms.names == tuple(name for name, _ in model.named_parameters())
+    assert norms.n_parameters == sum(p.numel() for p in model.parameters())
+    assert_close(norms.objective, model(inputs).log_softmax(-1)[:, :2].detach())
+    assert_same(norms, wanted(model, classes(model, inputs), 5))
 
 
 def test_the_example_in_the_docstring_runs():
@@ -79,8 +79,8 @@ def test_a_weight_in_half_precision_is_squared_in_float32():
     layer = nn.Linear(4, 2, bias=False).half()
     x = torch.full((1, 4), 1e-4, dtype=torch.float16)
     for engine in ("autograd", "ghost"):
-        found = squared_norms(layer, lambda rows: layer(x[rows])[:, :1], 1, engine=engine)
-        assert_close(found.total, torch.tensor([[4 * x[0, 0].double().square()]]), torch.float32)
+        norms = squared_norms(layer, lambda rows: layer(x[rows])[:, :1], 1, engine=engine)
+        assert_close(norms.total, torch.tensor([[4 * x[0, 0].double().square()]]), torch.float32)
 
 
 @pytest.mark.parametrize("engine", ["autograd", "ghost"])
@@ -88,8 +88,8 @@ def test_a_large_weight_loses_no_digits_in_the_sum_of_squares(engine):
     """One float32 sum over 4 million squares would be wrong in the fourth digit."""
     torch.manual_seed(0)
     layer, x = nn.Linear(2000, 2000, bias=False), torch.rand(1, 3, 2000)
-    found = squared_norms(layer, lambda rows: layer(x[rows]).sum((1, 2))[:, None], 1, engine=engine)
-    assert_close(found.total, 2000 * x.double().sum(1).square().sum(1, keepdim=True), torch.float32)
+    norms = squared_norms(layer, lambda rows: layer(x[rows]).sum((1, 2))[:, None], 1, engine=engine)
+    assert_close(norms.total, 2000 * x.double().sum(1).square().sum(1, keepdim=True), torch.float32)
 
 
 # ── Properties of both engines ─────────────────────────────────────────────────────────────────────────────────
@@ -102,11 +102,11 @@ def test_linear_softmax_in_closed_form(engine):
     """p = softmax(Wx + b): ‖∇ log p_c‖² = ‖e_c − p‖²·(‖x‖² + 1)."""
     layer = nn.Linear(4, 3).double()
     x = torch.randn(6, 4, dtype=torch.float64)
-    found = squared_norms(layer, lambda rows: layer(x[rows]).log_softmax(-1), 6, engine=engine)
+    norms = squared_norms(layer, lambda rows: layer(x[rows]).log_softmax(-1), 6, engine=engine)
     p = layer(x).softmax(-1).detach()
     residual = (torch.eye(3) - p[:, None]).square().sum(-1)
-    assert_close(found.total, residual * (x.square().sum(1, keepdim=True) + 1))
-    assert_close(found.by_parameter[..., 1], residual)
+    assert_close(norms.total, residual * (x.square().sum(1, keepdim=True) + 1))
+    assert_close(norms.by_parameter[..., 1], residual)
 
 
 @ENGINES
@@ -138,8 +138,8 @@ def test_a_subset_of_parameters_is_the_same_part_of_the_whole(model, inputs, eng
 @ENGINES
 def test_parameters_that_take_no_part_have_gradient_zero(model, inputs, engine):
     both = nn.ModuleDict({"used": model, "idle": nn.Linear(3, 3)})
-    found = squared_norms(both, classes(model, inputs), 5, engine=engine, parameters=["idle.*"])
-    assert (found.by_parameter == 0).all()
+    norms = squared_norms(both, classes(model, inputs), 5, engine=engine, parameters=["idle.*"])
+    assert (norms.by_parameter == 0).all()
 
 
 @ENGINES
@@ -316,10 +316,10 @@ class Recompute(torch.autograd.Function):
             torch.autograd.backward(out, grad)
             return x.grad, None, None
         parameters = list(ctx.function.__self__.block.parameters())
-        found, *rest = torch.autograd.grad(out, [x, *parameters], grad)
+        norms, *rest = torch.autograd.grad(out, [x, *parameters], grad)
         for p, g in zip(parameters, rest, strict=True):
             p.grad = g if p.grad is None else p.grad + g
-        return found, None, None
+        return norms, None, None
 
 
 class Recomputed(nn.Module):
@@ -381,8 +381,8 @@ def test_a_function_that_reaches_no_parameter_stays_fast():
             return self.head(Swish.apply(self.first(x)))
 
     model, x = Net().eval(), torch.randn(3, 5)
-    found = squared_norms(model, classes(model, x), 3, engine="ghost")
-    assert_same(found, wanted(model, classes(model, x), 3), torch.float32)
+    norms = squared_norms(model, classes(model, x), 3, engine="ghost")
+    assert_same(norms, wanted(model, classes(model, x), 3), torch.float32)
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a layer", "a function", "after a call"])
@@ -405,7 +405,7 @@ def test_a_compiled_model_is_scored_as_it_was_written(how, engine):
         model[0] = compile_(model[0])
     else:
         own = compile_(lambda rows: model(rows))
-        found = squared_norms(model, lambda rows: own(x[rows]).log_softmax(-1)[:, :2], 3, engine=engine)
-        assert_same(found, right, torch.float32)
+        norms = squared_norms(model, lambda rows: own(x[rows]).log_softmax(-1)[:, :2], 3, engine=engine)
+        assert_same(norms, right, torch.float32)
         return
     assert_same(squared_norms(compiled, classes(compiled, x), 3, engine=engine), right, torch.float32)

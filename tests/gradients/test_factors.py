@@ -57,9 +57,12 @@ def test_squared_norm_is_that_of_the_gradient_written_out(factor):
     assert_close(factor.squared_norm(), squares(factor.transposed() if transposed else factor))
 
 
-def test_both_ways_to_the_norm_of_an_outer_sum_are_taken_in_this_file():
-    assert outer(2).cheaper_as_gram()
-    assert not outer(40).cheaper_as_gram()
+@pytest.mark.parametrize(("n_tokens", "as_gram"), [(2, True), (40, False)])
+def test_both_ways_to_the_norm_of_an_outer_sum_are_taken_in_this_file(monkeypatch, n_tokens, as_gram):
+    calls, inner = [], Outer.inner
+    monkeypatch.setattr(Outer, "inner", lambda *factors: calls.append(1) or inner(*factors))
+    outer(n_tokens).squared_norm()
+    assert bool(calls) == as_gram
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -46,7 +46,7 @@ def test_every_class_that_is_answered_for_is_tested_here():
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_decoder_answered_for_takes_one_pass_a_batch_and_is_right_in_any_order(name, monkeypatch):
+def test_a_decoder_answered_for_takes_one_pass_a_batch_and_is_right_again_after_others(name, monkeypatch):
     dtype = torch.float32 if name == "mixtral_grouped" else torch.float64
     model, passes = build(name, tied=True, dtype=dtype), []
     model(input_ids=torch.tensor([[3, 4]]))  # not counted: what a model builds when it is first called
@@ -55,13 +55,12 @@ def test_a_decoder_answered_for_takes_one_pass_a_batch_and_is_right_in_any_order
         right = [score(model, case) for case in CASES]
         forward = type(model).forward
         monkeypatch.setattr(type(model), "forward", counting(forward, passes))
-        for order in ((0, 1, 2), (2, 1, 0)):
-            for i in order:
-                passes.clear()
-                found = isouq.score_tokens(model, *pad(CASES[i], "turns"), engine="ghost", batch_size=8)
-                assert found.engine == "ghost"
-                assert len(passes) == 1
-                assert_logs_close(found.log_epistemic, right[i].epistemic["sequence"].log(), dtype)
+        for i in (0, 1, 2, 0):
+            passes.clear()
+            scores = isouq.score_tokens(model, *pad(CASES[i], "turns"), engine="ghost", batch_size=8)
+            assert scores.engine == "ghost"
+            assert len(passes) == 1
+            assert_logs_close(scores.log_epistemic, right[i].epistemic["sequence"].log(), dtype)
 
 
 def counting(forward, passes):
@@ -137,11 +136,11 @@ def test_a_decoder_that_was_changed_is_asked_anew_and_right(change):
         change(model)
         try:
             assert not is_decoder(model)
-            found = [isouq.score_tokens(model, *pad(CASES[i], "left")) for i in (0, 1, 0)]
+            estimates = [isouq.score_tokens(model, *pad(CASES[i], "left")) for i in (0, 1, 0)]
             right = [score(model, CASES[i]) for i in (0, 1, 0)]
         finally:
             getattr(model, "undo", lambda: None)()
-    for scores, reference in zip(found, right, strict=True):
+    for scores, reference in zip(estimates, right, strict=True):
         assert_close(scores.log_prob, reference.log_prob)
         assert_logs_close(scores.log_epistemic, reference.epistemic["sequence"].log())
 
@@ -186,8 +185,8 @@ def test_a_pile_of_torchs_layers_takes_one_pass_a_batch(name):
         passes.append(rows)
         return classes(model, x)(rows)
 
-    found = squared_norms(model, objective, N, engine="ghost", apart=True)
-    assert_same(found, right, torch.float32)
+    norms = squared_norms(model, objective, N, engine="ghost", apart=True)
+    assert_same(norms, right, torch.float32)
     assert len(passes) == 1
 
 
@@ -305,14 +304,14 @@ def test_an_example_gets_what_it_gets_alone_in_any_order_of_batches(way):
     ids[0, 0], ids[1:] = 3, ids[1:].where(ids[1:] != 3, 4)
     if way == "dropped after the first call":
         model.calls = 1  # deterministic from here on
+    alone = wanted(model, classes(model, ids), 6)
+    scores_alone = torch.cat([isouq.score_classes(model, ids[i : i + 1], "all").log_epistemic for i in range(6)])
     for n in (5, 2, 6, 1, 5):
         objective = classes(model, ids[:n])
-        assert_same(squared_norms(model, objective, n), wanted(model, objective, n))
+        assert_same(squared_norms(model, objective, n), alone[:n])
         with contextlib.suppress(NotCovered):
-            assert_same(squared_norms(model, objective, n, engine="ghost", apart=True), wanted(model, objective, n))
-        found = isouq.score_classes(model, ids[:n], "all")
-        alone = torch.cat([isouq.score_classes(model, ids[i : i + 1], "all").log_epistemic for i in range(n)])
-        assert_logs_close(found.log_epistemic, alone)
+            assert_same(squared_norms(model, objective, n, engine="ghost", apart=True), alone[:n])
+        assert_logs_close(isouq.score_classes(model, ids[:n], "all").log_epistemic, scores_alone[:n])
 
 
 @pytest.mark.parametrize("way", sorted(MIXTURES))
@@ -357,7 +356,7 @@ def test_inner_products_of_examples_that_meet_are_those_of_each_alone(way):
     model, ids = Causal(), random_ids(5, 6)
     answer = torch.zeros(5, 6, dtype=torch.bool)
     answer[:, -2:] = True
-    found = isouq.inner_products(model, ids, answer)
+    products = isouq.inner_products(model, ids, answer)
     rows = []
     for i in range(5):
         log_p = model(ids[i : i + 1, :-1]).logits[0].log_softmax(-1)
@@ -372,7 +371,7 @@ def test_inner_products_of_examples_that_meet_are_those_of_each_alone(way):
             )
         )
     X = torch.stack(rows)
-    torch.testing.assert_close(found, X @ X.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(products, X @ X.T, rtol=1e-9, atol=1e-12)
 
 
 def test_a_second_output_that_mixes_in_its_gradient_alone_is_found():
@@ -386,9 +385,9 @@ def test_a_second_output_that_mixes_in_its_gradient_alone_is_found():
             return torch.cat([self.a(x), through(other, other + other.mean(0, keepdim=True))], 1)
 
     model, x = Two().double().eval(), torch.randn(5, 4, dtype=torch.float64)
-    found = isouq.score_outputs(model, x, noise_variance=1.0)
+    scores = isouq.score_outputs(model, x, noise_variance=1.0)
     alone = torch.cat([isouq.score_outputs(model, x[i : i + 1], noise_variance=1.0).log_epistemic for i in range(5)])
-    assert_logs_close(found.log_epistemic, alone)
+    assert_logs_close(scores.log_epistemic, alone)
 
 
 @pytest.mark.parametrize("n", [16, 17, 40])
@@ -434,5 +433,5 @@ def test_tokens_of_an_own_language_model(tied):
     if tied:
         model.head.weight = model.embed.weight
     for rows in itertools.permutations(range(4), 3):
-        some = ids[list(rows)]
-        assert is_exact(model, tokens(model, some), 3)
+        batch = ids[list(rows)]
+        assert is_exact(model, tokens(model, batch), 3)

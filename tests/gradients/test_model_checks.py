@@ -117,9 +117,9 @@ def test_a_training_mode_that_matters_is_refused_at_every_door(make, why, door):
     ],
 )
 def test_a_training_mode_that_changes_nothing_is_none_of_our_business(model):
-    found = isouq.score_classes(model.train(), X, torch.zeros(3).long())
+    scores = isouq.score_classes(model.train(), X, torch.zeros(3).long())
     assert torch.allclose(
-        isouq.score_classes(model.eval(), X, torch.zeros(3).long()).log_epistemic, found.log_epistemic
+        isouq.score_classes(model.eval(), X, torch.zeros(3).long()).log_epistemic, scores.log_epistemic
     )
 
 
@@ -194,10 +194,10 @@ def test_a_parameter_of_places_takes_no_gradient_and_is_not_counted(dtype, engin
     plain, model = nn.Linear(5, 3), Holding(torch.tensor([4, 3, 2, 1, 0]).to(dtype))
     model.layer = plain
     target = torch.tensor([0, 1, 2])
-    found = isouq.score_classes(model, X, target, engine=engine)
+    scores = isouq.score_classes(model, X, target, engine=engine)
     right = isouq.score_classes(plain, X.flip(1), target, engine=engine)
-    assert found.n_parameters == 18
-    assert torch.allclose(found.log_epistemic, right.log_epistemic)
+    assert scores.n_parameters == 18
+    assert torch.allclose(scores.log_epistemic, right.log_epistemic)
     with pytest.raises(ValueError, match=r"parameters: \['held'\] asked for, at least one with a gradient wanted"):
         isouq.score_classes(model, X, parameters=["held"])
 
@@ -205,9 +205,9 @@ def test_a_parameter_of_places_takes_no_gradient_and_is_not_counted(dtype, engin
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])
 def test_complex_parameters_that_are_not_asked_for_do_not_disturb(engine):
     model = Holding(torch.randn(5, dtype=torch.complex64))
-    found = isouq.score_classes(model, X, torch.zeros(3).long(), parameters=["layer.*"], engine=engine)
+    scores = isouq.score_classes(model, X, torch.zeros(3).long(), parameters=["layer.*"], engine=engine)
     right = wanted(model, classes(model, X), 3)[:, 0, 1:].sum(1)
-    assert torch.allclose(found.log_gradient, right.log(), atol=1e-4)
+    assert torch.allclose(scores.log_gradient, right.log(), atol=1e-4)
     assert model.held.grad is None
 
 

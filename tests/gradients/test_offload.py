@@ -34,18 +34,18 @@ def offloaded(request, tied, tmp_path) -> LlamaForCausalLM:
 def test_offloaded_weights_have_the_gradients_of_loaded_ones(offloaded, tied, engine):
     assert all(p.is_meta for p in offloaded.parameters())
     how = Scoring(engine=engine, breakdown=True)
-    found, plain = (score(m, from_pairs(PAIRS), how)["sequence"] for m in (offloaded, model_of(tied=tied)))
-    assert found.engine == engine
-    assert found.n_parameters == plain.n_parameters
-    assert torch.allclose(found.log_epistemic, plain.log_epistemic, atol=1e-5)
-    assert found.breakdown.keys() == plain.breakdown.keys()
+    away, plain = (score(m, from_pairs(PAIRS), how)["sequence"] for m in (offloaded, model_of(tied=tied)))
+    assert away.engine == engine
+    assert away.n_parameters == plain.n_parameters
+    assert torch.allclose(away.log_epistemic, plain.log_epistemic, atol=1e-5)
+    assert away.breakdown.keys() == plain.breakdown.keys()
     for name, values in plain.breakdown.items():
-        assert torch.allclose(found.breakdown[name], values, atol=1e-4), name
+        assert torch.allclose(away.breakdown[name], values, atol=1e-4), name
     assert all(p.is_meta for p in offloaded.parameters()), "the weights are away again"
 
 
 def test_offloaded_weights_have_the_inner_products_of_loaded_ones(offloaded, tied):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     last = torch.tensor([[False, False, True, True]]).expand(2, 4)
-    found, plain = (inner_products(m, ids, last) for m in (offloaded, model_of(tied=tied)))
-    assert torch.allclose(found, plain, rtol=1e-5)
+    away, plain = (inner_products(m, ids, last) for m in (offloaded, model_of(tied=tied)))
+    assert torch.allclose(away, plain, rtol=1e-5)

@@ -1,5 +1,6 @@
 """What is relied on of torch, operation by operation: `make test-torch VERSION=...` asks another version the same."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -116,20 +117,34 @@ def test_axes_are_counted_from_the_first():
     assert saved_axes(X.transpose(0, -1).grad_fn, 2, "dim0", "dim1") == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [
-        (lambda: X.unsqueeze(0), "Unsqueeze"),
-        (lambda: X.t(), "T"),
-        (lambda: X.permute(1, 0), "Permute"),
-        (lambda: X.double(), "ToCopy"),
-        (lambda: X.clone(), "Clone"),
-        (lambda: torch.ops.aten.alias(X), "Alias"),
-        (lambda: X.expand(2, 4, 6), "Expand"),
-    ],
-)
-def test_an_operation_that_is_known_by_its_name_alone_has_it(value, name):
-    assert operation(value().grad_fn) == name
+BY_NAME = {  # operations of which only the name is relied on
+    "Unsqueeze": lambda: X.unsqueeze(0),
+    "T": lambda: X.t(),
+    "Permute": lambda: X.permute(1, 0),
+    "Expand": lambda: X.expand(2, 4, 6),
+    "Split": lambda: X.split(2)[0],
+    "SplitWithSizes": lambda: X.split([1, 3])[0],
+    "Slice": lambda: X[1:],
+    "Unbind": lambda: X.unbind()[0],
+    "Softmax": lambda: X.softmax(1),
+    "LogSoftmax": lambda: X.log_softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_an_operation_that_is_known_by_its_name_alone_has_it(name):
+    assert operation(BY_NAME[name]().grad_fn) == name
+
+
+def test_every_operation_and_attribute_that_is_read_is_compared_with_torch_here():
+    words = {name: set() for name in ("graph", "rules")}
+    for name in words:
+        for node in ast.walk(ast.parse(Path(torch_contract.__file__).with_name(f"{name}.py").read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words[name] |= set(node.value.split()) if re.fullmatch(r"[\w ]+", node.value) else set()
+    operations = {word for word in words["graph"] | words["rules"] if re.fullmatch(r"[A-Z]\w*", word)}
+    assert operations <= {*SAVED, *BY_NAME, *torch_contract.POINTWISE}
+    assert {attribute for kept in SAVED.values() for attribute in kept} <= words["graph"] | words["rules"]
 
 
 @pytest.mark.parametrize("name", sorted(torch_contract.POINTWISE))
@@ -171,7 +186,7 @@ def test_a_name_that_torch_changed_is_refused_with_its_version(monkeypatch):
         NotCovered, match=rf"MmBackward0, which has no _saved_renamed in torch {re.escape(torch.__version__)}"
     ):
         saved((X @ W).grad_fn, "renamed")
-    with pytest.raises(LookupError, match="Mm and mat2 are no entry of SAVED"):
+    with pytest.raises(LookupError, match="SAVED has no entry Mm: mat2"):
         saved((X @ W).grad_fn, "mat2")
 
 
@@ -199,6 +214,13 @@ def test_leaves_custom_functions_and_hooks_are_told_apart():
     assert torch_contract.is_custom(node)
     Double.parameter_free = True
     assert not torch_contract.is_custom(node)
+    library = torch.library.Library("isouq_tests", "DEF")
+    library.define("double(Tensor x) -> Tensor")
+    library.impl("double", lambda x: 2 * x, "CPU")
+    torch.library.register_autograd("isouq_tests::double", lambda ctx, grad: 2 * grad, lib=library)
+    registered = torch.ops.isouq_tests.double(X)
+    assert isinstance(registered.grad_fn, torch.autograd.function.BackwardCFunction)
+    assert not torch_contract.is_custom(registered.grad_fn)
     assert torch_contract.leaf_tensor(node) is None
     assert torch_contract.leaf_tensor(node.next_functions[0][0]) is X
 

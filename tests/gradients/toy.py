@@ -76,6 +76,6 @@ class RawExperts(nn.Module):
         rows = x.flatten(0, 1)
         out = torch.zeros_like(rows)
         for i, expert in enumerate(self.experts):
-            mine = ((rows[:, 0] > 0) == bool(i)).nonzero()[:, 0]
-            out = out.index_add(0, mine, rows[mine] @ expert)
+            chosen = ((rows[:, 0] > 0) == bool(i)).nonzero()[:, 0]
+            out = out.index_add(0, chosen, rows[chosen] @ expert)
         return self.head(out.view(x.shape).tanh().mean(1))

@@ -33,10 +33,10 @@ def test_8_a_score_depends_on_nothing_but_its_own_tokens(name, dtype):
     with upcasts_to(dtype):
         alone = [isouq.score_tokens(model, *pad([one], "none")).log_epistemic for one in case]
         ways = [pad(case, "left"), pad(case, "right"), pad(case, "turns", width=20)]
-        found = [isouq.score_tokens(model, *way).log_epistemic for way in ways]
-        found += [isouq.score_tokens(model, *ways[0], batch_size=size).log_epistemic for size in (1, 2, 3)]
+        every = [isouq.score_tokens(model, *way).log_epistemic for way in ways]
+        every += [isouq.score_tokens(model, *ways[0], batch_size=size).log_epistemic for size in (1, 2, 3)]
         shuffled = isouq.score_tokens(model, *pad([case[i] for i in order], "left"))
-    for scores in found:
+    for scores in every:
         assert_logs_close(scores, torch.cat(alone), dtype)
     assert_logs_close(shuffled.log_epistemic, torch.cat(alone)[order], dtype)
 
@@ -53,9 +53,9 @@ def test_8_half_precision_is_close_to_float32(name, dtype):
     batch = pad(examples((9, 5, 12, 7), (3, 1, 2, 2)), "left")
     right = isouq.score_tokens(model, *batch, engine="autograd").log_epistemic
     for engine in ("ghost", "autograd"):
-        found = isouq.score_tokens(model.to(dtype), *batch, engine=engine)
-        assert found.engine == engine
-        assert_logs_close(found.log_epistemic, right, dtype)
+        scores = isouq.score_tokens(model.to(dtype), *batch, engine=engine)
+        assert scores.engine == engine
+        assert_logs_close(scores.log_epistemic, right, dtype)
 
 
 class Meeting(nn.Module):

@@ -27,17 +27,17 @@ def test_3_checkpointing_of_a_hub_model(name, reentrant):
     model = build(name, tied=True, dtype=torch.float32, **(off if name == "gpt2" else {}))
     case = examples((7, 5), (3, 2))
 
-    def found(engine):
+    def scores(engine):
         return isouq.score_tokens(model, *pad(case, "left"), engine=engine).log_epistemic
 
     right = score(model, case).epistemic["sequence"].log()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_logs_close(found("ghost"), right, torch.float32)
+    assert_logs_close(scores("ghost"), right, torch.float32)
     model.train()
     for engine in ("auto", "autograd"):
-        assert_logs_close(found(engine), right, torch.float32)
+        assert_logs_close(scores(engine), right, torch.float32)
     with pytest.raises(NotCovered):
-        found("ghost")
+        scores("ghost")
     assert model.training
 
 
@@ -86,6 +86,6 @@ def test_3_every_parameter_is_counted_once(name):
     case = examples((7, 5), (3, 2))
     with upcasts_to(torch.float64):
         for engine in ("ghost", "autograd"):
-            found = isouq.score_tokens(model, *pad(case, "left"), engine=engine, breakdown=True)
-            assert list(found.breakdown) == [n for n, _ in model.named_parameters()]
-            assert_close(sum(part.exp() for part in found.breakdown.values()), found.epistemic)
+            scores = isouq.score_tokens(model, *pad(case, "left"), engine=engine, breakdown=True)
+            assert list(scores.breakdown) == [n for n, _ in model.named_parameters()]
+            assert_close(sum(part.exp() for part in scores.breakdown.values()), scores.epistemic)

@@ -29,9 +29,9 @@ def test_5_experts_that_some_examples_never_ask(name):
     case = examples((9, 5, 7), (3, 1, 2))
     with upcasts_to(dtype):
         right = score(model, case).epistemic["sequence"]
-        found = isouq.score_tokens(model, *pad(case, "left"), engine="ghost", breakdown=True)
-    assert_logs_close(found.log_epistemic, right.log(), dtype)
-    assert any("experts" in name for name in found.breakdown)
+        scores = isouq.score_tokens(model, *pad(case, "left"), engine="ghost", breakdown=True)
+    assert_logs_close(scores.log_epistemic, right.log(), dtype)
+    assert any("experts" in name for name in scores.breakdown)
 
 
 def test_5_experts_on_the_raw_input_are_checked_in_every_batch():

@@ -33,14 +33,14 @@ from isouq.estimate import AGGREGATIONS
 )
 def test_10_settings_of_the_table_matter_and_both_values_are_exact(name, setting, other):
     case = examples((9, 5, 7), (3, 1, 2))
-    found = []
+    scores = []
     with upcasts_to(torch.float64):
         for value in ({}, {setting: other}):
             model = build(name, tied=True, **value)
             right = score(model, case).epistemic["sequence"].log()
-            found.append(isouq.score_tokens(model, *pad(case, "left"), engine="ghost").log_epistemic)
-            assert_logs_close(found[-1], right)
-    assert not torch.allclose(*found, rtol=1e-3)
+            scores.append(isouq.score_tokens(model, *pad(case, "left"), engine="ghost").log_epistemic)
+            assert_logs_close(scores[-1], right)
+    assert not torch.allclose(*scores, rtol=1e-3)
 
 
 def test_10_fused_projections_and_learned_positions_are_in_the_table():
@@ -85,8 +85,8 @@ def test_10_all_three_aggregations_share_one_call():
     model = build("gemma2", tied=True)
     batch = pad(examples((9, 5), (3, 1)), "left")
     together = score_aggregations(model, *batch, aggregations=("token_mean", "sequence", "geometric"))
-    for name, found in together.items():
-        assert_logs_close(found.log_epistemic, isouq.score_tokens(model, *batch, aggregation=name).log_epistemic)
+    for name, scores in together.items():
+        assert_logs_close(scores.log_epistemic, isouq.score_tokens(model, *batch, aggregation=name).log_epistemic)
 
 
 # ── Both ends of p ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,18 +140,18 @@ def right_scores(table: torch.Tensor, gaps: list[float], aggregation: str) -> di
 def test_10_a_sure_or_an_impossible_answer_keeps_its_digits_in_float32(engine, aggregation, gaps, offset):
     model, table = sure(gaps, offset)
     ids = torch.arange(len(gaps) + 1)[None]
-    found = isouq.score_tokens(model, ids, ids > 0, aggregation=aggregation, engine=engine)
+    scores = isouq.score_tokens(model, ids, ids > 0, aggregation=aggregation, engine=engine)
     for name, wanted in right_scores(table, gaps, aggregation).items():
         if name == "aleatoric":
-            assert_close(found.aleatoric, wanted[None], torch.float32)
-            assert not found.aleatoric.signbit().any()
+            assert_close(scores.aleatoric, wanted[None], torch.float32)
+            assert not scores.aleatoric.signbit().any()
         else:
-            assert_logs_close(getattr(found, name), wanted[None], torch.float32)
+            assert_logs_close(getattr(scores, name), wanted[None], torch.float32)
 
 
 @pytest.mark.parametrize("engine", ["ghost", "autograd"])
 def test_10_a_word_that_rules_out_all_others_is_certain(engine):
     model = Bigram(torch.tensor([[-torch.inf, 1.0], [0.0, 0.0]]))
-    found = isouq.score_tokens(model, torch.tensor([[0, 1]]), torch.tensor([[False, True]]), engine=engine)
-    assert (found.log_prob, found.aleatoric, found.log_epistemic) == (0, 0, -math.inf)
-    assert not found.aleatoric.signbit()
+    scores = isouq.score_tokens(model, torch.tensor([[0, 1]]), torch.tensor([[False, True]]), engine=engine)
+    assert (scores.log_prob, scores.aleatoric, scores.log_epistemic) == (0, 0, -math.inf)
+    assert not scores.aleatoric.signbit()

@@ -31,20 +31,20 @@ def test_1_probabilities_below_the_range_of_float32_and_of_float64(engine, lengt
     torch.set_default_dtype(torch.float32)
     model = build("llama", tied=True, dtype=torch.float32, max_position_embeddings=256)
     case = examples((length,), (n_answer,))
-    found = isouq.score_tokens(model, *pad(case, "none"), engine=engine)
-    assert found.log_prob.item() < -106
-    assert found.log_prob.float().exp().square() == 0
-    assert found.log_epistemic.isfinite().all()
+    scores = isouq.score_tokens(model, *pad(case, "none"), engine=engine)
+    assert scores.log_prob.item() < -106
+    assert scores.log_prob.float().exp().square() == 0
+    assert scores.log_epistemic.isfinite().all()
     model = model.double()
     with upcasts_to(torch.float64):
         double = isouq.score_tokens(model, *pad(case, "none"), engine="autograd")
         reference = score(model, case).epistemic["sequence"]
-    assert_close(found.log_epistemic, double.log_epistemic, torch.float32)
+    assert_close(scores.log_epistemic, double.log_epistemic, torch.float32)
     if double.log_prob.item() > -340:
         assert_logs_close(double.log_epistemic, reference.log())
     else:
         assert reference == 0
-        assert found.epistemic == 0
+        assert scores.epistemic == 0
 
 
 # ── 2. Tied weights ────────────────────────────────────────────────────────────────────────────────────────────
@@ -58,10 +58,10 @@ def test_2_tied_weights_need_their_cross_term():
     with upcasts_to(torch.float64):
         right = score(tied, case).epistemic["sequence"]
         blind = score(untied, case).epistemic["sequence"]
-        found = isouq.score_tokens(tied, *pad(case, "left"), engine="ghost")
+        scores = isouq.score_tokens(tied, *pad(case, "left"), engine="ghost")
     assert ((blind - right).abs() / right).max() > 0.01
-    assert_logs_close(found.log_epistemic, right.log())
-    assert found.n_parameters == sum(p.numel() for p in untied.parameters()) - VOCAB * 16
+    assert_logs_close(scores.log_epistemic, right.log())
+    assert scores.n_parameters == sum(p.numel() for p in untied.parameters()) - VOCAB * 16
 
 
 class TiedThrough(Toy):
