@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from isouq.classifier import score_classes, score_outputs
     from isouq.estimate import Estimate, Regression
     from isouq.language.scoring import inner_products, score_texts, score_tokens
+    from isouq.language.tokens import score_each_token, trace
     from isouq.studies import assets
     from isouq.studies.assets import load_causal_lm
 
@@ -32,15 +33,18 @@ __all__ = [
     "inner_products",
     "load_causal_lm",
     "score_classes",
+    "score_each_token",
     "score_outputs",
     "score_texts",
     "score_tokens",
+    "trace",
 ]
 
 _HOMES = {
     **dict.fromkeys(("Estimate", "Regression"), "isouq.estimate"),
     **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
+    **dict.fromkeys(("score_each_token", "trace"), "isouq.language.tokens"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
 }
 _MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
