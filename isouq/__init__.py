@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from isouq import plotting
     from isouq.classifier import score_classes, score_outputs
     from isouq.estimate import Estimate, Regression
     from isouq.language.scoring import inner_products, score_texts, score_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "assets",
     "inner_products",
     "load_causal_lm",
+    "plotting",
     "score_classes",
     "score_each_token",
     "score_outputs",
@@ -46,6 +48,7 @@ _HOMES = {
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
     **dict.fromkeys(("score_each_token", "trace"), "isouq.language.tokens"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
+    "plotting": "isouq.plotting",
 }
 _MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders
     "causal_lm": ("language.scoring",),
@@ -56,7 +59,7 @@ _MOVED = {  # modules and packages, from before the library, its studies and the
     "distortion": ("studies.isotropy.distortion",),
     **{
         name: (f"studies.{name}",)
-        for name in ("assets", "cost", "evaluation", "identity", "isotropy", "plotting", "qa", "store", "synthetic")
+        for name in ("assets", "cost", "evaluation", "identity", "isotropy", "qa", "store", "synthetic")
     },
 }
 
@@ -65,7 +68,7 @@ def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
     if name in _HOMES:
         home = import_module(_HOMES[name])
-        return getattr(home, name, home)  # assets is its home itself
+        return getattr(home, name, home)  # assets and plotting are their homes themselves
     raise AttributeError(f"module 'isouq' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
