@@ -18,9 +18,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from isouq import plotting
     from isouq.classifier import score_classes, score_outputs
     from isouq.estimate import Estimate, Regression
     from isouq.language.scoring import inner_products, score_texts, score_tokens
+    from isouq.language.tokens import score_each_token, trace
     from isouq.studies import assets
     from isouq.studies.assets import load_causal_lm
     from isouq.use.calibrate import Calibrator, calibrate
@@ -36,22 +38,27 @@ __all__ = [
     "evaluate",
     "inner_products",
     "load_causal_lm",
+    "plotting",
     "score_classes",
+    "score_each_token",
     "score_outputs",
     "score_texts",
     "score_tokens",
+    "trace",
 ]
 
 _HOMES = {
     **dict.fromkeys(("Estimate", "Regression"), "isouq.estimate"),
     **dict.fromkeys(("score_classes", "score_outputs"), "isouq.classifier"),
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
+    **dict.fromkeys(("score_each_token", "trace"), "isouq.language.tokens"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
+    "plotting": "isouq.plotting",
     **dict.fromkeys(("Calibrator", "calibrate"), "isouq.use.calibrate"),
     "evaluate": "isouq.use.evaluate",
 }
 _MOVED = {  # module or package → where its names went when the library, its studies and the pipeline were separated
-    **{old: f"studies.{old}" for old in "assets cost evaluation identity isotropy plotting qa store synthetic".split()},
+    **{old: f"studies.{old}" for old in "assets cost evaluation identity isotropy qa store synthetic".split()},
     "causal_lm": "language.scoring",
     "encoding": "language.encoding",
     "profiles": "pipeline.schemas pipeline.profiles",
@@ -65,7 +72,7 @@ def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
     if name in _HOMES:
         home = import_module(_HOMES[name])
-        return getattr(home, name, home)  # assets is its home itself
+        return getattr(home, name, home)  # assets and plotting are their homes themselves
     raise AttributeError(f"module 'isouq' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -4,9 +4,13 @@ Notation: S = Σ_t log p(y_t | x, y_<t) over the L answer tokens, G = ‖∇θ S
 in float32 ‖∇θ p‖² underflows to 0 long before log p = −106.
 """
 
+from __future__ import annotations
+
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -14,6 +18,8 @@ from torch import Tensor
 
 Aggregation = Literal["sequence", "geometric", "token_mean"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # how decoders name their blocks
+_KINDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "norm": "norm", "ln_": "norm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,31 @@ class Estimate:
         if log_p is None:  # only e^S of a long answer leaves float64's range, and its logarithm is S
             log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
         return self.log_epistemic - 2 * log_p
+
+    def by_layer(self) -> pd.DataFrame:
+        """log U_E by block and kind of parameter, from `breakdown`: example, layer, kind, log_epistemic.
+
+        kind is attention, mlp, norm or other, by the parameter's name; outside blocks, where layer is missing, norm or
+        embedding, which a tied head shares. Over an example's rows U_E adds up to `epistemic`. Raises ValueError where
+        the estimate has no breakdown by parameter of one prediction per example.
+        """
+        if self.breakdown is None or self.log_epistemic.dim() > 1:
+            way_out = "score answers with breakdown=True, of one aggregation"
+            raise ValueError(f"breakdown: none by example given, log U_E of each parameter wanted; {way_out}")
+        groups: dict[tuple[int | None, str], list[Tensor]] = {}
+        for name, values in self.breakdown.items():
+            block = _BLOCK.search(name)
+            kind = next((kind for part, kind in _KINDS.items() if part in name), "other" if block else "embedding")
+            groups.setdefault((int(block[1]) if block else None, kind), []).append(values)
+        logs = torch.stack([torch.stack(values).logsumexp(0) for values in groups.values()], dim=1)
+        layers, kinds = zip(*groups, strict=True)
+        columns = {
+            "example": torch.arange(len(self)).repeat_interleave(len(groups)).numpy(),
+            "layer": pd.array(layers * len(self), dtype="Int64"),
+            "kind": kinds * len(self),
+            "log_epistemic": logs.flatten().numpy(),
+        }
+        return pd.DataFrame(columns)
 
     def __len__(self) -> int:
         """The number of examples."""

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import isouq
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-CALLABLE = [name for name in isouq.__all__ if callable(getattr(isouq, name))]
+PUBLIC = {name: getattr(isouq, name) for name in isouq.__all__}
+PUBLIC |= {f"plotting.{name}": getattr(isouq.plotting, name) for name in ("tokens", "layers")}
+CALLABLE = [name for name, value in PUBLIC.items() if callable(value)]
 SECTIONS = {"Returns:", "Raises:", "Example:"}
 
 
@@ -31,7 +33,7 @@ def names(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CALLABLE)
 def test_a_public_name_says_what_it_takes_and_gives_and_its_example_runs(name, names, capsys):
-    public = getattr(isouq, name)
+    public = PUBLIC[name]
     wanted = {"Attributes:", *SECTIONS} - {"Returns:"} if inspect.isclass(public) else {"Args:", *SECTIONS}
     text = inspect.getdoc(public)
     assert wanted <= {line.strip() for line in text.splitlines()}
@@ -71,6 +73,16 @@ def test_every_module_that_moved_is_there():
         module = importlib.import_module(f"isouq.{old}")
         for part in new.split():
             assert vars(importlib.import_module(f"isouq.{part}")).keys() <= vars(module).keys()
+
+
+def test_names_of_the_books_figures_are_found_where_they_were():
+    with pytest.warns(
+        DeprecationWarning, match=r"isouq\.plotting\.intervals is now isouq\.studies\.plotting\.interval"
+    ):
+        found = isouq.plotting.intervals
+    assert found is importlib.import_module("isouq.studies.plotting").intervals
+    with pytest.raises(AttributeError, match="no attribute 'token'; it has tokens and layers"):
+        _ = isouq.plotting.token
 
 
 def test_a_name_that_is_not_there_is_refused_with_those_that_are():

@@ -144,16 +144,23 @@ def score_texts(
         >>> table[["answer", "n_tokens"]].values.tolist()
         [[' yes', 4], [' no', 3]]
     """
-    if isinstance(prompts, str) or isinstance(answers, str):
-        raise TypeError("prompts and answers: a string given, lists of strings wanted")
-    if len(prompts) != len(answers):
-        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    pairs = [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
+    pairs = text_pairs(tokenizer, prompts, answers)
     how = Scoring(aggregations=(aggregation,), engine=engine, batch_size=batch_size)
     scores = score(model, from_pairs(pair[:2] for pair in pairs), how)[aggregation]
     table = {name: getattr(scores, name).numpy() for name in SCORES}
     straddles = [pair.straddles for pair in pairs]
     return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
+
+
+def text_pairs(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
+) -> list[encoding.Pair]:
+    """The ids of each prompt with its answer. Raises as `score_texts`."""
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise TypeError("prompts and answers: a string given, lists of strings wanted")
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
+    return [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
 
 
 def inner_products(
@@ -203,6 +210,13 @@ def score(model: nn.Module, examples: Sequence[Example], how: Scoring) -> dict[A
 
     Raises as `score_tokens`.
     """
+    norms = answer_norms(model, examples, how)
+    n_tokens = torch.tensor([example.n_answer for example in examples])
+    return {name: _estimate(name, n_tokens, norms, how) for name in how.aggregations}
+
+
+def answer_norms(model: nn.Module, examples: Sequence[Example], how: Scoring) -> SquaredNorms:
+    """The squared norms that the aggregations need, of log odds: see `_squared_norms`. Raises as `score_tokens`."""
     check_model(model)
     select_parameters(model, how.parameters)  # refused here, before a forward pass tries the model
     check_examples(model, examples)
@@ -210,9 +224,7 @@ def score(model: nn.Module, examples: Sequence[Example], how: Scoring) -> dict[A
     for batch in _batches(model, examples, how):
         parts.append(_squared_norms(model, batch, how))
         order += batch.rows
-    norms = SquaredNorms.joined(parts, torch.tensor(order).argsort())
-    n_tokens = torch.tensor([example.n_answer for example in examples])
-    return {name: _estimate(name, n_tokens, norms, how) for name in how.aggregations}
+    return SquaredNorms.joined(parts, torch.tensor(order).argsort())
 
 
 def log_probs(

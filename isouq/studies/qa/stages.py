@@ -7,14 +7,12 @@ by hand where a stored number changes; tests/qa/test_golden_answers.py holds num
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
@@ -29,8 +27,6 @@ VERSION = 1
 EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are written out again
 
 Record = dict[str, Any]
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_KINDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "norm": "norm", "ln_": "norm"}
 
 
 def complete(store: Store, subject: Subject, settings: Settings, *, progress: bool | None = None) -> None:
@@ -117,18 +113,14 @@ def _record(estimate: Estimate, row: int) -> Record:
 
 
 def by_layer(estimate: Estimate) -> list[dict[str, float]]:
-    """Return log U_E of each example by "block.kind", such as "29.mlp"; what is in no block has its kind alone.
+    """Return each example's `Estimate.by_layer` as "29.mlp" → log U_E, without a number outside blocks.
 
-    A kind is attention, mlp, norm or other, and outside blocks norm or embedding (which a tied head shares), from the
-    parameters' names. Exponentials add up to U_E; a gradient that is exactly zero is −1e9.
+    A gradient that is exactly zero is −1e9.
     """
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, values in (estimate.breakdown or {}).items():
-        block = _BLOCK.search(name)
-        kind = next((kind for part, kind in _KINDS.items() if part in name), "other" if block else "embedding")
-        groups.setdefault(f"{block[1]}.{kind}" if block else kind, []).append(values)
-    totals = {group: torch.stack(values).logsumexp(0).clamp(min=-1e9).tolist() for group, values in groups.items()}
-    return [{group: values[i] for group, values in totals.items()} for i in range(len(estimate))]
+    table = estimate.by_layer()
+    block = table["layer"].astype("string").add(".").fillna("")
+    table = table.assign(group=block + table["kind"], log_epistemic=table["log_epistemic"].clip(lower=-1e9))
+    return [dict(zip(rows["group"], rows["log_epistemic"], strict=True)) for _, rows in table.groupby("example")]
 
 
 @dataclass(frozen=True)
