@@ -201,11 +201,11 @@ def _read_parquet(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def target(path: Path, source: Path) -> Path:
+def target(path: Path, *sources: Path) -> Path:
     """The file behind `path`, links followed, in a folder that exists. Raises ValueError where it cannot be written."""
     _format("--output", path)
     real = Path(os.path.realpath(path))
-    if real.exists() and real.samefile(source):
+    if real.exists() and any(real.samefile(source) for source in sources):
         raise ValueError(f"--output: {path} is the input itself; name another file")
     if real.is_dir():
         raise ValueError(f"--output: {path} is a folder; name a file")
