@@ -22,6 +22,7 @@ from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.model import check_model, repeatable, select_parameters
 from isouq.gradients.products import Checkpoint, Gram, room
 from isouq.gradients.products import inner_products as gradient_products
+from isouq.language import encoding
 from isouq.language.chat import Prompting
 from isouq.language.examples import Batch, BatchSize, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples, finite_log_probs, padding, pass_cost
@@ -174,17 +175,28 @@ def score_texts(
         >>> table[["answer", "n_tokens"]].values.tolist()
         [[' yes', 4], [' no', 3]]
     """
-    if isinstance(prompts, str) or isinstance(answers, str):
-        raise TypeError("prompts and answers: a string given, lists of strings wanted")
-    if len(prompts) != len(answers):
-        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    ask = Prompting(tokenizer, chat, system)
-    pairs = [ask.pair(*texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
+    pairs = text_pairs(tokenizer, prompts, answers, chat, system)
     how = Scoring(aggregations=aggregations_of(aggregation), engine=engine, batch_size=batch_size)
     scores = table(score(model, from_pairs(pair[:2] for pair in pairs), how))
     straddles = [pair.straddles for pair in pairs]
     texts = {"prompt": list(prompts), "answer": list(answers)}
     return pd.DataFrame({**texts, **{name: x.numpy() for name, x in scores.items()}, "straddles": straddles})
+
+
+def text_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    chat: bool = False,
+    system: str | None = None,
+) -> list[encoding.Pair]:
+    """The ids of each prompt with its answer. Raises as `score_texts`."""
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise TypeError("prompts and answers: a string given, lists of strings wanted")
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
+    ask = Prompting(tokenizer, chat, system)
+    return [ask.pair(*texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
 
 
 def inner_products(
