@@ -162,9 +162,9 @@ def test_a_card_that_is_not_there_is_refused_and_auto_is_the_cpu(chat_folder, tm
         isouq.load_causal_lm(str(chat_folder), device="gpu")
     with pytest.raises(ValueError, match="device: 'auto' and device_map 'auto' given; leave one out"):
         isouq.load_causal_lm(str(chat_folder), device="auto", device_map="auto")
-    with pytest.raises(ValueError, match=r"revision: 'v1' given, but '.*' is a folder or names its revision"):
+    with pytest.raises(ValueError, match=r"'.*@v1' is no folder, no asset .* and no Hub id"):
         isouq.load_causal_lm(str(chat_folder), revision="v1")
-    with pytest.raises(ValueError, match="revision: 'v1' given, but smollm2-135m-instruct is an asset"):
+    with pytest.raises(ValueError, match=r"unknown model 'smollm2-135m-instruct@v1'; did you mean the asset 'smollm2-"):
         isouq.load_causal_lm("smollm2-135m-instruct", revision="v1")
 
 
