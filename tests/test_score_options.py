@@ -73,6 +73,14 @@ def test_a_chat_is_scored_after_the_templates_own_text_with_one_start_token(chat
     assert abs(plain.log_prob[0] - got.log_prob[0]) > 1e-4
 
 
+def test_a_start_token_that_the_prompt_has_already_is_not_doubled(chat_folder):
+    """Prompts that a template has written, as in the logs of lm_eval."""
+    ask = Prompting(PreTrainedTokenizerFast.from_pretrained(chat_folder, bos_token="<eos>"))
+    text = [0, *map(letters.LETTERS.index, "Hi")]
+    assert [ask.prompt_ids(prompt) for prompt in ("Hi", "<eos>Hi", "<eos><eos>Hi")] == [text, text, [0, 0, *text]]
+    assert ask.pair("<eos>Hi", "no").prompt == text
+
+
 def test_given_and_generated_answers_follow_the_same_chat_prompt(chat_folder, chat_model, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Hi", "answer": "no"}\n{"prompt": "Hi"}\n')
