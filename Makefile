@@ -6,6 +6,8 @@ CORES ?= all
 # PYTHON: the interpreter to build .venv with. TORCH_INDEX: a pip index for torch, such as PyTorch's own CPU one.
 PYTHON ?=
 TORCH_INDEX ?=
+# CHAPTERS: what `keep` keeps; all that have run, if none is named.
+CHAPTERS ?=
 # VERSION: a torch for test-torch; the oldest that pyproject.toml allows, if none is named.
 VERSION ?= 2.11.0
 
@@ -21,7 +23,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book plan assets test test-quick test-torch lint clean distclean lock FORCE
+.PHONY: help book site keep plan assets test test-quick test-torch lint clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -34,6 +36,15 @@ help: ## this list
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
+
+# What is kept is published, unless PROFILE is given.
+site: $(READY) ## build the site from a kept run (PROFILE=published) in build/site/html; runs nothing
+	@$(PY) book/build.py build/site/html --kept results/$(if $(filter file,$(origin PROFILE)),published,$(PROFILE))
+	@echo "The site: build/site/html/index.html"
+
+keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PROFILE, and quote it in the README
+	@$(PY) -m isouq.pipeline.jobs keep --profile "$$PROFILE" $(CHAPTERS)
+	@$(PY) book/readme.py "results/$$PROFILE/results.json"
 
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)

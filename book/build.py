@@ -1,6 +1,7 @@
 """Lay the pages and the executed notebooks into one folder, and have Jupyter Book read it, without a warning.
 
 python book/build.py build/smoke/html --results build/smoke/results.json --notebooks build/smoke/notebooks/*.ipynb
+python book/build.py build/site/html --kept results/published
 """
 
 import argparse
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from isouq.pipeline import kept
+from isouq.studies.results import ResultError
 
 BOOK = Path(__file__).resolve().parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -68,9 +72,22 @@ def without_absent(entry: Any, chapters: set[str]) -> Any:
     return entry
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the book of a run, or of a kept run, which says by name what is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("html", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--notebooks", type=Path, nargs="+", required=True)
-    build(**vars(parser.parse_args()))
+    parser.add_argument("--kept", type=Path, help="folder of a kept run, in place of the next two")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--notebooks", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    if bool(given.kept) == bool(given.results and given.notebooks):
+        parser.error("wanted either --kept, or --results with --notebooks")
+    try:
+        notebooks = kept.notebooks(given.kept) if given.kept else given.notebooks
+    except ResultError as error:
+        sys.exit(str(error))
+    build(given.html, results=given.results or given.kept / "results.json", notebooks=notebooks)
+
+
+if __name__ == "__main__":
+    main()

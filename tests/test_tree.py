@@ -35,7 +35,7 @@ STUDIES = (
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )
-PIPELINE = (("schemas",), ("profiles",), ("runner", "graph", "budget"), ("jobs",))
+PIPELINE = (("schemas",), ("profiles",), ("runner", "graph", "budget"), ("kept",), ("jobs",))
 STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
