@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import isouq
+from isouq.pipeline import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = ROOT / "book" / "_ext"
@@ -230,13 +231,18 @@ def test_the_page_of_functions_has_every_public_name_and_renders_without_a_warni
     assert "log_gradient" in page, "properties of the results are part of their entries"
 
 
-@pytest.mark.assets
 def test_a_budget_is_a_table_of_what_a_profile_is_estimated_to_take(small_book):
-    code, text, warnings = small_book("```{budget} paper\n```\n", {KEY: auroc(0.7)})
+    kept = (ROOT / "book" / "budget.json").read_text()
+    code, text, warnings = small_book("```{budget} kept.yml\n```\n", {KEY: auroc(0.7)}, kept=kept)
     assert code == 0, warnings
     words = re.sub("<[^>]+>", "", text)
     for part in ("microsoft/phi-4", "14.7 billion", "together", "Estimated, not measured: for one NVIDIA H100 SXM"):
         assert part in words
-    code, _, warnings = small_book("```{budget} smoke\n```\n", {KEY: auroc(0.7)})
-    assert code != 0
-    assert "profile 'smoke' has no gpu" in warnings
+
+
+@pytest.mark.assets
+def test_the_kept_budget_is_that_of_the_profile(tmp_path):
+    jobs.budget("paper", tmp_path / "budget.json")
+    assert (tmp_path / "budget.json").read_text() == (ROOT / "book" / "budget.json").read_text(), (
+        "run .venv/bin/python -m isouq.pipeline.jobs budget --profile paper --out book/budget.json"
+    )

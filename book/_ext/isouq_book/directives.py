@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,6 @@ from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from isouq.pipeline import budget, profiles
 from isouq.studies import claims, verdicts
 from isouq.studies.claims import Claim
 from isouq.studies.verdicts import CheckVerdict, Verdict
@@ -129,17 +129,17 @@ class Provenance(SphinxDirective):
 
 
 class Budget(SphinxDirective):
-    """{budget} PROFILE: the GPU hours and memory that a profile is estimated to take."""
+    """{budget} FILE: the GPU hours and memory of a profile, as `isouq.pipeline.jobs budget --out FILE` kept them."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Build the table from the profile and the questions that it would ask."""
-        profile = profiles.load(self.arguments[0])
-        self.env.note_dependency(str(profiles.CLONE / "profiles" / f"{profile.name}.yml"))
-        shown = budget.as_text(budget.by_model(profile))
-        cells = [[[_paragraph(text)] for text in row] for row in shown.to_numpy()]
-        return [_table(list(shown), [36, 16, 16, 16, 16], cells, "summary"), _paragraph(budget.basis(profile))]
+        """Build the table from the file, since counting needs the questions and some time."""
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        cells = [[[_paragraph(text)] for text in row] for row in kept["rows"]]
+        return [_table(kept["header"], [36, 16, 16, 16, 16], cells, "summary"), _paragraph(kept["basis"])]
 
 
 class IntervalFigure(SphinxDirective):
