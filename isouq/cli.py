@@ -1,4 +1,4 @@
-"""The `isouq` command: `isouq score`, `isouq assets list | fetch | verify`."""
+"""The `isouq` command: `isouq score`, `isouq assets list | fetch | verify`, `isouq verify`."""
 
 import argparse
 import functools
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from isouq.pipeline import verify
 from isouq.studies import assets
 
 # Repeated here so that --help does not import torch; a test compares them with isouq.estimate and isouq.gradients.
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=text, description=f"{text}; all assets without NAME")
         sub.add_argument("names", nargs="*", metavar="NAME", help="an asset, as `isouq assets list` shows it")
         sub.set_defaults(run=run)
+
+    verify.add_parser(commands)
     return parser
 
 
