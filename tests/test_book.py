@@ -57,7 +57,7 @@ LOOK = """(() => {
       source: e.getAttribute('src'), alt: e.alt, width: e.naturalWidth,
       caption: e.closest('figure')?.querySelector('figcaption')?.textContent ?? '',
       background: getComputedStyle(e).backgroundColor})),
-    verdicts: all('.claims-table td:last-child .verdict').map((e) => e.textContent),
+    verdicts: all('details.claim > summary .verdict').map((e) => e.textContent),
     footer: document.querySelector('.numbers-from')?.textContent ?? '',
     width: document.documentElement.scrollWidth,
   };
