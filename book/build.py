@@ -21,6 +21,7 @@ from isouq.pipeline import kept
 from isouq.studies.results import ResultError
 
 BOOK = Path(__file__).resolve().parent
+ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -46,8 +47,17 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
         lines = ANSI.sub("", log.read_text()).splitlines()
         wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
         sys.exit("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
+    lighten(source / "_build" / "html")
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(source / "_build" / "html", html)
+
+
+def lighten(html: Path) -> None:
+    """Leave out the theme's 1.5 MB of icons as JavaScript: its style sheet draws the same icons from a font."""
+    for page in html.rglob("*.html"):
+        page.write_text(ICONS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (html / "_static" / "scripts").glob("fontawesome.js*"):
+        file.unlink()
 
 
 def folded(notebook: Path) -> str:
