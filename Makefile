@@ -44,7 +44,7 @@ site: $(READY) ## build the site from a kept run (PROFILE=published) in build/si
 
 keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PROFILE, and quote it in the README
 	@$(PY) -m isouq.pipeline.jobs keep --profile "$$PROFILE" $(CHAPTERS)
-	@$(PY) book/readme.py "results/$$PROFILE/results.json"
+	@name=$${PROFILE##*/}; $(PY) book/readme.py "results/$${name%.y*ml}/results.json"
 
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)

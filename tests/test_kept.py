@@ -58,7 +58,7 @@ def test_a_kept_run_has_its_chapters_numbers_notebooks_and_times(folder):
 def test_a_chapter_that_ran_again_replaces_its_own_part_and_says_its_commit(folder):
     before = kept.read("results/tiny/results.json")
     run(folder / "build" / "tiny", "04_llm_qa", value=1.0, commit="b" * 40)
-    kept.keep("tiny", ["04_llm_qa"])
+    kept.keep("profiles/tiny.yml", ["04_llm_qa"])
     after = kept.read("results/tiny/results.json")
     assert after["results"]["qa.m.d.likelihood.auroc"]["value"] == 1.0
     assert after["results"]["derivation.x.value"] == before["results"]["derivation.x.value"]

@@ -96,12 +96,14 @@ def notebooks(folder: str | Path) -> list[Path]:
 def keep(profile: str, chapters: Sequence[str] = (), *, build: Path = Path("build"), kept: Path = KEPT) -> str:
     """Join chapters of `build/PROFILE` into `results/PROFILE`: numbers, record and executed notebook; return a line.
 
-    `chapters` are all that have run there, if none is named. The other chapters of the kept run stay as they are.
+    `profile` is a profile's name or file. `chapters` are all that have run there, if none is named. The other chapters
+    of the kept run stay as they are.
 
     Raises:
         ResultError: a chapter that has not run, that ran with uncommitted changes or whose files are not those of its
             record; more than MOST_BYTES of notebooks.
     """
+    profile = Path(profile).stem
     source, folder = build / profile, kept / profile
     chapters = chapters or sorted(path.stem for path in (source / "records").glob("*.json"))
     if not chapters:
