@@ -6,6 +6,8 @@ CORES ?= all
 # PYTHON: the interpreter to build .venv with. TORCH_INDEX: a pip index for torch, such as PyTorch's own CPU one.
 PYTHON ?=
 TORCH_INDEX ?=
+# CHAPTERS: what `keep` keeps; all that have run, if none is named.
+CHAPTERS ?=
 # VERSION: a torch for test-torch; the oldest that pyproject.toml allows, if none is named.
 VERSION ?= 2.11.0
 
@@ -21,7 +23,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book plan assets test test-quick test-torch lint clean distclean lock FORCE
+.PHONY: help book site keep plan assets test test-quick test-torch lint verify dist address clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -34,6 +36,15 @@ help: ## this list
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
+
+# What is kept is published, unless PROFILE is given.
+site: $(READY) ## build the site from a kept run (PROFILE=published) in build/site/html; runs nothing
+	@$(PY) book/build.py build/site/html --kept results/$(if $(filter file,$(origin PROFILE)),published,$(PROFILE))
+	@echo "The site: build/site/html/index.html"
+
+keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PROFILE, and quote it in the README
+	@$(PY) -m isouq.pipeline.jobs keep --profile "$$PROFILE" $(CHAPTERS)
+	@name=$${PROFILE##*/}; $(PY) book/readme.py "results/$${name%.y*ml}/results.json"
 
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)
@@ -67,6 +78,23 @@ lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@$(PY) -m nbstripout --verify notebooks/*.ipynb
+
+verify: $(READY) ## compute a part of every chapter again and compare it with results/published (ten minutes)
+	@$(PY) -m isouq.cli verify --slice
+
+# Tools and package each have an environment of their own in build/, so that nothing of .venv helps the package along.
+dist: ## build wheel and sdist in build/dist, check them, and run the README's first snippet with the wheel alone
+	@set -e; $(FIND_PYTHON); rm -rf build/dist build/dist-tools build/dist-alone; \
+	"$$python" -m venv build/dist-tools; build/dist-tools/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0; \
+	build/dist-tools/bin/python -m build --outdir build/dist .; build/dist-tools/bin/twine check --strict build/dist/*; \
+	"$$python" -m venv build/dist-alone; alone=build/dist-alone/bin/python; \
+	if [ -n "$(TORCH_INDEX)" ]; then $$alone -m pip install --quiet --index-url "$(TORCH_INDEX)" torch; fi; \
+	$$alone -m pip install --quiet build/dist/*.whl; \
+	sed -n '/^```python/,/^```/p' README.md | sed '1d; /^```/,$$d' > build/dist-alone/snippet.py; \
+	cd build/dist-alone; bin/python snippet.py
+
+address: $(READY) ## write the repository's URL=https://… into pyproject.toml, CITATION.cff and _config.yml
+	@$(PY) scripts/address.py "$(URL)"
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; $(FIND_PYTHON); \

@@ -54,7 +54,7 @@ rule book:
     input:
         sources=[str(p) for p in Path("book").rglob("*") if p.is_file() and p.suffix != ".pyc"],
         config="_config.yml",
-        paper="profiles/paper.yml",  # of which the page of commands estimates hours
+        citation="CITATION.cff",  # which the page on citing quotes
         modules=sorted(str(p) for p in Path("isouq").rglob("*.py")),  # the page of functions shows their docstrings
         notebooks=expand(f"{BUILD}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
         results=f"{BUILD}/results.json",

@@ -1,6 +1,7 @@
 """Lay the pages and the executed notebooks into one folder, and have Jupyter Book read it, without a warning.
 
 python book/build.py build/smoke/html --results build/smoke/results.json --notebooks build/smoke/notebooks/*.ipynb
+python book/build.py build/site/html --kept results/published
 """
 
 import argparse
@@ -16,7 +17,11 @@ from typing import Any
 
 import yaml
 
+from isouq.pipeline import kept
+from isouq.studies.results import ResultError
+
 BOOK = Path(__file__).resolve().parent
+ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -42,8 +47,17 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
         lines = ANSI.sub("", log.read_text()).splitlines()
         wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
         sys.exit("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
+    lighten(source / "_build" / "html")
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(source / "_build" / "html", html)
+
+
+def lighten(html: Path) -> None:
+    """Leave out the theme's 1.5 MB of icons as JavaScript: its style sheet draws the same icons from a font."""
+    for page in html.rglob("*.html"):
+        page.write_text(ICONS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (html / "_static" / "scripts").glob("fontawesome.js*"):
+        file.unlink()
 
 
 def folded(notebook: Path) -> str:
@@ -68,9 +82,22 @@ def without_absent(entry: Any, chapters: set[str]) -> Any:
     return entry
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the book of a run, or of a kept run, which says by name what is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("html", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--notebooks", type=Path, nargs="+", required=True)
-    build(**vars(parser.parse_args()))
+    parser.add_argument("--kept", type=Path, help="folder of a kept run, in place of the next two")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--notebooks", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    if bool(given.kept) == bool(given.results and given.notebooks):
+        parser.error("wanted either --kept, or --results with --notebooks")
+    try:
+        notebooks = kept.notebooks(given.kept) if given.kept else given.notebooks
+    except ResultError as error:
+        sys.exit(str(error))
+    build(given.html, results=given.results or given.kept / "results.json", notebooks=notebooks)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
-from isouq_book import figure, findings, results  # noqa: E402
+from isouq_book import figure, findings, provenance, results  # noqa: E402
 from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
 
 from isouq.studies import claims, plotting, verdicts  # noqa: E402
@@ -89,9 +89,8 @@ def measured(folder: str) -> str:
             lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
     lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
     posteriors = _posteriors(study)
-    chapters = ["", "03_isotropy", *(["02_mcmc"] if posteriors else [])]
-    runs = {_run(study.meta if chapter == "02_mcmc" else run.meta, chapter): None for chapter in chapters}
-    return "\n".join([*lines, *posteriors, *runs])
+    runs = [line for meta in (run.meta, *([study.meta] if posteriors else [])) for line in _runs(meta)]
+    return "\n".join([*lines, *posteriors, *(f"- {line}" for line in dict.fromkeys(runs))])
 
 
 def model_of(run: Results) -> str:
@@ -192,15 +191,13 @@ def _posteriors(run: Results) -> list[str]:
     ]
 
 
-def _run(meta: Mapping[str, Any], chapter: str = "") -> str:
-    """Which run it was; a chapter that was run again since has a start and a commit of its own."""
-    own = meta.get("runs", {}).get(chapter, {})
-    own = own if own.get("commit", meta.get("commit")) != meta.get("commit") else {}
-    created, commit = own.get("started", meta.get("created", ""))[:10], own.get("commit", meta.get("commit", ""))[:10]
-    hardware = meta.get("hardware")
-    machine = f", {hardware.get('cores')} cores" if isinstance(hardware, Mapping) and "cores" in hardware else ""
-    what = f" ({chapter})" if own else ""
-    return f"Profile `{meta.get('profile')}`{what}, {created}, commit {commit}{machine}."
+def _runs(meta: Mapping[str, Any]) -> list[str]:
+    """A line for each run that the numbers come from: its chapters, commit and day."""
+    hardware = meta.get("hardware", {})
+    machine = f", {hardware['cores']} cores" if "cores" in hardware else ""
+    whole = {"every chapter": f"commit {meta['commit'][:10]}, made on {meta['created'][:10]}"}
+    runs = provenance.chapters(meta) or whole
+    return [f"Profile `{meta['profile']}`{machine}; {names}: {ran}." for names, ran in runs.items()]
 
 
 def with_blocks(readme: str, folder: str) -> str:

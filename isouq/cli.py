@@ -1,4 +1,4 @@
-"""The `isouq` command: `isouq score`, `evaluate`, `calibrate`, `assets list | fetch | verify`."""
+"""The `isouq` command: `isouq score`, `evaluate`, `calibrate`, `assets list | fetch | verify`, `verify`."""
 
 import argparse
 import functools
@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from isouq import models
+from isouq.pipeline import verify
 from isouq.studies import assets
 from isouq.use import commands as use
 
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=text, description=f"{text}; all assets without NAME")
         sub.add_argument("names", nargs="*", metavar="NAME", help="an asset, as `isouq assets list` shows it")
         sub.set_defaults(run=run)
+
+    verify.add_parser(commands)
     return parser
 
 

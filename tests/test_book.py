@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ LOOK = """(() => {
       source: e.getAttribute('src'), alt: e.alt, width: e.naturalWidth,
       caption: e.closest('figure')?.querySelector('figcaption')?.textContent ?? '',
       background: getComputedStyle(e).backgroundColor})),
-    verdicts: all('.claims-table td:last-child .verdict').map((e) => e.textContent),
+    verdicts: all('details.claim > summary .verdict').map((e) => e.textContent),
     footer: document.querySelector('.numbers-from')?.textContent ?? '',
     width: document.documentElement.scrollWidth,
   };
@@ -171,6 +172,23 @@ def test_every_figure_loads_and_has_a_caption_words_and_a_white_card(pages):
 @pytest.mark.book
 def test_no_page_is_wider_than_a_phone(pages):
     assert not {name: page.facts["width"] for name, page in pages.items() if page.facts["width"] > 420}
+
+
+@pytest.mark.book
+def test_the_first_page_is_light(pages, book, address):
+    """As a server sends it, compressed, before MathJax and fonts."""
+    asked = {urlsplit(url).path.lstrip("/") for url in pages["index.html"].requests if url.startswith(address)}
+    files = [book / unquote(path) for path in asked if "mathjax" not in path and "woff" not in path]
+    sizes = {file.name: len(gzip.compress(file.read_bytes())) for file in files if file.is_file()}
+    assert len(sizes) > 5
+    assert sum(sizes.values()) <= 500_000, sizes
+
+
+@pytest.mark.book
+def test_icons_show_without_their_script(browser, address):
+    browser.open(f"{address}/index.html")
+    shown = "getComputedStyle(document.querySelector('.fa-solid'), '::before').content"
+    assert browser.evaluate(shown) not in ("none", "normal", "")
 
 
 @pytest.mark.book

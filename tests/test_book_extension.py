@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import isouq
+from isouq.pipeline import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = ROOT / "book" / "_ext"
@@ -21,6 +22,7 @@ sys.path.insert(0, str(EXTENSION))
 from isouq_book import provenance, results  # noqa: E402
 
 ENTRY = results.Entry(0.634, 0.55, 0.71, 120)
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 KEY = "qa.gemma-3-270m.triviaqa.combined.auroc"
 
 
@@ -128,7 +130,7 @@ def test_a_present_key_is_shown_and_other_results_change_the_page(small_book):
 
 def test_every_missing_or_malformed_request_fails_the_build_and_is_named(small_book):
     page = f"{{result}}`a.b`, {{interval}}`c.d`, {{result}}`{KEY}:.2q`, {{result}}`Not A Key`.\n\n"
-    code, _, warnings = small_book(page + "```{claims-table} absent.yml\n```", {KEY: auroc(0.7)})
+    code, _, warnings = small_book(page + "```{claims} absent.yml\n```", {KEY: auroc(0.7)})
     assert code != 0
     for cause in ("no result named 'a.b'", "no result named 'c.d'", "format", "'Not A Key'", "absent.yml"):
         assert re.search(f"page.md.*{re.escape(cause)}", warnings), (cause, warnings)
@@ -143,11 +145,11 @@ def test_a_book_without_a_file_of_results_fails(small_book, found, cause):
     assert cause in warnings
 
 
-def test_the_claims_table_shows_rules_values_and_generated_verdicts(small_book):
+def test_a_folded_claim_shows_rules_values_and_generated_verdicts(small_book):
     claim = {"id": "C7", "claim": "It is *so*.", "paper": "0.52", "chapter": "notebooks/04", "written": "before"}
     check = {"label": "{m}: AUROC", "key": "qa.{m}.auroc", "rule": {"above": 0.5}, "core": True}
     check["paper"] = "table_2.triviaqa.epistemic"
-    page = "```{claims-table} claims.yml\n```\n\n```{provenance}\n```\n"
+    page = "```{claims} claims.yml\n```\n\n```{provenance}\n```\n"
     written = yaml.safe_dump([claim | {"each": {"m": {"a": "A"}}, "checks": [check]}])
     code, text, warnings = small_book(page, {"qa.a.auroc": auroc(0.7)}, claims=written)
     assert code == 0, warnings
@@ -161,7 +163,7 @@ def test_the_claims_table_shows_rules_values_and_generated_verdicts(small_book):
     code, text, _ = small_book(page, {"qa.a.auroc": auroc(0.3)}, claims=written)
     assert 'class="verdict verdict-does-not-hold"' in text
     code, text, _ = small_book(page, {"other.key": auroc(0.3)}, claims=written)
-    assert "not run (no result for 1 core check)" in text
+    assert re.search(r"<details.*<summary>.*not run \(no result for 1 core check\).*</summary>", text, re.DOTALL)
 
 
 def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
@@ -181,7 +183,8 @@ def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
         assert code == 0, warnings
         words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", text))
         assert sentence in words
-        assert f"AUROC, all: {value:.2f} [" in words
+        assert f"{value:.2f} [{value - 0.05:.2f}, {value + 0.05:.2f}] AUROC, all" in words
+        assert "Of the 1 claims that we took from the paper, 1 " in words
     code, text, _ = small_book(page, {"other.key": auroc(0.3)}, claims=written)
     assert "No answer yet to whether it is so. (C1: not run)" in re.sub("<[^>]+>", "", text)
     del finding["partly"]
@@ -189,6 +192,38 @@ def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
     code, _, warnings = small_book(page, {"qa.a.auroc": auroc(0.7)}, claims=written)
     assert code != 0
     assert "C1: finding" in warnings
+
+
+def test_the_first_page_shows_the_findings_that_it_names_each_as_one_sentence(small_book):
+    finding = dict.fromkeys(("holds", "partly", "does not hold", "undecided"), "First sentence. Second.")
+    check = {"label": "AUROC", "key": "qa.a.auroc", "rule": {"above": 0.5}, "core": True}
+    claim = {"claim": "So.", "short": "so", "paper": "–", "written": "before", "finding": finding, "checks": [check]}
+    stated = yaml.safe_dump([claim | {"id": "C1"}, claim | {"id": "C2"}])
+    code, text, warnings = small_book(
+        "```{findings} claims.yml\n:claims: C2\n```", {"qa.a.auroc": auroc(0.7)}, claims=stated
+    )
+    assert code == 0, warnings
+    words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", text))
+    assert "First sentence. (C2: holds)" in words
+    assert "Second." not in words
+    assert "C1" not in words
+    assert "Of the 2 claims that we took from the paper, 2 hold here." in words
+
+
+def test_chapters_of_several_runs_name_their_own_on_their_pages():
+    runs = {
+        "01_derivation": {"started": "2026-02-01T10"},
+        "04_llm_qa": {"started": "2026-03-01T10", "commit": "c" * 40},
+    }
+    meta = {"profile": "tiny", "commit": "a" * 40, "created": "2026-02-01T11", "dirty": False, "runs": runs}
+    first, last = (f"commit {letter * 10}, made on 2026-0{month}-01" for letter, month in (("a", 2), ("c", 3)))
+    assert provenance.footer(meta, "notebooks/04_llm_qa") == f"Numbers: profile tiny, {last}."
+    assert provenance.footer(meta, "index") == f"Numbers: profile tiny; 01_derivation: {first}; 04_llm_qa: {last}."
+    assert provenance.footer({**meta, "runs": {}}, "index").startswith(
+        "Numbers: profile tiny, commit aaaaaaaaaa, made on"
+    )
+    assert "note          = {Numbers: profile tiny; 01_derivation" in provenance.bibtex(CITATION, meta)
+    assert "{Grünefeld, N. and Frellsen, J. and Hardmeier, C.}" in provenance.bibtex(CITATION, meta)
 
 
 def test_a_figure_is_drawn_from_results_and_says_in_words_what_it_shows(small_book):
@@ -230,13 +265,18 @@ def test_the_page_of_functions_has_every_public_name_and_renders_without_a_warni
     assert "log_gradient" in page, "properties of the results are part of their entries"
 
 
-@pytest.mark.assets
 def test_a_budget_is_a_table_of_what_a_profile_is_estimated_to_take(small_book):
-    code, text, warnings = small_book("```{budget} paper\n```\n", {KEY: auroc(0.7)})
+    kept = (ROOT / "book" / "budget.json").read_text()
+    code, text, warnings = small_book("```{budget} kept.yml\n```\n", {KEY: auroc(0.7)}, kept=kept)
     assert code == 0, warnings
     words = re.sub("<[^>]+>", "", text)
     for part in ("microsoft/phi-4", "14.7 billion", "together", "Estimated, not measured: for one NVIDIA H100 SXM"):
         assert part in words
-    code, _, warnings = small_book("```{budget} smoke\n```\n", {KEY: auroc(0.7)})
-    assert code != 0
-    assert "profile 'smoke' has no gpu" in warnings
+
+
+@pytest.mark.assets
+def test_the_kept_budget_is_that_of_the_profile(tmp_path):
+    jobs.budget("paper", tmp_path / "budget.json")
+    assert (tmp_path / "budget.json").read_text() == (ROOT / "book" / "budget.json").read_text(), (
+        "run .venv/bin/python -m isouq.pipeline.jobs budget --profile paper --out book/budget.json"
+    )

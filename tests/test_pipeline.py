@@ -23,7 +23,7 @@ import pytest
 import yaml
 from pipeline import jobs
 
-from isouq.pipeline import profiles, schemas
+from isouq.pipeline import compare, kept, profiles, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.book
@@ -323,7 +323,8 @@ def test_the_executed_notebooks_have_their_parameters_no_error_and_no_private_pa
 
 
 def test_the_record_names_what_ran_and_its_hashes_hold(smoke):
-    content = json.loads((smoke / "results.json").read_text())
+    content = kept.read(smoke / "results.json")
+    assert all(compare.kind_of(key) for key in content["results"]), "isouq verify knows how to compare each"
     meta = content["meta"]
     assert meta["profile"] == "smoke"
     assert meta["runs"].keys() == meta["seeds"].keys() == set(profiles.load("smoke").chapters())

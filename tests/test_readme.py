@@ -34,7 +34,7 @@ def test_the_findings_and_numbers_are_those_of_the_kept_results():
     folder = readme.quoted(TEXT)
     assert readme.with_blocks(TEXT, folder) == TEXT
     assert (ROOT / folder / "overview.svg").is_file()
-    runs = [line for line in TEXT.splitlines() if line.startswith("Profile `")]
+    runs = [line for line in TEXT.splitlines() if line.startswith("- Profile `")]
     assert len(runs) == len(set(runs)) > 0, "each run is named once"
 
 

@@ -35,7 +35,14 @@ STUDIES = (
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )
-PIPELINE = (("schemas",), ("profiles",), ("runner", "graph", "budget"), ("jobs",))
+PIPELINE = (
+    ("schemas",),
+    ("profiles",),
+    ("runner", "graph", "budget"),
+    ("kept", "compare"),
+    ("slices", "jobs"),
+    ("verify",),
+)
 STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),

@@ -146,6 +146,12 @@ def as_text(rows: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns={"hours": "GPU hours", "gigabytes": "GPU memory, GB"})
 
 
+def as_json(profile: Profile) -> dict[str, Any]:
+    """Return what a page shows: the table of `as_text` as header and rows, and the basis."""
+    shown = as_text(by_model(profile))
+    return {"header": list(shown), "rows": shown.to_numpy().tolist(), "basis": basis(profile)}
+
+
 def basis(profile: Profile) -> str:
     """Return in a sentence what the estimate rests on."""
     gpu = cast(Gpu, profile.gpu)

@@ -1,4 +1,4 @@
-"""The commands behind the Snakefile's rules: score, sample, run a notebook, join results, estimate."""
+"""The commands behind the Snakefile's rules: score, sample, run a notebook, join results; keep a run; estimate."""
 
 import argparse
 import json
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from isouq.pipeline import profiles, runner, schemas
+from isouq.pipeline import kept, profiles, runner, schemas
 from isouq.studies import assets
-from isouq.studies.results import ResultError
+from isouq.studies.results import ResultError, write_json
 
 
 def score(profile: str, model: str, data_set: str) -> str:
@@ -64,11 +64,13 @@ def notebook(profile: str, chapter: str) -> None:
     runner.run_notebook(source, output, parameters=section.model_dump(), models=models, **places)
 
 
-def budget(profile: str) -> str:
-    """Estimate a profile's GPU hours and memory, and return them as a table."""
+def budget(profile: str, out: Path | None) -> str:
+    """Estimate a profile's GPU hours and memory, and return them as a table; keep it in `out` for a page."""
     from isouq.pipeline import budget as counts
 
     loaded = profiles.load(profile)
+    if out:
+        write_json(counts.as_json(loaded), out)
     return f"{counts.as_text(counts.by_model(loaded)).to_string(index=False)}\n{counts.basis(loaded)}"
 
 
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m isouq.pipeline.jobs", description=main.__doc__)
     commands = parser.add_subparsers(required=True)
     add = {}
-    for job in (score, sample, notebook, budget, runner.collect):
+    for job in (score, sample, notebook, budget, runner.collect, kept.keep):
         command = commands.add_parser(job.__name__, help=(job.__doc__ or "").partition("\n")[0])
         command.set_defaults(job=job)
         command.add_argument("--profile", default="embedded", help="name or path of a profile")
@@ -96,10 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add[sample]("--seed", type=int, help="only this data seed")
     add[sample]("--workers", type=int, help="processes (default: as the profile says)")
+    add[budget]("--out", type=Path, help="a file for the book's {budget}")
     add[notebook]("chapter", choices=schemas.SCHEMAS)
     for name in ("results", "records", "timings"):
         add[runner.collect](f"--{name}", type=Path, nargs="+", required=True)
     add[runner.collect]("--out", type=Path, required=True)
+    add[kept.keep]("chapters", nargs="*", metavar="CHAPTER", help="only these (default: all that have run)")
     options = vars(parser.parse_args(arguments))
     # There are no widgets on a page: tqdm need not say in a notebook's output that it writes text instead.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")

@@ -50,7 +50,7 @@ def run_notebook(
     for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
         stale.unlink(missing_ok=True)
     inputs = [source, *module_files(source), manifest.FILE, PACKAGE.parent / "requirements.lock"]
-    run = {"notebook": source.stem, "started": _now(), "parameters": _without_places(parameters), **environment()}
+    run = {"notebook": source.stem, "started": now(), "parameters": _without_places(parameters), **environment()}
     hashes = {"inputs": _hashes(inputs), "models": {key_of(name): content for name, content in models.items()}}
     partial = output.with_suffix(".running.ipynb")
     # The kernel's own warnings are about its transport, not about the notebook.
@@ -105,10 +105,10 @@ def collect(
                 raise ResultError(f"{key} is written by {origin[key]} and by {path.stem}")
             origin[key], merged[key] = path.stem, plain(Result(**entry))
     runs = {run.pop("notebook"): run for run in map(_read_json, records)}
-    measured = {path.stem: _timing(path) for path in timings}
+    measured = {path.stem: timing(path) for path in timings}
     meta = {
         "profile": profile,
-        "created": _now(),
+        "created": now(),
         **environment(),
         "seeds": {name: run["parameters"]["seed"] for name, run in runs.items()},
         "durations": {name: seconds for name, (seconds, _) in measured.items()},
@@ -146,7 +146,7 @@ def _failure(error: Exception, source: Path, kept: Path) -> str:
     return f"{source.as_posix()} failed; the executed part is {kept.as_posix()}\n{cause}"
 
 
-def _timing(path: Path) -> tuple[float, float | None]:
+def timing(path: Path) -> tuple[float, float | None]:
     """Return seconds and peak resident megabytes (None: too short to be seen) of a benchmark table."""
     job = pd.read_csv(path, sep="\t", na_values="-").iloc[0]
     return float(job["s"]), None if pd.isna(job["max_rss"]) else float(job["max_rss"])
@@ -160,7 +160,8 @@ def _hashes(files: Iterable[Path]) -> dict[str, str]:
     }
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as a record has it: UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

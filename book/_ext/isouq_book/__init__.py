@@ -8,7 +8,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from . import provenance
-from .directives import Budget, ClaimsSummary, ClaimsTable, Findings, IntervalFigure, Provenance, PublicNames
+from .directives import Budget, Citation, Claims, ClaimsSummary, Findings, IntervalFigure, Provenance, PublicNames
 from .roles import IntervalRole, ResultRole, load_results
 
 
@@ -20,18 +20,19 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", _drop_thebe, priority=900)
     app.add_role("result", ResultRole())
     app.add_role("interval", IntervalRole())
-    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("claims", Claims)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("findings", Findings)
     app.add_directive("provenance", Provenance)
     app.add_directive("budget", Budget)
+    app.add_directive("citation", Citation)
     app.add_directive("interval-figure", IntervalFigure)
     app.add_directive("public-names", PublicNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _add_footer(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    line = html.escape(provenance.footer(app.isouq_results.meta))
+    line = html.escape(provenance.footer(app.isouq_results.meta, page))
     context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'
 
 

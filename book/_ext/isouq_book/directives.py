@@ -1,15 +1,17 @@
-"""The directives that pages are made from: {claims-table}, {claims-summary}, {findings}, {provenance} and others."""
+"""The directives that pages are made from: {claims}, {claims-summary}, {findings}, {provenance} and others."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -17,7 +19,7 @@ from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from isouq.pipeline import budget, profiles
+from isouq.pipeline import profiles
 from isouq.studies import claims, verdicts
 from isouq.studies.claims import Claim
 from isouq.studies.verdicts import CheckVerdict, Verdict
@@ -40,66 +42,74 @@ class _OfClaims(SphinxDirective):
         self.env.note_dependency(path)
         try:
             stated = claims.load(path)
-            return [self.build(stated, verdicts.judge(stated, self.env.app.isouq_results.entries))]
+            return self.build(stated, verdicts.judge(stated, self.env.app.isouq_results.entries))
         except (OSError, ValueError, KeyError, TypeError) as error:
             _LOGGER.warning("%s: %s", self.name, error, location=self.get_location())
             return []
 
-    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> list[nodes.Node]:
         """Return what stands in the page."""
         raise NotImplementedError
 
 
 class Findings(_OfClaims):
-    """{findings} FILE: a sentence for each claim that has one, chosen by its verdict."""
+    """{findings} FILE: a sentence for each claim that has one, chosen by its verdict, and how many claims hold.
 
-    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
-        """Return a list of sentences, each with its claim and verdict."""
+    `claims` names those whose sentences are shown, each as short as it stands alone.
+    """
+
+    option_spec: ClassVar[dict[str, Any]] = {"claims": directives.unchanged_required}
+
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> list[nodes.Node]:
+        """Return a list of sentences, each with its claim and verdict, and the count."""
+        chosen = self.options.get("claims", "").split()
         listing = nodes.bullet_list(classes=["findings"])
         for claim, text in findings.sentences(stated, judged, self.env.app.isouq_results.entries):
-            outcome = _outcome(replace(judged[claim.id], reason=""))
-            words = [nodes.Text(f"{text} ({claim.id}: "), outcome, nodes.Text(")")]
-            listing += nodes.list_item("", nodes.paragraph("", "", *words))
-        return listing
+            if claim.id in chosen or not chosen:
+                words = text.partition(". ")[0].removesuffix(".") + "." if chosen else text
+                outcome = _outcome(replace(judged[claim.id], reason=""))
+                parts = [nodes.Text(f"{words} ({claim.id}: "), outcome, nodes.Text(")")]
+                listing += nodes.list_item("", nodes.paragraph("", "", *parts))
+        return [listing, _paragraph(findings.count(judged))]
 
 
 class ClaimsSummary(_OfClaims):
     """{claims-summary} FILE: a row for each claim: its words, the verdict, one number here and in the paper."""
 
-    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> list[nodes.Node]:
         """Return the table."""
         rows = []
         for claim in stated:
             label, here, paper = findings.row(claim, self.env.app.isouq_results.entries)
-            name = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(f" {claim.short}"))
-            verdict = nodes.paragraph("", "", _outcome(replace(judged[claim.id], reason="")))
-            rows.append([[name], [verdict], [_paragraph(f"{label}: {here}")], [_paragraph(paper)]])
-        columns = {"Claim": 34, "Verdict": 18, "One number": 34, "In the paper": 14}
-        return _table(list(columns), list(columns.values()), rows, "summary")
+            link = nodes.reference("", "", nodes.strong("", claim.id), refid=_id_of(claim), internal=True)
+            name = nodes.paragraph("", "", link, nodes.Text(f" {claim.short}"))
+            outcome = _outcome(replace(judged[claim.id], reason=""))
+            verdict = [nodes.paragraph("", "", outcome), _paragraph(findings.share(judged[claim.id]), ["number-of"])]
+            number = [_paragraph(here), _paragraph(label, ["number-of"])]
+            rows.append([[name], verdict, number, [_paragraph(paper)]])
+        columns = {"Claim": 37, "Verdict": 15, "One number": 33, "In the paper": 15}
+        return [_table(list(columns), list(columns.values()), rows, "summary")]
 
 
-class ClaimsTable(_OfClaims):
-    """{claims-table} FILE: every claim with its chapter, the values here, the paper's, and a verdict."""
+class Claims(_OfClaims):
+    """{claims} FILE: every claim folded, with its verdict; inside the checks, the paper's words and the chapter."""
 
-    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> nodes.Node:
-        """Return the table."""
-        columns = {"Claim": 24, "Here": 46, "In the paper": 14, "Verdict": 16}
-        rows = [self._row(claim, judged[claim.id]) for claim in stated]
-        return _table(list(columns), list(columns.values()), rows, "claims")
+    def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> list[nodes.Node]:
+        """Return an element that folds for each claim."""
+        return [node for claim in stated for node in self._folded(claim, judged[claim.id])]
 
-    def _row(self, claim: Claim, verdict: Verdict) -> list[list[nodes.Node]]:
-        target = nodes.target("", "", ids=[f"claim-{claim.id.lower()}"])
-        title = nodes.paragraph("", "", nodes.strong("", claim.id), nodes.Text(" "), *self._words(claim.claim))
-        chapter = nodes.paragraph("", "", *self._chapter(claim.chapter))
-        measured = [_measurements(verdict, self.env.app.isouq_results.entries)]
+    def _folded(self, claim: Claim, verdict: Verdict) -> list[nodes.Node]:
+        head = nodes.inline("", "", nodes.strong("", claim.id), nodes.Text(f" {claim.short or claim.id}: "))
+        head += _outcome(verdict)
+        target = nodes.target("", "", ids=[_id_of(claim)])  # inside, so that a link to it opens the claim
+        words = [*self._words(claim.claim), nodes.Text(" "), *self._chapter(claim.chapter)]
+        title = nodes.paragraph("", "", target, *words)
+        paper = nodes.paragraph("", "", nodes.strong("", "In the paper: "), *self._words(claim.paper))
         notes = filter(None, (claim.note, claims.WRITTEN[claim.written]))
-        measured += [nodes.paragraph("", "", *self._words(note), classes=["claim-note"]) for note in notes]
-        return [
-            [target, title, chapter],
-            measured,
-            [nodes.paragraph("", "", *self._words(claim.paper))],
-            [nodes.paragraph("", "", _outcome(verdict))],
-        ]
+        small = [nodes.paragraph("", "", *self._words(note), classes=["claim-note"]) for note in notes]
+        inside = [title, paper, _measurements(verdict, self.env.app.isouq_results.entries), *small]
+        opened, closed = '<details class="claim"><summary>', "</details>"
+        return [_html(opened), head, _html("</summary>"), *inside, _html(closed)]
 
     def _words(self, text: str) -> list[nodes.Node]:
         """The text read as Markdown, so that it may hold mathematics and links."""
@@ -128,18 +138,31 @@ class Provenance(SphinxDirective):
         return [_table(["Record", "This book"], [25, 75], cells, "provenance")]
 
 
-class Budget(SphinxDirective):
-    """{budget} PROFILE: the GPU hours and memory that a profile is estimated to take."""
+class Citation(SphinxDirective):
+    """{citation} FILE: BibTeX of the paper and of this software with its version and run, from CITATION.cff."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Build the table from the profile and the questions that it would ask."""
-        profile = profiles.load(self.arguments[0])
-        self.env.note_dependency(str(profiles.CLONE / "profiles" / f"{profile.name}.yml"))
-        shown = budget.as_text(budget.by_model(profile))
-        cells = [[[_paragraph(text)] for text in row] for row in shown.to_numpy()]
-        return [_table(list(shown), [36, 16, 16, 16, 16], cells, "summary"), _paragraph(budget.basis(profile))]
+        """Build both entries."""
+        file = profiles.CLONE / self.arguments[0]
+        self.env.note_dependency(str(file))
+        text = provenance.bibtex(yaml.safe_load(file.read_text(encoding="utf-8")), self.env.app.isouq_results.meta)
+        return [nodes.literal_block(text, text, language="bibtex")]
+
+
+class Budget(SphinxDirective):
+    """{budget} FILE: the GPU hours and memory of a profile, as `isouq.pipeline.jobs budget --out FILE` kept them."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Build the table from the file, since counting needs the questions and some time."""
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        cells = [[[_paragraph(text)] for text in row] for row in kept["rows"]]
+        return [_table(kept["header"], [36, 16, 16, 16, 16], cells, "summary"), _paragraph(kept["basis"])]
 
 
 class IntervalFigure(SphinxDirective):
@@ -232,6 +255,14 @@ def _simultaneous(one: CheckVerdict) -> str:
 def _outcome(verdict: Verdict | CheckVerdict) -> nodes.Node:
     words = f"{verdict.outcome} ({verdict.reason})" if verdict.reason else verdict.outcome
     return nodes.inline("", words, classes=["verdict", f"verdict-{verdict.outcome.replace(' ', '-')}"])
+
+
+def _id_of(claim: Claim) -> str:
+    return f"claim-{claim.id.lower()}"
+
+
+def _html(text: str) -> nodes.raw:
+    return nodes.raw("", text, format="html")
 
 
 def _paragraph(text: str, classes: list[str] | None = None) -> nodes.paragraph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from isouq.studies.claims import Claim
 from isouq.studies.verdicts import Verdict
@@ -40,8 +41,29 @@ def _problems(verdict: Verdict) -> dict[str, str]:
     return {name: ", ".join(of) or "none" for name, of in names.items()}
 
 
+def count(judged: Mapping[str, Verdict]) -> str:
+    """Return in a sentence how many claims hold, hold in part and so on."""
+    outcomes = [verdict.outcome for verdict in judged.values()]
+    words = {
+        "holds": ("holds here", "hold here"),
+        "partly": ("holds in part", "hold in part"),
+        "does not hold": ("does not hold", "do not hold"),
+        "undecided": ("is undecided", "are undecided"),
+        "not run": ("has no answer yet", "have no answer yet"),
+    }
+    numbers = {outcome: outcomes.count(outcome) for outcome in words if outcome in outcomes}
+    parts = [f"{number} {words[outcome][number > 1]}" for outcome, number in numbers.items()]
+    listed = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    return f"Of the {len(outcomes)} claims that we took from the paper, {listed}."
+
+
+def share(verdict: Verdict) -> str:
+    """Return how many of a claim's checks hold, such as `4 of 10 checks`, where its verdict counts them."""
+    return f"{verdict.reason} checks" if re.fullmatch(r"\d+ of \d+", verdict.reason) else ""
+
+
 def row(claim: Claim, entries: Mapping[str, Entry]) -> tuple[str, str, str]:
     """Return what a claim's first core check asks, its value here, and the paper's number."""
     first = next(check for check in claim.checks if check.core)
-    here = format_interval(entries[first.key]) if first.key in entries else "no result"
-    return first.label, here, str(first.paper or "no number")
+    here = format_interval(replace(entries[first.key], n=None)) if first.key in entries else "—"
+    return first.label, here, str(first.paper or "—")
