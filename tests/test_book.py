@@ -174,6 +174,56 @@ def test_no_page_is_wider_than_a_phone(pages):
     assert not {name: page.facts["width"] for name, page in pages.items() if page.facts["width"] > 420}
 
 
+def press(browser, key: str, code: int, text: str = "") -> None:
+    """Press a key on what has the focus."""
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+
+@pytest.mark.book
+def test_the_sliders_move_by_keyboard_and_say_what_they_show(browser, address):
+    browser.open(f"{address}/notebooks/01_derivation.html")
+    said, place = (
+        f"document.querySelector('.isouq-maps {what}"
+        for what in (".said').textContent", ".moving').style.backgroundPositionY")
+    )
+    before = browser.evaluate(said), browser.evaluate(place)
+    assert "correlation with ‖g‖: 1.00" in before[0]
+    browser.evaluate("document.querySelectorAll('.isouq-maps input')[1].focus()")
+    press(browser, "ArrowRight", 39)
+    slider = "document.activeElement.getAttribute('aria-valuetext')"
+    assert browser.evaluate(slider) == "2 times"
+    assert browser.evaluate(said) != before[0]
+    assert browser.evaluate(place) != before[1]
+    press(browser, "ArrowLeft", 37)
+    assert (browser.evaluate(said), browser.evaluate(place)) == before
+    assert not browser.complaints()
+
+
+@pytest.mark.book
+def test_the_answers_sort_and_filter_by_keyboard(browser, address):
+    browser.open(f"{address}/notebooks/04_llm_qa.html")
+    shown = """[...document.querySelectorAll('.isouq-browser tbody tr')].filter((row) => !row.hidden)
+      .map((row) => [...row.cells].map((cell) => cell.textContent))"""
+    heads = browser.evaluate("[...document.querySelectorAll('.isouq-browser th')].map((head) => head.textContent)")
+    column, of_set, first = heads.index("S"), heads.index("data set"), browser.evaluate(shown)
+    assert len({row[of_set] for row in first}) > 1
+    for order, sign in {"ascending": 1, "descending": -1}.items():
+        browser.evaluate(f"document.querySelectorAll('.isouq-browser th button')[{column}].focus()")
+        press(browser, "Enter", 13, "\r")
+        assert browser.evaluate("document.activeElement.parentElement.getAttribute('aria-sort')") == order
+        values = [sign * float(row[column]) for row in browser.evaluate(shown) if row[column]]
+        assert values == sorted(values)
+    assert sorted(browser.evaluate(shown)) == sorted(first)
+    browser.evaluate("document.querySelectorAll('.isouq-browser select')[1].focus()")
+    press(browser, "ArrowDown", 40)
+    wanted = browser.evaluate("document.activeElement.value")
+    assert {row[of_set] for row in browser.evaluate(shown)} == {wanted}
+    said = browser.evaluate("document.querySelector('.isouq-browser .said').textContent")
+    assert said == f"{sum(row[of_set] == wanted for row in first)} of {len(first)} rows"
+    assert not browser.complaints()
+
+
 @pytest.mark.book
 def test_the_first_page_is_light(pages, book, address):
     """As a server sends it, compressed, before MathJax and fonts."""

@@ -45,24 +45,31 @@ def test_wrong_must_be_labels_of_the_same_length() -> None:
         evaluation.auroc([1.0, 2.0, 3.0], [0, 1])
 
 
+def stratified_auroc(score, wrong, stratum) -> float:
+    weights = np.ones((1, len(wrong)))
+    return evaluation.weighted_auroc(np.array(score, float), np.array(wrong, bool), weights, np.array(stratum))[0]
+
+
 def test_stratified_auroc_ignores_what_the_stratum_explains() -> None:
     rng = np.random.default_rng(0)
     stratum = rng.integers(0, 4, 2000)
     wrong = rng.random(2000) < 0.2 + 0.2 * stratum
     score = stratum + 0.01 * rng.normal(size=2000)  # knows the stratum and nothing else
     assert evaluation.auroc(score, wrong) > 0.65
-    assert evaluation.stratified_auroc(score, wrong, stratum) == pytest.approx(0.5, abs=0.04)
+    assert stratified_auroc(score, wrong, stratum) == pytest.approx(0.5, abs=0.04)
 
 
 def test_stratified_auroc_weighs_pairs_by_hand() -> None:
     # stratum 0: one pair, won; stratum 1: two pairs, one won; stratum 2: one class, no pair
     score, wrong, stratum = [2, 1, 2, 1, 3, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 2]
-    assert evaluation.stratified_auroc(score, wrong, stratum) == 2 / 3
+    assert stratified_auroc(score, wrong, stratum) == 2 / 3
     assert evaluation.n_pairs(wrong, stratum) == 3
+    plan = evaluation.Resamples.of(wrong, n_resamples=40)
+    assert evaluation.stratified_ranking(score, wrong, stratum, plan).value == 2 / 3
     with pytest.raises(ValueError, match="no stratum"):
-        evaluation.stratified_auroc(score, wrong, range(6))
+        evaluation.stratified_ranking(score, wrong, range(6), plan)
     with pytest.raises(evaluation.UndefinedStatisticError, match="one stratum given, at least two wanted"):
-        evaluation.stratified_auroc(score, wrong, [1] * 6)
+        evaluation.stratified_ranking(score, wrong, [1] * 6, plan)
 
 
 def test_correlations_equal_scipy(scored: tuple[np.ndarray, np.ndarray]) -> None:
@@ -166,7 +173,7 @@ def test_stratified_auroc_of_all_resamples_at_once_counts_the_same_pairs(scored)
     values = evaluation.weighted_auroc(score, wrong, weights, stratum)
     for row, value in zip(weights, values, strict=True):
         rows = np.repeat(np.arange(200), row.astype(int))
-        assert value == pytest.approx(evaluation.stratified_auroc(score[rows], wrong[rows], stratum[rows]), abs=1e-12)
+        assert value == pytest.approx(stratified_auroc(score[rows], wrong[rows], stratum[rows]), abs=1e-12)
 
 
 def test_bca_equals_scipy() -> None:

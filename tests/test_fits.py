@@ -126,7 +126,7 @@ def test_residual_ranks_hold_p_fixed_where_its_quartiles_do_not() -> None:
     wrong = rng.random(4000) < 1 / (1 + np.exp(2 * p))
     score = np.exp(-p) + 0.05 * rng.normal(size=4000)  # p and noise
     quartile = np.searchsorted(np.quantile(p, [0.25, 0.5, 0.75]), p)
-    assert evaluation.stratified_auroc(score, wrong, quartile) > 0.6
+    assert evaluation.weighted_auroc(score, wrong, np.ones((1, len(p))), quartile)[0] > 0.6
     assert evaluation.auroc(fits.residual_ranks(score, p[:, None]), wrong) == pytest.approx(0.5, abs=0.04)
     knows_more = score + 0.3 * wrong
     assert evaluation.auroc(fits.residual_ranks(knows_more, p[:, None]), wrong) > 0.55

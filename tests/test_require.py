@@ -82,7 +82,6 @@ ROWS_OF = {
     evaluation.pearson: PEARSON,
     evaluation.spearman: PEARSON,
     evaluation.auroc: ASKED,
-    evaluation.stratified_auroc: ASKED | {"stratum": (GROUP, "groups")},
     evaluation.bootstrap_interval: DRAWN | {
         "statistic": (np.mean, ""), "level": (0.9, "level"), "clusters": (GROUP, "groups")
     },
@@ -110,10 +109,6 @@ ROWS_OF = {
     covariance.fisher_rows: NET,
     distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
     distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
-    distortion.structure: {
-        "field": (SCORE, "array"), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
-        "given": (VARIANCE[:, None], "array"),
-    },
     distortion.structures: {
         "fields": ([SCORE], ""), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
         "given": (VARIANCE[:, None], "array"),
@@ -173,7 +168,7 @@ TAKE_OBJECTS = {
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
     *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),
     *(rejection.weighted_aurc, rejection.weighted_prr),
-    *(tables.label, tables.by_pair, tables.examples, tables.description, tables.named, tables.method_labels),
+    *(tables.label, tables.by_pair, tables.browsed, tables.description, tables.named, tables.method_labels),
     *(tables.rejection, tables.prompts),
     *(
         ranks.named_results,
@@ -248,7 +243,7 @@ SERIES = {name: pd.Series(array) for name, array in {"score": SCORE, "other": VA
     [
         lambda s, w: evaluation.auroc(s["score"], w),
         lambda s, w: evaluation.ranking(s["score"], w, evaluation.Resamples.of(w)),
-        lambda s, w: evaluation.stratified_auroc(s["score"], w.to_numpy(), w),
+        lambda s, w: evaluation.stratified_ranking(s["score"], w.to_numpy(), w, evaluation.Resamples.of(w)),
         lambda s, w: evaluation.pearson(s["score"], s["other"].loc[w.index]),
         lambda s, w: evaluation.spearman(s["score"], s["other"].loc[w.index]),
         lambda s, w: evaluation.bootstrap_interval(evaluation.auroc, s["score"], w),

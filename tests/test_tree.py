@@ -31,7 +31,7 @@ STUDIES = (
     ("identity", "require", "results"),
     ("store", "resamples", "claims", "plotting", "assets"),
     ("evaluation",),
-    ("fits", "verdicts", "rejection"),
+    ("fits", "verdicts", "rejection", "widgets"),
     ("qa", "synthetic"),
     ("isotropy", "cost"),
 )

@@ -97,22 +97,6 @@ def _defined_on_all(values: Column, wrong: NDArray[np.bool_]) -> float:
     return float(values[0])
 
 
-def stratified_auroc(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike) -> float:
-    """Return the AUROC over the pairs of answers that lie in the same stratum.
-
-    Comparing only within strata of, say, the answer's probability asks what the score adds once that is
-    known: 0.5 means nothing. `stratum`: (example,) labels. A stratum of one class has no pairs.
-
-    Raises ValueError as `auroc` does, for an example without a stratum, when no stratum holds both classes, and when
-    there is one stratum only: the value would be that of `auroc`.
-    """
-    codes = require.groups("stratum", stratum)
-    require.same_rows(score=score, wrong=wrong, stratum=stratum)
-    score, wrong = _score_and_wrong(score, wrong)
-    _require_strata(wrong, codes)
-    return float(weighted_auroc(score, wrong, np.ones((1, len(wrong))), codes)[0])
-
-
 def n_pairs(wrong: ArrayLike, stratum: ArrayLike) -> int:
     """Return how many pairs of a right and a wrong answer lie in the same stratum."""
     require.same_rows(wrong=wrong, stratum=stratum)
@@ -264,19 +248,22 @@ def ranking(
 
 
 def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, plan: Resamples) -> Ranking:
-    """Return the AUROC over pairs of the same stratum, on all questions and over resamples; see `stratified_auroc`."""
+    """Return the AUROC over the pairs of answers in the same stratum, on all questions and over resamples.
+
+    Comparing only within strata of, say, the answer's probability asks what the score adds once that is known: 0.5
+    means nothing. `stratum`: (example,) labels. A stratum of one class has no pairs.
+
+    Raises ValueError as `auroc` does, for an example without a stratum, when no stratum holds both classes, and when
+    there is one stratum only: the value would be that of `auroc`.
+    """
     codes = require.groups("stratum", stratum)
     require.same_rows(score=score, wrong=wrong, stratum=stratum)
     score, wrong = _score_and_wrong(score, wrong)
-    _require_strata(wrong, codes)
-    return _rank(functools.partial(weighted_auroc, score, wrong, codes=codes), wrong, plan)
-
-
-def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
     if len(np.unique(codes)) < 2:
         raise UndefinedStatisticError("stratum: one stratum given, at least two wanted; in one this is the plain AUROC")
     if not n_pairs(wrong, codes):
         raise UndefinedStatisticError("no stratum holds both right and wrong answers")
+    return _rank(functools.partial(weighted_auroc, score, wrong, codes=codes), wrong, plan)
 
 
 def _rank(of: Callable[[Weights], Column], wrong: NDArray[np.bool_], plan: Resamples, unseen: bool = True) -> Ranking:

@@ -9,7 +9,7 @@ import pytest
 from test_across import asked
 from test_analysis import QUICK, made_up
 
-from isouq.studies import plotting
+from isouq.studies import plotting, widgets
 from isouq.studies.qa import analysis, details, plots, rivals, tables
 from isouq.studies.results import Result
 
@@ -85,12 +85,19 @@ def test_named_results_stand_under_their_model_and_data_set(results) -> None:
     assert tables.named(results, "no.such*").iloc[0, 0] == tables.TOO_FEW
 
 
-def test_examples_show_the_first_questions_of_one_model_with_u_a_itself(answers) -> None:
-    shown = tables.examples(answers, SMOL, 2)
-    assert list(shown.index) == ["TriviaQA"] * 2 + ["TruthfulQA (choice)"] * 2 + ["Wikidata"] * 2
+def test_the_browser_has_the_first_questions_of_each_pair_with_verdicts_and_all_scores(answers) -> None:
+    shown = tables.browsed(answers, 8)
+    assert shown.groupby(["model", "data set"], observed=True).size().tolist() == [2, 2, 2, 2]
+    assert list(shown)[:7] == ["model", "data set", "question", "answer", "reference", "right", "right by f1"]
+    assert set(shown["right"]) <= {"yes", "no"}
+    assert shown["right by mean"].isna().tolist() == [True] * 2 + [False] * 2 + [True] * 4
     first = answers[PAIRS[0]].iloc[0]
-    assert shown["U_A"].iloc[0] == pytest.approx(np.exp(first["log_aleatoric_sequence"]), abs=5e-5)
-    assert list(shown.columns[4:]) == ["L", "S", "U_A", "log U_E"]
+    scores = ["log_epistemic_sequence", "log_gradient", "p_true"]
+    assert list(shown[["log U_E, sequence", "log G", "P(True)"]].iloc[0]) == list(first[scores])
+    assert "right by chance" not in shown
+    page = widgets.browser(tables.browsed({pair: pd.concat([table] * 9) for pair, table in answers.items()}), title="")
+    assert page.data.count("<tr>") > 250
+    assert len(page.data.encode()) < 300_000
 
 
 def test_the_description_counts_and_has_the_chance_of_a_choice(answers) -> None:

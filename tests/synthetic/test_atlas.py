@@ -184,13 +184,13 @@ def test_a_setting_names_its_job_and_the_defaults_are_those_of_before():
 
 
 def test_a_mean_of_correlations_has_the_t_interval_of_fishers_z():
-    value, low, _, n = findings.mean(np.tanh([0.5, np.nan, 0.6, 0.7]))
+    value, low, _, n = findings.mean(np.tanh([0.5, np.nan, 0.6, 0.7]), is_rho=True)
     assert (value, n) == (pytest.approx(np.tanh(0.6)), 3)
     assert low == pytest.approx(np.tanh(0.6 - 4.302653 * 0.1 / np.sqrt(3)), abs=1e-6)
-    assert findings.mean([0.9, 0.99])[2] < 1, "not cut, but ends before one"
-    np.testing.assert_equal(findings.mean([0.9]), (0.9, np.nan, np.nan, 1))
+    assert findings.mean([0.9, 0.99], is_rho=True).high < 1, "not cut, but ends before one"
+    np.testing.assert_equal(findings.mean([0.9], is_rho=True), (0.9, np.nan, np.nan, 1))
     with pytest.raises(ValueError, match="correlations: 3 to 4 given"):
-        findings.mean([3.0, 4.0])
+        findings.mean([3.0, 4.0], is_rho=True)
 
 
 def correlations(z_of, seeds=3) -> pd.DataFrame:

@@ -151,7 +151,7 @@ def by_problem(table: pd.DataFrame) -> pd.DataFrame:
         n = int(group["variance"].notna().sum())
         own = {"problem": problem, "step": step, "n": n, "n_missing": len(group) - n}
         for column in ("variance", "share", "rho"):
-            ends = zip(("", "_low", "_high"), findings.average(group[column], is_rho=column == "rho"), strict=True)
+            ends = zip(("", "_low", "_high"), findings.mean(group[column], is_rho=column == "rho"), strict=False)
             own |= {f"{column}{end}": value for end, value in ends}
         rows.append(own)
     return pd.DataFrame(rows)
@@ -183,21 +183,20 @@ def named_results(table: pd.DataFrame) -> dict[str, Result]:
     """
     results: dict[str, Result] = {}
 
-    def add(key: str, mean: tuple[float, float, float], n: int, unit: str = "") -> None:
-        if np.isfinite(mean[0]):
-            low, high = (None, None) if np.isnan(mean[1]) else mean[1:]
-            results[f"isotropy.chain.{key}"] = Result(value=mean[0], low=low, high=high, n=n, unit=unit)
+    def add(key: str, values: pd.Series, unit: str = "") -> None:
+        if (mean := findings.mean(values)).n:
+            results[f"isotropy.chain.{key}"] = mean.result(unit=unit)
 
     means, noise = by_problem(table), table[table["step"].isin(OTHERS[2:])]
     for (problem, step), group in table.drop(index=noise.index).groupby(["problem", "step"], sort=False):
-        key, n = f"{problem}.{_key(str(step))}", int(group["variance"].notna().sum())
-        add(key, findings.average(group["variance"]), n, "nats²")
-        add(f"{key}_share", findings.average(group["share"]), n)
+        key = f"{problem}.{_key(str(step))}"
+        add(key, group["variance"], "nats²")
+        add(f"{key}_share", group["share"])
     for step in STEPS:
-        shares = means.loc[means["step"] == step, "share"].dropna()
-        add(f"mean.{_key(step)}_share", findings.average(shares), len(shares))
-    largest = noise.groupby(["problem", "step"])["variance"].mean().max()
-    add("noise", (float(largest), np.nan, np.nan), len(noise), "nats²")
+        add(f"mean.{_key(step)}_share", means.loc[means["step"] == step, "share"])
+    largest = float(noise.groupby(["problem", "step"])["variance"].mean().max())
+    if np.isfinite(largest):
+        results["isotropy.chain.noise"] = Result(value=largest, n=len(noise), unit="nats²")
     first = table[table["step"] == STEPS[0]]
     counts = {"n": len(first), "n_missing": first["variance"].isna().sum(), "n_ggn": (first["matrix"] == "GGN").sum()}
     return results | {f"isotropy.chain.{key}": Result(value=int(count)) for key, count in counts.items()}

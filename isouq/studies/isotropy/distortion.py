@@ -75,25 +75,18 @@ def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 
     return np.stack([distances.min(1), np.exp(-0.5 * np.square(distances / width)).mean(1)], 1)
 
 
-def structure(
-    field: ArrayLike, features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
-) -> Structure:
-    """Return R² of the field's linear fit on `features`, and R² after each permutation of the field's points.
+def structures(
+    fields: Sequence[ArrayLike], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
+) -> list[Structure]:
+    """Return R² of each field's linear fit on `features`, and R² after each permutation of the field's points.
 
     With other features `given`, R² is partial: the share that `features` explain of what those leave over. Then the
     residuals are permuted, and fitted on `given` again (Freedman and Lane 1983).
     p = (1 + #{R²_permuted ≥ R²}) / (1 + #permutations). The permutations must preserve what the null hypothesis
     preserves: those of a map, whose neighbours are alike, are `grid_shifts`.
     The opposite edges of most maps are not, so that p of a map is too small: compare two fields of one map instead.
-    A field that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
+    A field (point,) that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
-    return structures([require.numbers("field", field)], features, permutations, given=given)[0]
-
-
-def structures(
-    fields: Sequence[Array], features: ArrayLike, permutations: NDArray[np.int_], *, given: ArrayLike | None = None
-) -> list[Structure]:
-    """Return the `structure` of several fields (point,) by the same features."""
     for field in fields:
         require.same_rows(field=field, features=features)
     columns = features = require.numbers("features", features, 2)
@@ -110,10 +103,10 @@ def structures(
     return [_structure(field, known, basis, permutations) for field in fields]
 
 
-def _structure(field: Array, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
+def _structure(field: ArrayLike, known: Array, basis: Array, permutations: NDArray[np.int_]) -> Structure:
     """Fit a field on orthonormal columns, `basis` beside those `known`."""
-    field = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
-    rest = field - field.mean()
+    values = require.numbers("field", field, least=known.shape[1] + basis.shape[1] + 2)
+    rest = values - values.mean()
     rest = rest - known @ (known.T @ rest)
     if rest.std() < 1e-9:
         return Structure(explained=0.0, by_chance=0.0, p_value=1.0, variance=0.0)

@@ -25,7 +25,7 @@ from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness,
 from isouq.studies.results import Result
 from isouq.studies.synthetic import jobs, point, problems
 from isouq.studies.synthetic.atlas import Record, local_mode
-from isouq.studies.synthetic.findings import over_problems
+from isouq.studies.synthetic.findings import mean
 from isouq.studies.synthetic.problems import Problem
 
 Array = NDArray[np.float64]
@@ -236,8 +236,7 @@ def bands(responses: pd.DataFrame) -> pd.DataFrame:
 
 
 def _band(values: pd.Series) -> str:
-    band = over_problems(values.dropna())
-    return "" if band is None else f"{band.value:.2f} [{band.low:.2f}, {band.high:.2f}]"
+    return str(band) if (band := mean(values)).n > 1 else ""
 
 
 def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
@@ -250,8 +249,7 @@ def verdicts(responses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame
         raise ValueError(f"responses: widths {widths} given, {WIDTH} wanted among them, on which the core checks rest")
     core, rows = responses.xs((WIDTH, *CORE), level=list(SERIES)), dict[str, Any]()
     for problem, of_problem in core.groupby("problem", sort=False):
-        band = over_problems(of_problem["shifted"])
-        low, high = (np.nan, np.nan) if band is None else (band.low, band.high)
+        _, low, high, _ = mean(of_problem["shifted"])
         verdict = "bends" if low > 0 else "does not" if high < 0 else "undecided"
         means = {name: of_problem[name].mean() for name in ("shifted", "slope", "other problem", "noise")}
         rows[titles[str(problem)]] = means | {"seeds": len(of_problem), "low": low, "high": high, "verdict": verdict}
@@ -278,11 +276,9 @@ def curves(table: pd.DataFrame, width: int = WIDTH) -> pd.DataFrame:
 def swept(table: pd.DataFrame) -> pd.DataFrame:
     """Return the excess at SWEPT over the damping, local reference: series (a matrix), damping, value, low, high."""
     means = _of_sweep(table).groupby(["matrix", "damping", "problem"], sort=False)["excess"].mean()
-    bands = {key: over_problems(values) for key, values in means.groupby(["matrix", "damping"], sort=False)}
-    return pd.DataFrame(
-        [(MATRICES[str(matrix)], d, b.value, b.low, b.high) for (matrix, d), b in bands.items() if b is not None],
-        columns=["series", "damping", "value", "low", "high"],
-    )
+    bands = {key: mean(values) for key, values in means.groupby(["matrix", "damping"], sort=False)}
+    rows = [(MATRICES[str(matrix)], d, *band[:3]) for (matrix, d), band in bands.items() if band.n > 1]
+    return pd.DataFrame(rows, columns=["series", "damping", "value", "low", "high"])
 
 
 def _of_sweep(table: pd.DataFrame) -> pd.DataFrame:
@@ -295,9 +291,8 @@ def named_results(table: pd.DataFrame, n_records: int) -> dict[str, Result]:
     by_problem, results = over_seeds(responses(table)), dict[str, Result]()
 
     def add(key: str, values: pd.Series, **more: str) -> None:
-        if (band := over_problems(values.dropna())) is not None:
-            more = {"claim": "C2"} | more
-            results[f"isotropy.dose.{key}"] = Result(value=band.value, low=band.low, high=band.high, n=band.n, **more)
+        if (band := mean(values)).n > 1:
+            results[f"isotropy.dose.{key}"] = band.result(claim="C2", **more)
 
     for (width, matrix, reference), rows in by_problem.groupby(list(SERIES), sort=False):
         for column, values in rows.items():

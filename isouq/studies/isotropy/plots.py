@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from isouq.studies.plotting import GUIDE, panels, plane_map
-from isouq.studies.synthetic.findings import over_problems
+from isouq.studies.synthetic.findings import mean
 
 Array = NDArray[np.float64]
 
@@ -60,8 +60,7 @@ def responses(curves: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
         wide = curves[curves["reference"] == reference].pivot_table(index="shift", columns="problem", values="excess")
         ax.axhline(0, **GUIDE)
         ax.plot(wide.index, wide, color="#777777", linewidth=0.6, alpha=0.7)
-        bands = [over_problems(row.dropna()) for _, row in wide.iterrows()]
-        known = [(shift, b.value, b.low, b.high) for shift, b in zip(wide.index, bands, strict=True) if b is not None]
+        known = [(shift, *band[:3]) for shift, row in wide.iterrows() if (band := mean(row)).n > 1]
         shift, value, low, high = np.array(known).reshape(-1, 4).T
         ax.plot(shift, value, color=LOOKS[0][0], marker="o", markersize=4)
         ax.fill_between(shift, low, high, color=LOOKS[0][0], alpha=0.2, linewidth=0)

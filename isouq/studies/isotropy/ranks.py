@@ -159,7 +159,8 @@ def by_width(table: pd.DataFrame) -> pd.DataFrame:
             is_rho = statistic in CORRELATIONS
             scaled = group.assign(value=fisher_z(group[statistic]) if is_rho else group[statistic])
             values = scaled.groupby("problem")["value"].mean()
-            rows.append(own | _row(statistic, np.tanh(values) if is_rho else values, is_rho=is_rho))
+            mean = findings.mean(np.tanh(values) if is_rho else values, is_rho=is_rho)
+            rows.append(own | {"statistic": statistic, **mean._asdict()})
     means = pd.DataFrame(rows)
     of_share = means["statistic"].isin(SHARES)
     means.loc[of_share, ["low", "high"]] = means.loc[of_share, ["low", "high"]].clip(0, 1)
@@ -181,17 +182,13 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
         own = dict(zip(["prior", "region"], names, strict=True))
         for statistic in ("z", "sd"):
             each = {key: _slope(part, statistic) for key, part in group.groupby(["problem", "seed"])}
-            rows.append(own | _row(statistic, pd.Series(each).groupby(level=0).mean()))
+            mean = findings.mean(pd.Series(each).groupby(level=0).mean())
+            rows.append(own | {"statistic": statistic, **mean._asdict()})
     return pd.DataFrame(rows)
 
 
 def _slope(group: pd.DataFrame, column: str) -> float:
     return float(np.polyfit(np.log2(group["width"]), group[column], 1)[0])
-
-
-def _row(statistic: str, of_problems: pd.Series, *, is_rho: bool = False) -> dict[str, Any]:
-    value, low, high = findings.average(of_problems, is_rho=is_rho)
-    return {"statistic": statistic, "value": value, "low": low, "high": high, "n": len(of_problems)}
 
 
 def text(means: pd.DataFrame) -> pd.DataFrame:
@@ -234,5 +231,5 @@ def _where(rows: pd.DataFrame, values: dict[str, Any]) -> list[dict[Any, Any]]:
 
 def _result(rows: pd.DataFrame, values: dict[str, Any], unit: str = "") -> Result:
     (row,) = _where(rows, values)
-    low, high = (None, None) if np.isnan(row["low"]) else (row["low"], row["high"])
-    return Result(value=row["value"], low=low, high=high, n=int(row["n"]), unit=unit, claim="C3")
+    mean = findings.Mean(*(row[name] for name in findings.Mean._fields))
+    return mean.result(unit=unit, claim="C3")

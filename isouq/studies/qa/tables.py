@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 
-import numpy as np
 import pandas as pd
 
 from isouq.studies import claims, require
@@ -58,14 +57,24 @@ def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFram
     return joined.astype(object).fillna("") if len(joined) else _nothing(TOO_FEW)
 
 
-def examples(answers: Mapping[Pair, pd.DataFrame], model: str, n: int = 3) -> pd.DataFrame:
-    """Return one model's first `n` questions of each data set with answers, verdicts and the headline's scores."""
-    names = {"n_tokens": "L", "log_prob": "S", "log_aleatoric_sequence": "U_A", "log_epistemic_sequence": "log U_E"}
-    columns = ["question", "answer", "reference", "right", *names]
-    of_model = {pair: table.head(n)[columns] for pair, table in answers.items() if pair[0] == model}
-    rows = pd.concat({label(pair)[1]: table for pair, table in of_model.items()}).droplevel(1)
-    rows = rows.rename(columns=names)
-    return rows.assign(U_A=np.exp(rows["U_A"])).round({"S": 1, "U_A": 4, "log U_E": 1})
+def browsed(answers: Mapping[Pair, pd.DataFrame], n: int = 300) -> pd.DataFrame:
+    """Return a row per question: its answer, what each judge says of it, and all its scores, high = wrong but for S.
+
+    The first questions of each pair, as many of each, `n` at most in all. What no pair has is left out. The columns of
+    verdicts, models and data sets are categories, for `widgets.browser`.
+    """
+    rows = pd.concat({label(pair): table.head(n // len(answers)) for pair, table in answers.items()})
+    rows = rows.rename_axis(["model", "data set", ""]).reset_index(["model", "data set"])
+    verdicts = [name for name in map(str, rows) if re.match("right(_by_(?!chance)|_as|$)", name)]
+    rows = rows.assign(**{name: rows[name].map({True: "yes", False: "no"}) for name in verdicts})
+    rows = rows.astype(dict.fromkeys(("model", "data set", *verdicts), "category"))
+    texts = ("model", "data set", "question", "answer", "reference", *verdicts)
+    titles = {name: name.replace("_", " ") for name in texts}
+    titles |= {"n_tokens": "L", "log_prob": "S", "log_gradient": "log G"}
+    for kind in analysis.AGGREGATIONS:
+        titles |= {f"log_epistemic_{kind}": f"log U_E, {kind}", f"aleatoric_{kind}": f"U_A, {kind}"}
+    titles |= method_labels((*analysis.RIVALS, *analysis.CHEAP))
+    return rows.reindex(columns=list(titles)).dropna(axis=1, how="all").rename(columns=titles)
 
 
 def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:

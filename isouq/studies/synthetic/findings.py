@@ -5,14 +5,14 @@ a setting, and problems where settings are compared, since seeds of one problem 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from isouq.studies import claims
-from isouq.studies.evaluation import Interval
 from isouq.studies.results import Result
 from isouq.studies.synthetic.atlas import FACTORS
 from isouq.studies.verdicts import fisher_z
@@ -64,19 +64,40 @@ def paper_value(method: str, statistic: str, problem: str) -> float:
     return float(claims.paper()["table_1"][method][statistic].get(problem, np.nan))
 
 
-def mean(values: Any) -> tuple[float, float, float, int]:
-    """Return the mean of correlations with its interval (NaN for fewer than two) and their number; NaN is left out.
+class Mean(NamedTuple):
+    """A mean of n values with its 95 % t-interval; `low` and `high` are NaN for fewer than two values."""
 
-    The mean is of Fisher's z, and the 95 % interval Student's t. Raises ValueError for values that are no correlations.
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        """Return for example ``0.63 [0.55, 0.71]``, ``0.63`` without an interval, nothing without a value."""
+        ends = "" if np.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return "" if np.isnan(self.value) else f"{self.value:.2f}{ends}"
+
+    def result(self, **more: Any) -> Result:
+        """Return it as a named result, which `more` says more about."""
+        low, high = (None, None) if np.isnan(self.low) else (self.low, self.high)
+        return Result(value=self.value, low=low, high=high, n=int(self.n), **more)
+
+
+def mean(values: ArrayLike, *, is_rho: bool = False) -> Mean:
+    """Return the mean of the values that are not NaN with its t-interval; of correlations that of Fisher's z.
+
+    Raises ValueError for values said to be correlations that are none.
     """
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else np.nan), np.nan, np.nan, len(values)
-    z = fisher_z(values)
+    given = np.asarray(values, dtype=float)
+    given = given[~np.isnan(given)]
+    if len(given) < 2:
+        return Mean(float(given[0]) if len(given) else np.nan, np.nan, np.nan, len(given))
+    z = fisher_z(given) if is_rho else given
     reach = float(stats.t.ppf(0.975, len(z) - 1) * stats.sem(z))
-    value, low, high = np.tanh(z.mean() + np.array([0.0, -reach, reach]))
-    return float(value), float(low), float(high), len(z)
+    value, low, high = z.mean() + np.array([0.0, -reach, reach])
+    if is_rho:
+        value, low, high = np.tanh([value, low, high])
+    return Mean(float(value), float(low), float(high), len(z))
 
 
 def of(table: pd.DataFrame, point: str, measure: str, region: str = "whole") -> pd.DataFrame:
@@ -94,9 +115,8 @@ def settings(table: pd.DataFrame, statistic: str = "spearman") -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for method, point in METHODS.items():
         for names, group in of(table, point, method).groupby(FACTORS, sort=False):
-            value, low, high, n = mean(group[statistic])
-            own = dict(zip(FACTORS, names, strict=True)) | {"method": method, "value": value, "low": low, "high": high}
-            own |= {"n": n, "n_failed": int((~group["passed"].astype(bool)).sum())}
+            own = dict(zip(FACTORS, names, strict=True)) | {"method": method, **_mean_rho(group[statistic])._asdict()}
+            own |= {"n_failed": int((~group["passed"].astype(bool)).sum())}
             rows.append(own | {"paper": paper_value(method, statistic, str(own["problem"]))})
     result = pd.DataFrame(rows, columns=[*FACTORS, "method", "value", "low", "high", "n", "n_failed", "paper"])
     return result.assign(reaches=result["value"] >= result["paper"] - MARGIN, headline=is_headline(result))
@@ -113,8 +133,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         for row in _rows(settings(chosen, statistic)):
             own = chosen[chosen["problem"] == row["problem"]]
             point, method = METHODS[row["method"]], row["method"]
-            half = mean(of(own, "posterior", RELIABILITY[method])[statistic])[0]
-            parts = {region: mean(of(own, point, method, region)[statistic])[0] for region in ("near", "far")}
+            half = _mean_rho(of(own, "posterior", RELIABILITY[method])[statistic]).value
+            parts = {region: _mean_rho(of(own, point, method, region)[statistic]).value for region in ("near", "far")}
             verdict = beside_paper(row["low"], row["high"], row["paper"])
             names = {"ceiling": np.sqrt(max(half, 0.0)), **parts, "verdict": verdict}
             rows.append({key: row[key] for key in COLUMNS if key in row} | {"statistic": statistic} | names)
@@ -125,10 +145,8 @@ def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
     """Return `headline`'s table as a reader sees it, each value with its interval; `titles` name the problems."""
     methods, statistics = {"gn": "‖g‖²", "la": "Laplace", "aleatoric": "aleatoric"}, {"spearman": "ρ", "pearson": "r"}
     measure = (table["method"].map(methods) + ", " + table["statistic"].map(statistics)).rename("measure")
-    here = [
-        ("" if np.isnan(value) else f"{value:.2f}") + ("" if np.isnan(low) else f"\u00a0[{low:.2f},\u00a0{high:.2f}]")
-        for value, low, high in table[["value", "low", "high"]].to_numpy()
-    ]
+    means = table[["value", "low", "high", "n"]].itertuples(index=False)
+    here = [str(Mean(*row)).replace(" ", "\u00a0") for row in means]
     shown = table[["paper", "verdict", "ceiling", "near", "far"]].round(2).astype(object)
     shown = shown.where(shown.notna(), "")
     shown.insert(0, "here", here)
@@ -139,38 +157,19 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-def share(table: pd.DataFrame) -> Interval | None:
+def share(table: pd.DataFrame) -> Mean:
     """Return in which share of settings ‖g‖² reaches the paper's ρ less MARGIN: mean over problems, t-interval."""
     rows = settings(table)
     rows = rows[(rows["method"] == "gn") & rows["value"].notna()]
-    band = over_problems(rows.groupby("problem")["reaches"].mean())
-    return band and Interval(band.value, max(band.low, 0.0), min(band.high, 1.0), band.n)
+    band = mean(rows.groupby("problem")["reaches"].mean())
+    return band._replace(low=max(band.low, 0.0), high=min(band.high, 1.0))
 
 
-def difference(table: pd.DataFrame) -> Interval | None:
+def difference(table: pd.DataFrame) -> Mean:
     """Return the mean over problems of ρ in the headline setting less the paper's, with its t-interval."""
     rows = headline(table)
     rows = rows[(rows["method"] == "gn") & (rows["statistic"] == "spearman")].set_index("problem")
-    return over_problems((rows["value"] - rows["paper"]).dropna())
-
-
-def over_problems(values: pd.Series) -> Interval | None:
-    """Return the mean of a value per problem with its 95 % t-interval; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach), len(values))
-
-
-def average(values: pd.Series, *, is_rho: bool = False) -> tuple[float, float, float]:
-    """Return the mean with its 95 % t-interval, NaN for fewer than two values; correlations by Fisher's z.
-
-    Values that are NaN are left out.
-    """
-    if is_rho:
-        return mean(values)[:3]
-    band = over_problems(values.dropna())
-    return (float(values.mean()), np.nan, np.nan) if band is None else (band.value, band.low, band.high)
+    return mean(rows["value"] - rows["paper"])
 
 
 def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
@@ -201,10 +200,7 @@ def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
 def _contrast(first: pd.DataFrame, second: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
     """Return the mean over problems of paired changes in z between rows that agree in `keys`."""
     pairs = first.merge(second, on=keys, suffixes=("", "_second"))
-    changes = (pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean().dropna()
-    band = over_problems(changes)
-    if band is None:
-        return {"change": changes.mean(), "low": np.nan, "high": np.nan, "n": len(changes)}
+    band = mean((pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean())
     return {"change": band.value, "low": band.low, "high": band.high, "n": band.n}
 
 
@@ -230,11 +226,11 @@ def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
         pairs = pairs.dropna(subset=["spearman", "spearman_wide"])
         for names, group in pairs.groupby(["problem", "activation", "prior"], sort=False):
             z = fisher_z(group[["spearman", "spearman_wide"]]) / np.log2(widest / narrowest)
-            band = over_problems(pd.Series(z[:, 1] - z[:, 0]))
-            own = dict(zip(["problem", "activation", "prior"], names, strict=True)) | {"point": point, "n": len(group)}
-            own |= {"change": float((z[:, 1] - z[:, 0]).mean()), "low": np.nan, "high": np.nan}
-            own |= {"narrow": mean(group["spearman"])[0], "wide": mean(group["spearman_wide"])[0]}
-            rows.append(own | ({} if band is None else {"low": band.low, "high": band.high}))
+            change, low, high, n = mean(z[:, 1] - z[:, 0])
+            own = dict(zip(["problem", "activation", "prior"], names, strict=True)) | {"point": point}
+            own |= {"change": change, "low": low, "high": high, "n": n}
+            ends = {"narrow": group["spearman"], "wide": group["spearman_wide"]}
+            rows.append(own | {name: _mean_rho(rho).value for name, rho in ends.items()})
     result = pd.DataFrame(
         rows, columns=["problem", "activation", "prior", "point", "change", "low", "high", "n", "narrow", "wide"]
     )
@@ -276,11 +272,11 @@ def approximations(table: pd.DataFrame) -> pd.DataFrame:
     columns["prior units"] = of(table, "trained", "gn_prior")
     columns |= {label: of(table, "mode", name) for name, label in AROUND_A_MODE.items()}
     by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
-    return pd.DataFrame({label: groups.agg(_mean_of) for label, groups in by.items()})
+    return pd.DataFrame({label: groups.agg(lambda rho: _mean_rho(rho).value) for label, groups in by.items()})
 
 
-def _mean_of(values: pd.Series) -> float:
-    return mean(values)[0]
+def _mean_rho(values: ArrayLike) -> Mean:
+    return mean(values, is_rho=True)
 
 
 def named_results(table: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, Result]:
@@ -289,8 +285,7 @@ def named_results(table: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, Result
 
     def add(key: str, row: Mapping[str, Any], value: str = "value", **more: Any) -> None:
         if np.isfinite(row[value]):
-            band = {} if np.isnan(row["low"]) else {"low": row["low"], "high": row["high"]}
-            results[f"mcmc.{key}"] = Result(value=row[value], n=int(row["n"]), **band, **more)
+            results[f"mcmc.{key}"] = Mean(row[value], row["low"], row["high"], row["n"]).result(**more)
 
     for row in _rows(headline(chosen)):
         add(f"{row['problem']}.{row['method']}.{row['statistic']}", row, claim="C4" if row["method"] == "gn" else None)
@@ -307,8 +302,8 @@ def named_results(table: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, Result
     for row in _rows(effects(table).reset_index().dropna(subset=["change"])):
         add(f"atlas.effect.{row['factor']}", row, "change", unit="z")
     for key, band in {"atlas.share": share(table), "headline.difference": difference(chosen)}.items():
-        if band is not None:
-            results[f"mcmc.{key}"] = Result(value=band.value, low=band.low, high=band.high, n=band.n, claim="C4")
+        if band.n > 1:
+            results[f"mcmc.{key}"] = band.result(claim="C4")
     posteriors = of(table, "trained", "gn")
     results["mcmc.atlas.seeds"], results["mcmc.headline.seeds"] = (
         Result(value=t["seed"].nunique()) for t in (table, chosen)
