@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--batch-size", default=8, type=_positive, help="rows a pass (8); changes speed, not scores")
     text = "bytes above the weights, such as 8e9, that a pass may take; decides how many rows it has"
     passes.add_argument("--memory", type=_bytes, metavar="BYTES", help=text)
+    text = "of `isouq calibrate`, for this model and aggregation: adds a column p_wrong"
+    score.add_argument("--calibrator", type=Path, metavar="FILE", help=text)
     score.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
 
     use.add_parsers(commands)
@@ -155,6 +157,7 @@ def _score(args: argparse.Namespace) -> int:
         chat=args.chat,
         system=args.system,
         max_new_tokens=args.max_new_tokens,
+        calibrator=args.calibrator and use.load_calibrator(args.calibrator),
     )
     done = files.score_file(source, args.output, run)
     print(f"{args.output}: {done.rows} rows written, {done.errors} without scores; ", end="")

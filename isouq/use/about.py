@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from isouq import models
-
 KEY = b"isouq"
 IDENTITY = ("weights", "aggregation", "dtype", "chat", "system")  # what numbers depend on; the name is for the reader
 About = dict[str, Any]
-
-
-def of_run(
-    name: str, model: Any, tokenizer: Any, aggregation: str, *, chat: bool = False, system: str | None = None
-) -> About:
-    """Return what scores of a model depend on; `weights` is its fingerprint, `isouq.models.weights`."""
-    return {
-        "model": name,
-        "weights": models.weights(model, tokenizer),
-        "aggregation": aggregation,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "chat": chat,
-        "system": system,
-        "isouq": metadata.version("isouq"),
-    }
-
-
-def with_about(schema: pa.Schema, about: About) -> pa.Schema:
-    """Return the schema that says so too, for a writer of Parquet; what it says already stays."""
-    return schema.with_metadata({**(schema.metadata or {}), KEY: json.dumps(about)})
 
 
 def about_of(path: Path) -> About | None:
@@ -49,7 +26,11 @@ def about_of(path: Path) -> About | None:
 
 
 def differences(there: About, here: About) -> str:
-    """Return in words what differs between two runs' scores, "" where they can be compared."""
+    """Return in words what differs between two runs' scores, "" where they can be compared.
+
+    Of several aggregations the first one counts, whose columns have no suffix.
+    """
+    there, here = (run | {"aggregation": run.get("aggregation", "").partition(", ")[0]} for run in (there, here))
     named = {name: [f"{run.get(name)!r}" for run in (there, here)] for name in IDENTITY}
     names = [f"{run['model']!r}" if run.get("model") else "unnamed" for run in (there, here)]
     named["weights"] = [f"{digits} of {name}" for digits, name in zip(named["weights"], names, strict=True)]

@@ -54,7 +54,8 @@ class Calibrator:
         version: Of isouq.
 
     Raises:
-        ValueError: A file is no calibrator, or a table lacks a column or has scores that are not finite (by row).
+        ValueError: A file is no calibrator, scores are of another run, a table lacks a column, or its scores are not finite
+            (by row).
 
     Example:
         >>> import numpy as np, pandas as pd
@@ -89,6 +90,17 @@ class Calibrator:
         if len(scored):
             p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
         return p_wrong.set_axis(table.index)
+
+    def check(self, about: Mapping[str, Any]) -> None:
+        """Refuse scores of another model, aggregation or dtype; `about` as `isouq.use.about.about_of` reads it.
+
+        Raises ValueError naming what differs. Warns where the calibrator does not say what it is made of.
+        """
+        if self.about is None:
+            text = "calibrator: made of scores that do not say which model they are of; not checked"
+            warnings.warn(text, stacklevel=2)
+        elif different := about_run.differences(dict(self.about), dict(about)):
+            raise ValueError(f"calibrator: it is of other scores ({different}); calibrate on scores of this run")
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -191,24 +203,6 @@ def calibrate(
         version=metadata.version("isouq"),
     )
     return found if abstain is None else _with_threshold(found, abstain, held_out, wrong, folds, plan)
-
-
-def for_run(path: str | Path, about: Mapping[str, Any]) -> Calibrator:
-    """Return the calibrator of a file for scores of a run, which `about` describes as `isouq.use.about.of_run` does.
-
-    Raises ValueError for one made of another model, aggregation or dtype. Where it does not say, a warning says so.
-    """
-    found = Calibrator.load(path)
-    if found.about is None:
-        warnings.warn(f"{path}: made of scores that do not say which model they are of; not checked", stacklevel=2)
-    elif different := about_run.differences(dict(found.about), dict(about)):
-        raise ValueError(f"calibrator: {path} is of other scores ({different}); calibrate on scores of this run")
-    return found
-
-
-def p_wrong(path: str | Path, about: Mapping[str, Any], table: pd.DataFrame) -> pd.Series:
-    """Return the column p_wrong of a run's scores. Raises as `for_run` and `Calibrator.apply`."""
-    return for_run(path, about).apply(table)
 
 
 # ---- fits ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from isouq.use.calibrate import Calibrator
+
 # Repeated here so that --help imports neither scipy nor pandas; a test compares them with what they are copies of.
 JUDGES = ("exact", "f1", "contains")
 METHODS = ("logistic", "isotonic")
@@ -81,6 +83,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     if found.about is None:
         print(f"isouq: {args.file}: does not say which model its scores are of (only .parquet can)", file=sys.stderr)
     return 0
+
+
+def load_calibrator(path: Path) -> Calibrator:
+    """Read a calibrator of `isouq calibrate`. Raises ValueError, also for a package that it needs."""
+    return _module("calibrate").Calibrator.load(path)
 
 
 def _module(name: str) -> Any:

@@ -15,12 +15,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -28,13 +28,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isouq import models
-from isouq.estimate import Aggregation
 from isouq.language import encoding, generation, scoring
 from isouq.language.chat import Prompting
 from isouq.language.examples import Example, each, from_pairs
 from isouq.language.forward import pass_cost
 from isouq.language.scoring import Scoring
 from isouq.use import tables
+
+if TYPE_CHECKING:
+    from isouq.use.calibrate import Calibrator
 
 WINDOW = 64  # rows that are taken together where --memory decides how many make a pass
 PROBE = 64  # tokens at the end of a row too large for a card, from which its bytes are told
@@ -45,7 +47,7 @@ Record = dict[str, Any]
 class Run:
     """What is asked of a run. `load` gives (model, tokenizer) and is called once the files are known to be right.
 
-    `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing.
+    `chat` and `system` as in `score_texts`; `max_new_tokens` is for missing answers; a `calibrator` adds p_wrong.
     """
 
     model: str
@@ -54,6 +56,13 @@ class Run:
     chat: bool = False
     system: str | None = None
     max_new_tokens: int = 32
+    calibrator: Calibrator | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that a result adds to the input's, and their types."""
+        scores = [*scoring.columns(self.how.aggregations), *(["p_wrong"] if self.calibrator else [])]
+        return dict.fromkeys(scores, "Float64") | {"n_tokens": "Int64", "straddles": "boolean", "error": "string"}
 
 
 class Question(NamedTuple):
@@ -71,12 +80,6 @@ class Summary(NamedTuple):
     generated: int
     straddles: int
     errors: int
-
-
-def columns(aggregations: Sequence[Aggregation]) -> dict[str, str]:
-    """The columns that a result adds to the input's, and their types."""
-    names = dict.fromkeys(scoring.columns(aggregations), "Float64")
-    return names | {"n_tokens": "Int64", "straddles": "boolean", "error": "string"}
 
 
 def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
@@ -114,7 +117,7 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
     digest, n_rows, n_missing, names = hashlib.sha256(), 0, 0, dict[str, None]()
     for frame in source.frames():
         names |= dict.fromkeys(frame.columns.tolist())
-        if taken := [name for name in columns(run.how.aggregations) if name in frame]:
+        if taken := [name for name in run.columns if name in frame]:
             given = f"{source.paths[0]}: column {taken[0]!r} is there"
             raise ValueError(f"{given}, and a result is written under this name; rename it")
         prompts, answers = _cells(frame)
@@ -149,13 +152,13 @@ def _question(prompt: Any, answer: Any) -> Question:
 
 def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
     """A frame with the columns and types of its result."""
-    kinds = {"answer": "string", **columns(run.how.aggregations)}
+    kinds = {"answer": "string", **run.columns}
     return frame.assign(**{name: pd.Series(pd.NA, index=frame.index, dtype=kind) for name, kind in kinds.items()})
 
 
 def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, int]) -> Iterator[pd.DataFrame]:
     """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
-    kinds, records = columns(run.how.aggregations), itertools.islice(_stored(partial), 1, None)
+    kinds, records = run.columns, itertools.islice(_stored(partial), 1, None)
     for frame in source.frames():
         done = list(itertools.islice(records, len(frame)))
         questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
@@ -167,7 +170,11 @@ def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, in
                 tally[name] += value not in (None, False)
             if row["error"]:
                 _say(f"row {row['row'] + 1}: {row['error']}")
-        yield frame.assign(answer=pd.Series(answers, dtype="string"), **results)
+        scored = frame.assign(answer=pd.Series(answers, dtype="string"), **results)
+        if run.calibrator:
+            complete = scored[scoring.columns(run.how.aggregations)].notna().all(axis=1)
+            scored.loc[complete, "p_wrong"] = run.calibrator.apply(scored[complete])
+        yield scored
 
 
 def _say(line: str) -> None:
@@ -192,6 +199,8 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
     subject = _Subject(model, Prompting(tokenizer, run.chat, run.system), run)
     placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": _devices(model)}
     identity |= {"weights": models.weights(model, tokenizer), **placed}
+    if run.calibrator:
+        run.calibrator.check({"model": run.model, **identity})
     n_done = _resume(partial, identity)
     commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['weights']})"
     passes = f"as fit {how.memory:.3g} bytes" if how.memory else how.batch_size
@@ -273,7 +282,7 @@ class _Subject:
 
     def records(self, questions: Iterator[Question], first: int) -> Iterator[Record]:
         """The record of every row, from number `first`; one that cannot be scored has an `error` in place of scores."""
-        rows, window, empty = enumerate(questions, first), self.size, columns(self.run.how.aggregations)
+        rows, window, empty = enumerate(questions, first), self.size, self.run.columns
         while taken := dict(itertools.islice(rows, window)):
             errors = {row: question.error for row, question in taken.items() if question.error}
             asked = {row: question for row, question in taken.items() if row not in errors}

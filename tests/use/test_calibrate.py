@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from isouq import cli
 from isouq.studies import fits
 from isouq.use import commands
-from isouq.use.calibrate import METHODS, Calibrator, calibrate, for_run, p_wrong
+from isouq.use.calibrate import METHODS, Calibrator, calibrate
 from isouq.use.evaluate import features_of
 
 QUICK = {"n_resamples": 100}
@@ -123,21 +123,18 @@ def test_no_threshold_is_an_error_and_leaves_no_file(table, tmp_path, capsys) ->
 # Refused by name
 
 
-def test_a_calibrator_of_another_run_is_refused_by_what_differs(table, tmp_path) -> None:
+def test_a_calibrator_of_another_run_is_refused_by_what_differs(table) -> None:
     found = calibrate(table, about=ABOUT, **QUICK)
-    found.save(tmp_path / "mine.json")
-    assert for_run(tmp_path / "mine.json", ABOUT | {"model": "a folder", "isouq": "9"}) == found
-    assert p_wrong(tmp_path / "mine.json", ABOUT, table).tolist() == found.apply(table).tolist()
+    found.check(ABOUT | {"model": "a folder", "isouq": "9"})
     for name in ("weights", "aggregation", "dtype"):
-        with pytest.raises(ValueError, match=rf"calibrator: .*mine\.json is of other scores \({name} .* 'x'"):
-            for_run(tmp_path / "mine.json", ABOUT | {name: "x"})
+        with pytest.raises(ValueError, match=rf"calibrator: it is of other scores \({name} .* 'x'"):
+            found.check(ABOUT | {name: "x"})
 
 
-def test_one_that_does_not_say_its_run_is_used_with_a_warning(table, tmp_path) -> None:
+def test_one_that_does_not_say_its_run_is_used_with_a_warning(table) -> None:
     found = calibrate(table, **QUICK)
-    found.save(tmp_path / "mine.json")
     with pytest.warns(UserWarning, match="do not say which model they are of"):
-        assert for_run(tmp_path / "mine.json", ABOUT) == found
+        found.check(ABOUT)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"isouq calibrator": {}}', '{"isouq calibrator": {"knots": null}}'])
