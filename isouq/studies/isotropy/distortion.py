@@ -88,7 +88,7 @@ def structures(
     A field (point,) that is zero up to rounding, or that `given` explains, has no structure: R² = 0, p = 1.
     """
     for field in fields:
-        require.same_rows(field=field, features=features)
+        require.same_rows(field=require.numbers("field", field), features=features)
     columns = features = require.numbers("features", features, 2)
     permutations = require.numbers("permutations", permutations, 2, width=len(features)).astype(int)
     if (np.sort(permutations) != np.arange(len(features))).any():

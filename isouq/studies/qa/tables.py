@@ -72,7 +72,8 @@ def browsed(answers: Mapping[Pair, pd.DataFrame], n: int = 300) -> pd.DataFrame:
     titles = {name: name.replace("_", " ") for name in texts}
     titles |= {"n_tokens": "L", "log_prob": "S", "log_gradient": "log G"}
     for kind in analysis.AGGREGATIONS:
-        titles |= {f"log_epistemic_{kind}": f"log U_E, {kind}", f"aleatoric_{kind}": f"U_A, {kind}"}
+        of = kind.replace("_", " ")
+        titles |= {f"log_epistemic_{kind}": f"log U_E, {of}", f"aleatoric_{kind}": f"U_A, {of}"}
     titles |= method_labels((*analysis.RIVALS, *analysis.CHEAP))
     return rows.reindex(columns=list(titles)).dropna(axis=1, how="all").rename(columns=titles)
 
