@@ -454,7 +454,7 @@ def tables_of(*paths):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single given text, no answer"),
+        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single text, no answer"),
         ([sample(0, [["a"]], [["-1"]])], "line 1: requests loglikelihood_rolling, a text without an answer"),
         ([sample(0, [["a", {}, {"visual": []}]], [["b"]])], "line 1: requests with images or sounds"),
         ([sample(0, [[["[]"], {}]], [["b"]])], "line 1: the prompt is a list of messages to an API"),
@@ -466,6 +466,20 @@ def tables_of(*paths):
 def test_a_log_without_answers_is_refused_by_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         tables_of(log(tmp_path / "samples_t.jsonl", *lines))
+
+
+def test_what_a_log_lacks_is_neither_asked_nor_made_up(chat_folder, tmp_path, capsys):
+    """An empty response has no score, a metric that is no number no cell, and a template is not applied twice."""
+    lines = [sample(i, [["Q:a", {}]], [[text]], f1=x) for i, (text, x) in enumerate([(" no", 1), ("", float("nan"))])]
+    path = log(tmp_path / "samples_t.jsonl", *lines)
+    arguments = ["score", "--model", str(chat_folder), "--from", "lm-eval", str(path)]
+    assert cli.main([*arguments, "--output", str(tmp_path / "o.jsonl")]) == 1
+    first, second = read_lines(tmp_path / "o.jsonl")
+    assert (first["answer"], first["f1"], first["error"]) == (" no", 1, None)
+    assert second["error"] == "answer: empty, a text of at least one token wanted"
+    assert (second["answer"], second["f1"], second["log_prob"]) == (None, None, None)
+    assert cli.main([*arguments, "--chat", "--output", str(tmp_path / "o.jsonl")]) == 1
+    assert "--chat: the prompts of a log are as the model has read them" in capsys.readouterr().err
 
 
 def test_another_format_than_lm_eval_is_refused(tmp_path, capsys):
