@@ -385,6 +385,43 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     assert peaks[1] < 1.5 * peaks[0]
 
 
+# ---- calibrators -----------------------------------------------------------------------------------------------------
+
+
+def test_a_calibrator_adds_p_wrong_and_is_refused_before_rows_are_scored(
+    chat_folder, chat_model, tmp_path, short_frames
+):
+    lines = ['{"prompt": "a", "answer": "b"}'] * 3 + ['{"prompt": "", "answer": "b"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    source, seen = tables.Source(tmp_path / "in.jsonl"), []
+
+    class Stub:
+        def check(self, about):
+            seen.append(about)
+            if about["chat"]:
+                raise ValueError("calibrator: of other scores")
+
+        def apply(self, table):
+            return 1 - table["probability"].astype(float)
+
+    def run(**options):
+        how = scoring.Scoring(batch_size=2)
+        return files.Run(model="mine", load=lambda: chat_model, how=how, calibrator=Stub(), **options)
+
+    assert files.score_file(source, tmp_path / "o.jsonl", run()).errors == 1
+    assert [row["p_wrong"] is None for row in read_lines(tmp_path / "o.jsonl")] == [False] * 3 + [True]
+    (tmp_path / "o.jsonl").unlink()
+    assert files.score_file(source, tmp_path / "o.parquet", run()).errors == 1
+    got = pd.read_parquet(tmp_path / "o.parquet")
+    assert got["p_wrong"].tolist()[:3] == pytest.approx((1 - got["probability"]).tolist()[:3])
+    assert got["p_wrong"].isna().tolist() == [False] * 3 + [True]
+    kept = json.loads(pq.read_schema(tmp_path / "o.parquet").metadata[b"isouq"])
+    assert seen == [kept] * 2
+    with pytest.raises(ValueError, match="calibrator: of other scores"):
+        files.score_file(source, tmp_path / "p.parquet", run(chat=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "o.parquet"]
+
+
 # ---- logs of lm-evaluation-harness -----------------------------------------------------------------------------------
 
 
@@ -454,7 +491,7 @@ def tables_of(*paths):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single given text, no answer"),
+        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single text, no answer"),
         ([sample(0, [["a"]], [["-1"]])], "line 1: requests loglikelihood_rolling, a text without an answer"),
         ([sample(0, [["a", {}, {"visual": []}]], [["b"]])], "line 1: requests with images or sounds"),
         ([sample(0, [[["[]"], {}]], [["b"]])], "line 1: the prompt is a list of messages to an API"),
@@ -466,6 +503,20 @@ def tables_of(*paths):
 def test_a_log_without_answers_is_refused_by_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         tables_of(log(tmp_path / "samples_t.jsonl", *lines))
+
+
+def test_what_a_log_lacks_is_neither_asked_nor_made_up(chat_folder, tmp_path, capsys):
+    """An empty response has no score, a metric that is no number no cell, and a template is not applied twice."""
+    lines = [sample(i, [["Q:a", {}]], [[text]], f1=x) for i, (text, x) in enumerate([(" no", 1), ("", float("nan"))])]
+    path = log(tmp_path / "samples_t.jsonl", *lines)
+    arguments = ["score", "--model", str(chat_folder), "--from", "lm-eval", str(path)]
+    assert cli.main([*arguments, "--output", str(tmp_path / "o.jsonl")]) == 1
+    first, second = read_lines(tmp_path / "o.jsonl")
+    assert (first["answer"], first["f1"], first["error"]) == (" no", 1, None)
+    assert second["error"] == "answer: empty, a text of at least one token wanted"
+    assert (second["answer"], second["f1"], second["log_prob"]) == (None, None, None)
+    assert cli.main([*arguments, "--chat", "--output", str(tmp_path / "o.jsonl")]) == 1
+    assert "--chat: the prompts of a log are as the model has read them" in capsys.readouterr().err
 
 
 def test_another_format_than_lm_eval_is_refused(tmp_path, capsys):

@@ -47,7 +47,8 @@ Record = dict[str, Any]
 class Run:
     """What is asked of a run. `load` gives (model, tokenizer) and is called once the files are known to be right.
 
-    `chat` and `system` as in `score_texts`; `max_new_tokens` is for missing answers; a `calibrator` adds p_wrong.
+    `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing, which None makes errors.
+    A `calibrator` adds p_wrong.
     """
 
     model: str
@@ -55,7 +56,7 @@ class Run:
     how: Scoring
     chat: bool = False
     system: str | None = None
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = 32
     calibrator: Calibrator | None = None
 
     @property
@@ -96,7 +97,7 @@ def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
         if source.stamps() != stamps:
             way_out = "put back the file as it was and resume by the same command, or delete this one to start afresh"
             raise ValueError(f"{source.paths[0]}: changed while it was scored; its scores are in {partial}; {way_out}")
-        tally: dict[str, int] = dict.fromkeys(Summary._fields, 0)
+        tally = dict.fromkeys(Summary._fields, 0)
         sink.about = {"model": run.model, **next(_stored(partial), {}).get("isouq score", {})}
         with tables.replacing(path) as out:
             sink.write(_results(source, partial, run, tally), out)
@@ -156,14 +157,14 @@ def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
     return frame.assign(**{name: pd.Series(pd.NA, index=frame.index, dtype=kind) for name, kind in kinds.items()})
 
 
-def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, int]) -> Iterator[pd.DataFrame]:
+def _results(source: tables.Source, partial: Path, run: Run, tally: Record) -> Iterator[pd.DataFrame]:
     """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
     kinds, records = run.columns, itertools.islice(_stored(partial), 1, None)
     for frame in source.frames():
         done = list(itertools.islice(records, len(frame)))
         questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
         answers = [row["answer"] or x.answer or None for row, x in zip(done, questions, strict=True)]
-        results = {name: pd.Series([row[name] for row in done], dtype=kind) for name, kind in kinds.items()}
+        results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in kinds.items()}
         for row in done:
             counted = {"rows": True, "generated": row["answer"], "straddles": row["straddles"], "errors": row["error"]}
             for name, value in counted.items():
@@ -285,6 +286,9 @@ class _Subject:
         rows, window, empty = enumerate(questions, first), self.size, self.run.columns
         while taken := dict(itertools.islice(rows, window)):
             errors = {row: question.error for row, question in taken.items() if question.error}
+            if self.run.max_new_tokens is None:
+                none = "answer: empty, a text of at least one token wanted"
+                errors = {row: none for row, question in taken.items() if not question.answer} | errors
             asked = {row: question for row, question in taken.items() if row not in errors}
             answered = each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
             missing = {row: x for row, x in asked.items() if not x.answer}
