@@ -109,7 +109,9 @@ def test_a_changed_half_older_or_foreign_file_is_refused_by_name(folder, change,
     assert "results/tiny/results.json" in str(refused.value)
 
 
-def test_a_file_that_was_cut_off_is_refused(folder):
+def test_a_file_that_is_absent_or_was_cut_off_is_refused(folder):
+    with pytest.raises(ResultError, match=r"x.json cannot be read \(No such file or directory\): make book makes one"):
+        kept.read("x.json")
     file = Path("results/tiny/results.json")
     file.write_text(file.read_text()[:-100])
     with pytest.raises(ResultError, match="was cut off"):

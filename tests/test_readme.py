@@ -33,6 +33,7 @@ def test_the_findings_and_numbers_are_those_of_the_kept_results():
     assert kept, "no results are kept: python book/readme.py build/PROFILE/results.json"
     folder = readme.quoted(TEXT)
     assert readme.with_blocks(TEXT, folder) == TEXT
+    assert f":claims: {' '.join(readme.FIRST)}\n" in (ROOT / "book" / "index.md").read_text(encoding="utf-8")
     assert (ROOT / folder / "overview.svg").is_file()
     runs = [line for line in TEXT.splitlines() if line.startswith("- Profile `")]
     assert len(runs) == len(set(runs)) > 0, "each run is named once"

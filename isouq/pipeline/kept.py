@@ -43,9 +43,12 @@ def read(path: str | Path) -> dict[str, Any]:
         for key, entry in results.items():
             check_key(key)
             Result(**entry)
+    except OSError as error:
+        advice = "make book makes one; kept runs come with a clone of isouq"
+        raise ResultError(f"{name} cannot be read ({error.strerror}): {advice}") from None
     except json.JSONDecodeError as error:
         raise ResultError(f"{name} is no JSON, or was cut off ({error}); {wanted}") from None
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, ResultError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ResultError) as error:
         raise ResultError(f"{name} is not a file of joined results ({error!r:.200}); {wanted}") from None
     prefixes = {prefix(chapter): chapter for chapter in runs}
     if stray := [key for key in results if key.partition(".")[0] + "." not in prefixes]:

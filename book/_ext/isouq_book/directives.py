@@ -55,21 +55,19 @@ class _OfClaims(SphinxDirective):
 class Findings(_OfClaims):
     """{findings} FILE: a sentence for each claim that has one, chosen by its verdict, and how many claims hold.
 
-    `claims` names those whose sentences are shown, each as short as it stands alone.
+    `claims` names those of which the first sentence is shown, in place of all.
     """
 
     option_spec: ClassVar[dict[str, Any]] = {"claims": directives.unchanged_required}
 
     def build(self, stated: Sequence[Claim], judged: Mapping[str, Verdict]) -> list[nodes.Node]:
         """Return a list of sentences, each with its claim and verdict, and the count."""
-        chosen = self.options.get("claims", "").split()
+        only, entries = self.options.get("claims", "").split(), self.env.app.isouq_results.entries
         listing = nodes.bullet_list(classes=["findings"])
-        for claim, text in findings.sentences(stated, judged, self.env.app.isouq_results.entries):
-            if claim.id in chosen or not chosen:
-                words = text.partition(". ")[0].removesuffix(".") + "." if chosen else text
-                outcome = _outcome(replace(judged[claim.id], reason=""))
-                parts = [nodes.Text(f"{words} ({claim.id}: "), outcome, nodes.Text(")")]
-                listing += nodes.list_item("", nodes.paragraph("", "", *parts))
+        for claim, text in findings.sentences(stated, judged, entries, only=only):
+            outcome = _outcome(replace(judged[claim.id], reason=""))
+            words = [nodes.Text(f"{text} ({claim.id}: "), outcome, nodes.Text(")")]
+            listing += nodes.list_item("", nodes.paragraph("", "", *words))
         return [listing, _paragraph(findings.count(judged))]
 
 

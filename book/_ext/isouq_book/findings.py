@@ -15,19 +15,25 @@ _QUOTED = re.compile(r"\{([a-z0-9_.\-]+)(?::([^}]+))?\}")
 
 
 def sentences(
-    stated: Sequence[Claim], judged: Mapping[str, Verdict], entries: Mapping[str, Entry]
+    stated: Sequence[Claim],
+    judged: Mapping[str, Verdict],
+    entries: Mapping[str, Entry],
+    *,
+    only: Sequence[str] = (),
 ) -> Iterator[tuple[Claim, str]]:
-    """Yield each claim that has a finding, with the sentence that its verdict chose, results filled in.
+    """Yield each claim that has a finding, with what its verdict chose, results filled in.
 
-    {holding}, {failing} and {open} stand for the problems of which the claim's core checks say so.
+    `only` names claims by id; of their findings it yields the first sentences, which stand alone. {holding}, {failing}
+    and {open} stand for the problems of which the claim's core checks say so.
     """
     for claim in stated:
-        if claim.finding:
+        if claim.finding and (claim.id in only or not only):
             outcome = judged[claim.id].outcome
             text = f"No answer yet to whether {claim.short}." if outcome == "not run" else claim.finding[outcome]
-            lists = {f"{{{name}}}": words for name, words in _problems(judged[claim.id]).items()}
-            for name, words in lists.items():
-                text = text.replace(name, words)
+            if only:
+                text = text.partition(". ")[0].removesuffix(".") + "."
+            for name, words in _problems(judged[claim.id]).items():
+                text = text.replace(f"{{{name}}}", words)
             yield claim, _QUOTED.sub(lambda found: format_number(entries[found[1]].value, found[2] or ""), text)
 
 
