@@ -65,8 +65,8 @@ USE = {"use", "cli", "integrations", "plotting"}  # what a practitioner asks for
 WALLS = {"library": 3300, "studies": 6000}
 # What there is, above the plan. The studies count with the code of the notebooks, so that a rule or a table that moves
 # from a notebook to a tested function is not held against them. The new tests of isotropy (C2, C3) added 135 lines net.
-# Statistics of all resamples at once added 166 to the studies, the names evaluate, calibrate and Calibrator 7 to the library.
-TODAY = {"library": 3408, "studies": 10419}
+# Statistics of all resamples at once added 160 to the studies; public names of use, 7 to the library.
+TODAY = {"library": 3408, "studies": 10413}
 
 
 def room_of(name: str) -> str:

@@ -54,8 +54,8 @@ class Calibrator:
         version: Of isouq.
 
     Raises:
-        ValueError: A file is no calibrator, scores are of another run, a table lacks a column, or its scores are not finite
-            (by row).
+        ValueError: A file is no calibrator, scores are of another run, or a table lacks a column or has scores that are
+            not finite (by row).
 
     Example:
         >>> import numpy as np, pandas as pd

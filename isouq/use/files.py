@@ -173,7 +173,7 @@ def _results(source: tables.Source, partial: Path, run: Run, tally: Record) -> I
                 _say(f"row {row['row'] + 1}: {row['error']}")
         scored = frame.assign(answer=pd.Series(answers, dtype="string"), **results)
         if run.calibrator:
-            complete = scored[scoring.columns(run.how.aggregations)].notna().all(axis=1)
+            complete = scored[[*scoring.columns(run.how.aggregations)]].notna().all(axis=1)
             scored.loc[complete, "p_wrong"] = run.calibrator.apply(scored[complete])
         yield scored
 

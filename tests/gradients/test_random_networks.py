@@ -185,7 +185,7 @@ def outcome(seed: int) -> list[str]:
     return engines
 
 
-N_NETWORKS = int(os.environ.get("ISOUQ_FUZZ", "300"))  # each operation about 15 times; ISOUQ_FUZZ=10000: more
+N_NETWORKS = int(os.environ.get("ISOUQ_FUZZ", "500"))  # each operation about 25 times; ISOUQ_FUZZ=10000: more
 
 
 @pytest.mark.parametrize("start", range(0, N_NETWORKS, 50))
