@@ -21,7 +21,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book plan assets test test-quick test-torch lint clean distclean lock FORCE
+.PHONY: help book pdf epub plan assets test test-quick test-torch lint clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -35,6 +35,11 @@ book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
 
+pdf: book ## the book as one PDF, build/PROFILE/html/isouq.pdf, which the first page then offers (needs Chromium)
+epub: book ## the same for e-readers, build/PROFILE/html/isouq.epub (needs Chromium, which sets the formulas)
+pdf epub:
+	@name=$${PROFILE##*/}; $(PY) book/paper.py $@ build/$${name%.y*ml}/html
+
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)
 
@@ -42,7 +47,7 @@ assets: $(READY) ## fetch the models and data that the profile needs, and nothin
 	@$(SNAKEMAKE) fetch $(CONFIG)
 
 test: $(READY) ## all tests; fetches models and data and builds the book at smoke size first
-	@$(PY) tests/chromium.py
+	@$(PY) book/chromium.py
 	@$(PY) -m isouq.cli assets fetch gemma-3-270m
 	@$(SNAKEMAKE) --config profile=smoke
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
@@ -72,7 +77,7 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; $(FIND_PYTHON); \
 	"$$python" -m venv "$$scratch"; "$$scratch/bin/python" -m pip install --quiet uv; \
 	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
-	  --no-emit-package torchvision --no-header pyproject.toml -o requirements.lock
+	  --no-emit-package torchvision --no-emit-package playwright --no-header pyproject.toml -o requirements.lock
 
 clean: ## remove what was built; the scored questions in build/store stay
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
