@@ -21,7 +21,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf epub plan assets test test-quick test-torch lint clean distclean lock FORCE
+.PHONY: help book pdf epub canary plan assets test test-quick test-torch lint clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -67,6 +67,15 @@ test-torch: .venv-torch-$(VERSION)/installed ## the tests of the gradients under
 	$$pip install --quiet --no-deps -r .venv-torch-$*/requirements.lock; \
 	touch $@
 
+# Packages that are not there come from .venv, whose notebooks and modules the pages show.
+canary: book ## the same pages by plain, newest Sphinx, in an environment of its own; prints what breaks
+	@set -e; new=.venv-canary/bin/python; where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(PY) -m venv --clear .venv-canary; \
+	$$new -m pip install --quiet sphinx myst-nb sphinx-book-theme sphinxcontrib-bibtex sphinx-external-toc \
+	  sphinx-copybutton sphinx-togglebutton sphinx-design sphinx-mathjax-offline sphinx-multitoc-numbering; \
+	$(PY) -c "$$where" > "$$($$new -c "$$where")/zz-isouq.pth"; \
+	name=$${PROFILE##*/}; $(PY) book/canary.py build/$${name%.y*ml}/html $$new
+
 lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -83,7 +92,7 @@ clean: ## remove what was built; the scored questions in build/store stay
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
 
 distclean: clean ## remove the scored questions and the environment too
-	@rm -rf build .venv .venv-torch-* .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build .venv .venv-torch-* .venv-canary .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Sets $python to PYTHON, or to the first on the PATH that is new enough and runs.
 define FIND_PYTHON
