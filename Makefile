@@ -23,7 +23,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book site keep plan assets test test-quick test-torch lint verify dist address clean distclean lock FORCE
+.PHONY: help book site keep pdf epub canary plan assets test test-quick test-torch lint verify dist address clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -46,6 +46,11 @@ keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PR
 	@$(PY) -m isouq.pipeline.jobs keep --profile "$$PROFILE" $(CHAPTERS)
 	@name=$${PROFILE##*/}; $(PY) book/readme.py "results/$${name%.y*ml}/results.json"
 
+pdf: book ## the book as one PDF, build/PROFILE/html/isouq.pdf, which the first page then offers (needs Chromium)
+epub: book ## the same for e-readers, build/PROFILE/html/isouq.epub (needs Chromium, which sets the formulas)
+pdf epub:
+	@name=$${PROFILE##*/}; $(PY) book/paper.py $@ build/$${name%.y*ml}/html
+
 plan: $(READY) ## what `make book` would run, and why
 	@$(SNAKEMAKE) --dry-run --quiet host progress $(CONFIG)
 
@@ -53,7 +58,7 @@ assets: $(READY) ## fetch the models and data that the profile needs, and nothin
 	@$(SNAKEMAKE) fetch $(CONFIG)
 
 test: $(READY) ## all tests; fetches models and data and builds the book at smoke size first
-	@$(PY) tests/chromium.py
+	@$(PY) book/chromium.py
 	@$(PY) -m isouq.cli assets fetch gemma-3-270m
 	@$(SNAKEMAKE) --config profile=smoke
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
@@ -72,6 +77,15 @@ test-torch: .venv-torch-$(VERSION)/installed ## the tests of the gradients under
 	sed '/^torch==/d' requirements.lock > .venv-torch-$*/requirements.lock; \
 	$$pip install --quiet --no-deps -r .venv-torch-$*/requirements.lock; \
 	touch $@
+
+# Packages that are not there come from .venv, whose notebooks and modules the pages show.
+canary: book ## the same pages by plain, newest Sphinx, in an environment of its own; prints what breaks
+	@set -e; new=.venv-canary/bin/python; where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(PY) -m venv --clear .venv-canary; \
+	$$new -m pip install --quiet sphinx myst-nb sphinx-book-theme sphinxcontrib-bibtex sphinx-external-toc \
+	  sphinx-copybutton sphinx-togglebutton sphinx-design sphinx-mathjax-offline sphinx-multitoc-numbering; \
+	$(PY) -c "$$where" > "$$($$new -c "$$where")/zz-isouq.pth"; \
+	name=$${PROFILE##*/}; $(PY) book/canary.py build/$${name%.y*ml}/html $$new
 
 lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
 	@$(PY) -m ruff check
@@ -100,13 +114,13 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; $(FIND_PYTHON); \
 	"$$python" -m venv "$$scratch"; "$$scratch/bin/python" -m pip install --quiet uv; \
 	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
-	  --no-emit-package torchvision --no-header pyproject.toml -o requirements.lock
+	  --no-emit-package torchvision --no-emit-package playwright --no-header pyproject.toml -o requirements.lock
 
 clean: ## remove what was built; the scored questions in build/store stay
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
 
 distclean: clean ## remove the scored questions and the environment too
-	@rm -rf build .venv .venv-torch-* .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build .venv .venv-torch-* .venv-canary .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Sets $python to PYTHON, or to the first on the PATH that is new enough and runs.
 define FIND_PYTHON

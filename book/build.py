@@ -37,9 +37,20 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
     toc = source / "_toc.yml"
     chapters = {notebook.stem for notebook in notebooks}
     toc.write_text(yaml.safe_dump(without_absent(yaml.safe_load(toc.read_text()), chapters), sort_keys=False))
+    pages = sphinx(source, log, results=results)
+    lighten(pages)
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.move(pages, html)
+
+
+def sphinx(source: Path, log: Path, *, results: Path, builder: str = "html") -> Path:
+    """Have Jupyter Book read the pages in `source` with one of Sphinx's builders, and return what it wrote."""
+    folder = source / "_build" / builder
+    shutil.rmtree(folder, ignore_errors=True)  # an EPUB holds whatever an earlier build left there
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source)]
-    command += ["--config", str(BOOK.parent / "_config.yml"), "--toc", str(toc.resolve())]
-    command += ["--path-output", str(source), "-n", "-W", "--keep-going"]
+    command += ["--config", str(BOOK.parent / "_config.yml"), "--toc", str(source.resolve() / "_toc.yml")]
+    command += ["--builder", "custom", "--custom-builder", builder, "--path-output", str(source)]
+    command += ["-n", "-W", "--keep-going"]
     with log.open("w") as stream:
         environment = os.environ | {"ISOUQ_RESULTS": str(results.resolve()), "NO_COLOR": "1"}
         run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
@@ -47,9 +58,7 @@ def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
         lines = ANSI.sub("", log.read_text()).splitlines()
         wrong = [line for line in lines if re.search("warning:|error:|exception", line, re.I)] or lines[-30:]
         sys.exit("\n".join([*wrong, f"The book has warnings or errors, above; the whole log is {log}"]))
-    lighten(source / "_build" / "html")
-    shutil.rmtree(html, ignore_errors=True)
-    shutil.move(source / "_build" / "html", html)
+    return folder
 
 
 def lighten(html: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_lock_pins_exactly_and_nothing_twice():
     lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if re.match(r"\S", line)]
     lines = [line for line in lines if not line.startswith("#")]
     assert all(re.match(r"[a-z0-9._-]+==\S+( ; .+)?$", line) for line in lines)
-    assert not {"torchvision", "uv"} & pins().keys()
+    assert not {"torchvision", "playwright", "uv"} & pins().keys()
 
 
 def test_the_conda_environment_takes_its_pins_from_the_lock():

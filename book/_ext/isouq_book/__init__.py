@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+from importlib import metadata
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
 
 from . import provenance
 from .directives import Budget, Citation, Claims, ClaimsSummary, Findings, IntervalFigure, Provenance, PublicNames
@@ -16,7 +18,9 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register the roles, the directives and the footer."""
     app.add_config_value("isouq_results_digest", "", "env")
     app.connect("config-inited", load_results)
+    app.connect("config-inited", _name_the_book)
     app.connect("html-page-context", _add_footer)
+    app.connect("html-page-context", _mend_roles)
     app.connect("html-page-context", _drop_thebe, priority=900)
     app.add_role("result", ResultRole())
     app.add_role("interval", IntervalRole())
@@ -31,9 +35,20 @@ def setup(app: Sphinx) -> dict[str, bool]:
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
+def _name_the_book(app: Sphinx, config: Config) -> None:
+    """Give the EPUB its title and version, which Jupyter Book sets for pages only."""
+    config.project = config.epub_title = config.html_title
+    config.version = config.release = metadata.version("isouq")
+
+
 def _add_footer(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     line = html.escape(provenance.footer(app.isouq_results.meta, page))
     context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'
+
+
+def _mend_roles(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Let a list of references have items: docutils gives its entries a role that is out of use, and not theirs."""
+    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def _drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:

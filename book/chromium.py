@@ -40,7 +40,7 @@ def executable() -> str:
     found = next(filter(None, map(shutil.which, [named] if named else NAMES)), None)
     if found is None:
         raise FileNotFoundError(
-            f"the book is tested in a real browser and none was found as {named or ' or '.join(NAMES)}: install one "
+            f"this needs a real browser and none was found as {named or ' or '.join(NAMES)}: install one "
             "(Debian: `apt-get install chromium`; macOS: `brew install --cask chromium`), or name it in CHROMIUM"
         )
     return found
