@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from tqdm import tqdm
 
 from isouq.studies import assets
 
-# Repeated here so that --help does not import torch; a test compares them with isouq.estimate and isouq.gradients.
+# Repeated here so that --help does not import torch; a test compares them with the library's.
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 ENGINES = ("auto", "ghost", "autograd")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +39,27 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help=text, description=text, epilog=_score.__doc__)
     score.set_defaults(run=_score)
     score.add_argument("--model", required=True, help="an asset, a Hub id (id@revision), or a folder")
-    score.add_argument("--input", required=True, type=Path, help="table with a column prompt and, optionally, answer")
+    score.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    given = score.add_mutually_exclusive_group(required=True)
+    given.add_argument("--input", type=Path, help="table with a column prompt and, optionally, answer")
+    text = "per-sample logs that lm_eval --log_samples wrote: lm-eval samples_*.jsonl"
+    given.add_argument("--from", dest="log", nargs="+", metavar=("lm-eval", "FILE"), help=text)
     score.add_argument("--output", required=True, type=Path, help="table to write; both .csv, .jsonl or .parquet")
-    score.add_argument("--aggregation", default="sequence", choices=AGGREGATIONS, help="what p of an answer means")
+    text = "auto (default) is a card where there is one, all of them where the model is larger than one, else the CPU"
+    score.add_argument("--device", default="auto", choices=DEVICES, help=text)
+    text = "auto (default) is the checkpoint's own on a card, float32 on the CPU"
+    score.add_argument("--dtype", default="auto", choices=DTYPES, help=text)
+    score.add_argument(
+        "--chat", action="store_true", help="ask by the model's chat template, a prompt being a user's turn"
+    )
+    score.add_argument("--system", metavar="TEXT", help="a system message before every prompt, with --chat")
+    choices = (*AGGREGATIONS, "all")
+    score.add_argument("--aggregation", default="sequence", choices=choices, help="what p of an answer means")
     score.add_argument("--engine", default="auto", choices=ENGINES, help="how gradients are computed")
-    score.add_argument("--batch-size", default=8, type=_positive, help="rows a pass; changes speed, not scores")
+    passes = score.add_mutually_exclusive_group()
+    passes.add_argument("--batch-size", default=8, type=_positive, help="rows a pass (8); changes speed, not scores")
+    text = "bytes above the weights, such as 8e9, that a pass may take; decides how many rows it has"
+    passes.add_argument("--memory", type=_bytes, metavar="BYTES", help=text)
     score.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
 
     text = "pinned models and data: list, fetch, verify"
@@ -60,6 +79,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given, a positive integer wanted")
     return int(text)
+
+
+def _bytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number of bytes such as 8e9 wanted")
+    return size
 
 
 def _list(_: argparse.Namespace) -> int:
@@ -97,26 +126,35 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     """Columns appended: n_tokens; log_prob (nats); probability, aleatoric, epistemic, log_epistemic of the answer under
-    --aggregation; straddles, true where a token has characters of both prompt and answer, which are then tokenised
-    apart; error, why a row has no scores. Column answer holds the text that was scored: the cell as written, with its
-    spaces, or what the model generates where the cell is empty or missing. The same command resumes a run that was
-    stopped, from OUTPUT.partial; only --batch-size may differ. Exit code 1 if a row has no scores.
+    --aggregation, and with "all" also those of the two others, whose names they end with; straddles, true where a token
+    has characters of both prompt and answer, which are then tokenised apart; error, why a row has no scores. Column
+    answer holds the text that was scored: the cell as written, with its spaces, or what the model generates where the
+    cell is empty or missing. The same command resumes a run that was stopped, from OUTPUT.partial; only --batch-size
+    and --memory may differ. Exit code 1 if a row has no scores.
     """
-    from isouq.language.scoring import Scoring
-    from isouq.use.files import score_file
+    from isouq.language.scoring import Scoring, aggregations_of
+    from isouq.use import files, lm_eval, tables
 
-    how = Scoring(aggregations=(args.aggregation,), engine=args.engine, batch_size=args.batch_size)
-    load = functools.partial(assets.load_causal_lm, args.model)
-    done = score_file(args.input, args.output, load=load, how=how, max_new_tokens=args.max_new_tokens)
-    for record in done:
-        if record["error"]:
-            print(f"isouq: row {record['row'] + 1}: {record['error']}", file=sys.stderr)
-    answers, straddles, errors = (
-        sum(record[name] not in (None, False) for record in done) for name in ("answer", "straddles", "error")
+    source = lm_eval.Log(*args.log) if args.log else tables.Source(args.input)
+    how = Scoring(
+        aggregations=aggregations_of(args.aggregation),
+        engine=args.engine,
+        batch_size="auto" if args.memory is not None else args.batch_size,
+        memory=args.memory,
     )
-    print(f"{args.output}: {len(done)} rows written, {errors} without scores; ", end="")
-    print(f"answers generated for {answers} rows; {straddles} rows straddle")
-    return int(errors > 0)
+    placed = {"device": args.device, "dtype": args.dtype, "revision": args.revision}
+    run = files.Run(
+        model=args.model,
+        load=functools.partial(assets.load_causal_lm, args.model, **placed),
+        how=how,
+        chat=args.chat,
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+    )
+    done = files.score_file(source, args.output, run)
+    print(f"{args.output}: {done.rows} rows written, {done.errors} without scores; ", end="")
+    print(f"answers generated for {done.generated} rows; {done.straddles} rows straddle")
+    return int(done.errors > 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+CARD_SHARE = 0.8  # of a card's free memory that weights may take; the rest is for passes
 
 
 class ModelError(ValueError):
@@ -19,7 +20,7 @@ class ModelError(ValueError):
 def load_causal_lm(name: str, **placed: Any) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a local folder or a Hugging Face Hub id: `owner/name` or `owner/name@revision`.
 
-    A Hub id's model and tokenizer are of one commit; `placed`: dtype and device_map of `from_pretrained`.
+    A Hub id's model and tokenizer are of one commit; `placed`: device, dtype and device_map of `from_pretrained`.
 
     Raises ModelError when there is no such model, and when there is no network to fetch it with.
     """
@@ -31,6 +32,13 @@ def load_causal_lm(name: str, **placed: Any) -> tuple[Any, Any]:
         return from_pretrained(name.partition("@")[0], name, **options)
     except ModelError as error:
         raise (_no_copy(name, offline) if offline else error) from error.__cause__
+
+
+def at_revision(name: str, revision: str) -> str:
+    """Return a Hub id's name at a revision. Raises ModelError for a folder and for an id that names one itself."""
+    if "@" in name or Path(name).expanduser().is_dir():
+        raise ModelError(f"revision: {revision!r} given, but {name!r} is a folder or names its revision; leave one out")
+    return f"{name}@{revision}"
 
 
 def content(name: str) -> str:
@@ -75,18 +83,33 @@ def _no_copy(name: str, cause: Exception) -> ModelError:
 
 
 def from_pretrained(
-    source: str | Path, name: str, *, dtype: str = "float32", device_map: str | None = None, **options: Any
+    source: str | Path,
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    device_map: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load what transformers calls `source`, in evaluation mode; `name` is what the user called it.
 
-    `dtype` is a name of torch's, `device_map` one of accelerate's: "auto" fills the GPUs first, None is the CPU.
-    Raises ModelError.
+    `device` is "cpu", "cuda", "mps" or "auto": a card where there is one, all cards where the model is larger than one.
+    `dtype` is a name of torch's, or "auto": the checkpoint's own on a card, float32 on the CPU. `device_map`, in place
+    of a device, is accelerate's. Raises ModelError.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device, dtype = _placed(device, dtype, device_map)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+        if device == "auto":
+            device_map = None if _fits_a_card(source, dtype, **options) else "auto"
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+        if device_map is None and device != "cpu":
+            model.to("cuda" if device == "auto" else device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"device: {device!r} has no room for {name!r}; use 'auto', or dtype 'bfloat16'") from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"transformers cannot load {name!r} as a causal language model: {error}") from error
     head, shared = model.get_output_embeddings(), model.get_input_embeddings().weight
@@ -95,6 +118,38 @@ def from_pretrained(
         raise ModelError(f"{name!r}: its config ties embedding and head, its weights hold two that differ; {way_out}")
     model.config._commit_hash = options.get("revision")  # of a Hub id; transformers no longer keeps it
     return model.eval(), tokenizer
+
+
+def _placed(device: str, dtype: str, device_map: str | None) -> tuple[str, str]:
+    """Return the device that is there ("auto" stands for one or more CUDA cards) and the type that "auto" means."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in ("auto", *there):
+        raise ModelError(f"device: {device!r} given, one of auto, {', '.join(there)} wanted")
+    if device_map is not None and device != "cpu":
+        raise ModelError(f"device: {device!r} and device_map {device_map!r} given; leave one out")
+    if device == "auto" and not there["cuda"]:
+        device = "mps" if there["mps"] else "cpu"
+    if not there.get(device, True):
+        built = f"torch {torch.__version__} sees none; its CUDA build and a driver are needed"
+        raise ModelError(
+            f"device: {device!r} given, but {built if device == 'cuda' else 'none is there'}; or use 'auto'"
+        )
+    on_cpu = device == "cpu" and device_map is None
+    return device, "float32" if dtype == "auto" and on_cpu else dtype
+
+
+def _fits_a_card(source: str | Path, dtype: str, **options: Any) -> bool:
+    """Whether the weights, whose shapes alone are made, leave room on the first card."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, **options)
+    kind = (config.dtype if dtype == "auto" else getattr(torch, dtype)) or torch.float32
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config, dtype=kind)
+    return sum(p.nbytes for p in shapes.parameters()) <= CARD_SHARE * torch.cuda.mem_get_info()[0]
 
 
 def weights(model: Any, tokenizer: Any = None) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -22,7 +22,8 @@ from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.model import check_model, repeatable, select_parameters
 from isouq.gradients.products import Checkpoint, Gram, room
 from isouq.gradients.products import inner_products as gradient_products
-from isouq.language import encoding
+from isouq.language.chat import Prompting
+from isouq.language.encoding import Pair
 from isouq.language.examples import Batch, BatchSize, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples, finite_log_probs, padding, pass_cost
 
@@ -47,6 +48,29 @@ class Scoring:
         for name in self.aggregations or (None,):
             if name not in AGGREGATIONS:
                 raise ValueError(f"aggregation: {name!r} given, one of {', '.join(AGGREGATIONS)} wanted")
+
+
+def aggregations_of(aggregation: Aggregation | Literal["all"]) -> tuple[Aggregation, ...]:
+    """The aggregations that a name stands for."""
+    return AGGREGATIONS if aggregation == "all" else (aggregation,)
+
+
+def columns(aggregations: Sequence[Aggregation]) -> dict[str, tuple[Aggregation, str]]:
+    """A table's columns of scores: the aggregation and the field of `Estimate` that each holds.
+
+    Where there are several, all but "sequence" have theirs as a suffix; n_tokens and log_prob are the same for all.
+
+    >>> list(columns(("sequence", "geometric")))[5:]
+    ['log_epistemic', 'probability_geometric', 'aleatoric_geometric', 'epistemic_geometric', 'log_epistemic_geometric']
+    """
+    shared = {field: (aggregations[0], field) for field in SCORES[:2]}
+    suffixes = {name: f"_{name}" if len(aggregations) > 1 and name != "sequence" else "" for name in aggregations}
+    return shared | {f"{field}{suffixes[name]}": (name, field) for name in aggregations for field in SCORES[2:]}
+
+
+def table(estimates: Mapping[Aggregation, Estimate]) -> dict[str, Tensor]:
+    """The columns of scores, (example,) each, of what `score` returns."""
+    return {name: getattr(estimates[of], field) for name, (of, field) in columns(list(estimates)).items()}
 
 
 def score_tokens(
@@ -111,30 +135,37 @@ def score_texts(
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
-    aggregation: Aggregation = "sequence",
+    chat: bool = False,
+    system: str | None = None,
+    aggregation: Aggregation | Literal["all"] = "sequence",
     engine: Engine = "auto",
     batch_size: BatchSize = 8,
 ) -> pd.DataFrame:
-    """Score each answer as the continuation of its prompt.
+    """Score each answer as the continuation of its prompt, or as the model's turn after it.
 
     A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
-    the answer its leading space where the text has one.
+    the answer its leading space where the text has one; in a chat it has none.
 
     Args:
         model: Any Hugging Face causal LM.
         tokenizer: The model's tokenizer.
         prompts: One text per example.
         answers: One text per prompt, of at least one token.
-        aggregation, engine, batch_size: As in `score_tokens`.
+        chat: Whether prompts are a user's turns, by the tokenizer's own chat template.
+        system: In a chat, the text of a system message before each prompt.
+        aggregation: As in `score_tokens`, or "all".
+        engine, batch_size: As in `score_tokens`.
 
     Returns:
         A table with one row per pair, in order. Columns: prompt, answer, n_tokens, log_prob (nats), probability,
         aleatoric, epistemic and log_epistemic (U_E in units of the parameter variance σ²), and straddles: True where
         one token of the text has characters of both prompt and answer, which are then tokenised apart. A prompt that
-        ends with a space often does that.
+        ends with a space often does that. With aggregation "all", the four of "geometric" and "token_mean" follow
+        under names that end with _geometric and _token_mean.
 
     Raises:
-        ValueError: The lists differ in length, an answer is empty, or a text exceeds the model's context.
+        ValueError: The lists differ in length, an answer is empty, a text exceeds the model's context, or a chat is
+            asked for and the tokenizer has no chat template.
         TypeError: A prompt or an answer is not a string.
 
     Example:
@@ -144,23 +175,21 @@ def score_texts(
         >>> table[["answer", "n_tokens"]].values.tolist()
         [[' yes', 4], [' no', 3]]
     """
-    pairs = text_pairs(tokenizer, prompts, answers)
-    how = Scoring(aggregations=(aggregation,), engine=engine, batch_size=batch_size)
-    scores = score(model, from_pairs(pair[:2] for pair in pairs), how)[aggregation]
-    table = {name: getattr(scores, name).numpy() for name in SCORES}
+    pairs = text_pairs(Prompting(tokenizer, chat, system), prompts, answers)
+    how = Scoring(aggregations=aggregations_of(aggregation), engine=engine, batch_size=batch_size)
+    scores = table(score(model, from_pairs(pair[:2] for pair in pairs), how))
     straddles = [pair.straddles for pair in pairs]
-    return pd.DataFrame({"prompt": list(prompts), "answer": list(answers), **table, "straddles": straddles})
+    texts = {"prompt": list(prompts), "answer": list(answers)}
+    return pd.DataFrame({**texts, **{name: x.numpy() for name, x in scores.items()}, "straddles": straddles})
 
 
-def text_pairs(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
-) -> list[encoding.Pair]:
+def text_pairs(ask: Prompting, prompts: Sequence[str], answers: Sequence[str]) -> list[Pair]:
     """The ids of each prompt with its answer. Raises as `score_texts`."""
     if isinstance(prompts, str) or isinstance(answers, str):
         raise TypeError("prompts and answers: a string given, lists of strings wanted")
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
-    return [encoding.pair(tokenizer, *texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
+    return [ask.pair(*texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
 
 
 def inner_products(

@@ -15,6 +15,7 @@ from torch import nn
 
 from isouq import estimate
 from isouq.gradients import Engine
+from isouq.language.chat import Prompting
 from isouq.language.examples import BatchSize, from_pairs
 from isouq.language.scoring import Scoring, answer_norms, text_pairs
 
@@ -31,6 +32,8 @@ def score_each_token(
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
+    chat: bool = False,
+    system: str | None = None,
     engine: Engine = "auto",
     batch_size: BatchSize = "auto",
     memory: float | None = None,
@@ -39,7 +42,7 @@ def score_each_token(
     """Uncertainty of every token of every answer, each given the prompt and the tokens before it.
 
     Args:
-        model, tokenizer, prompts, answers: As in `score_texts`.
+        model, tokenizer, prompts, answers, chat, system: As in `score_texts`.
         engine, batch_size, memory, parameters: As in `score_tokens`.
 
     Returns:
@@ -59,7 +62,7 @@ def score_each_token(
         >>> table[["example", "position"]].values.tolist()
         [[0, 0], [0, 1], [0, 2], [0, 3]]
     """
-    pairs = text_pairs(tokenizer, prompts, answers)
+    pairs = text_pairs(Prompting(tokenizer, chat, system), prompts, answers)
     how = Scoring(
         aggregations=("token_mean",), engine=engine, batch_size=batch_size, memory=memory, parameters=parameters
     )

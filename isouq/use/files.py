@@ -1,17 +1,21 @@
 """A file of questions → a file of scores: what `isouq score` does.
 
-Finished rows are appended to `OUTPUT.partial`, one JSON line each, so that a killed run resumes where it stopped; the
-output itself appears whole or not at all. A run resumes only with the same texts, options and weights.
+The input is read three times: to check it, to score it, and to write its rows beside their scores. Each time it goes by
+frames, so that memory does not grow with the number of rows. Finished rows are appended to `OUTPUT.partial`, one JSON
+line each, so that a killed run resumes where it stopped; the output itself appears whole or not at all. A run resumes
+only with the same texts, options and weights.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import metadata
@@ -19,16 +23,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from isouq import models
+from isouq.estimate import Aggregation
 from isouq.language import encoding, generation, scoring
-from isouq.language.examples import each, from_pairs
-from isouq.language.scoring import SCORES, Scoring
+from isouq.language.chat import Prompting
+from isouq.language.examples import Example, each, from_pairs
+from isouq.language.forward import pass_cost
+from isouq.language.scoring import Scoring
 from isouq.use import tables
 
-COLUMNS = {"n_tokens": "Int64", **dict.fromkeys(SCORES[1:], "Float64"), "straddles": "boolean", "error": "string"}
+WINDOW = 64  # rows that are taken together where --memory decides how many make a pass
+PROBE = 64  # tokens at the end of a row too large for a card, from which its bytes are told
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is asked of a run. `load` gives (model, tokenizer) and is called once the files are known to be right.
+
+    `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing.
+    """
+
+    model: str
+    load: Callable[[], tuple[Any, Any]]
+    how: Scoring
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: int = 32
 
 
 class Question(NamedTuple):
@@ -39,39 +64,85 @@ class Question(NamedTuple):
     error: str | None
 
 
-def score_file(
-    source: Path, target: Path, *, load: Callable[[], tuple[Any, Any]], how: Scoring, max_new_tokens: int
-) -> list[Record]:
-    """Score every row of `source` into `target`; return its records: row from 0, answer where generated, scores, error.
+class Summary(NamedTuple):
+    """How many rows were written, had their answers generated, straddle, and have no scores."""
 
-    `load` gives (model, tokenizer) and is called once the files are known to be right. `how` has one aggregation and a
-    number of rows as its batch size. `max_new_tokens` is for answers that are missing.
+    rows: int
+    generated: int
+    straddles: int
+    errors: int
 
-    A row that cannot be scored says why in its `error`. Raises ValueError or OSError for files that cannot be read or
-    written as they are, if possible before the model is loaded.
+
+def columns(aggregations: Sequence[Aggregation]) -> dict[str, str]:
+    """The columns that a result adds to the input's, and their types."""
+    names = dict.fromkeys(scoring.columns(aggregations), "Float64")
+    return names | {"n_tokens": "Int64", "straddles": "boolean", "error": "string"}
+
+
+def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
+    """Score every row of `source` into `target`; a row that cannot be scored says why in its `error`, and on stderr.
+
+    Raises ValueError or OSError for files that cannot be read or written as they are, if possible before the model is
+    loaded.
     """
-    table = tables.read(source)
-    if taken := [name for name in COLUMNS if name in table]:
-        raise ValueError(f"{source}: column {taken[0]!r} is there, and a result is written under this name; rename it")
-    path = tables.target(target, source)
-    answers = table["answer"].tolist() if "answer" in table else [None] * len(table)
-    questions = [_question(*cells) for cells in zip(table["prompt"].tolist(), answers, strict=True)]
+    path = tables.target(target, *source.paths)
     with tables.locked(path):
-        with open(os.devnull, "wb") as nowhere:
-            tables.write(_scored(table, questions, [{}] * len(questions)), path, nowhere)
-        partial = path.with_name(path.name + ".partial")
-        done = _finish(partial, questions, load, how, max_new_tokens)
+        stamps, sink, partial = source.stamps(), tables.Sink(path), path.with_name(path.name + ".partial")
+        asked = _survey(source, sink, run)
+        _finish(partial, source, asked, run)
+        if source.stamps() != stamps:
+            way_out = "put back the file as it was and resume by the same command, or delete this one to start afresh"
+            raise ValueError(f"{source.paths[0]}: changed while it was scored; its scores are in {partial}; {way_out}")
+        tally: dict[str, int] = dict.fromkeys(Summary._fields, 0)
         with tables.replacing(path) as out:
-            tables.write(_scored(table, questions, done), path, out)
+            sink.write(_results(source, partial, run, tally), out)
         partial.unlink(missing_ok=True)
-    return done
+    return Summary(**tally)
+
+
+class _Asked(NamedTuple):
+    """What a first reading tells: the number of rows, that of answers to generate, a digest of all texts."""
+
+    rows: int
+    missing: int
+    digest: str
+
+
+def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
+    """Read all rows once. Raises ValueError for what cannot be read, or not be written by `sink`."""
+    digest, n_rows, n_missing, names = hashlib.sha256(), 0, 0, dict[str, None]()
+    for frame in source.frames():
+        names |= dict.fromkeys(frame.columns.tolist())
+        if taken := [name for name in columns(run.how.aggregations) if name in frame]:
+            given = f"{source.paths[0]}: column {taken[0]!r} is there"
+            raise ValueError(f"{given}, and a result is written under this name; rename it")
+        prompts, answers = _cells(frame)
+        digest.update(json.dumps([prompts, answers], default=lambda cell: [str(cell)]).encode())
+        n_rows += len(frame)
+        n_missing += sum(_is_empty(cell) for cell in answers)
+        sink.check(_blank(frame, run))
+    source.names = list(names)
+    if sink.changed:
+        with open(os.devnull, "wb") as nowhere:
+            sink.write((_blank(frame, run) for frame in source.frames()), nowhere)
+    return _Asked(n_rows, n_missing, digest.hexdigest()[:12])
+
+
+def _cells(frame: pd.DataFrame) -> tuple[list[Any], list[Any]]:
+    """The prompts and answers of a frame, None where it has no such column."""
+    prompts, answers = (frame[x].tolist() if x in frame else [None] * len(frame) for x in ("prompt", "answer"))
+    return prompts, answers
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell)
 
 
 def _question(prompt: Any, answer: Any) -> Question:
     """The texts of two cells. A whole number is its digits; any other value that is no text is an error."""
     texts, errors = [], []
     for name, cell in (("prompt", prompt), ("answer", answer)):
-        cell = "" if cell is None or cell is pd.NA else cell
+        cell = "" if _is_empty(cell) else cell
         texts.append(str(cell) if isinstance(cell, str | Decimal) else json.dumps(cell, default=str))
         if isinstance(cell, bool) or not isinstance(cell, str | int | Decimal):
             errors.append(f"{name}: {texts[-1]:.40} given, a text wanted; write it as the text to be scored")
@@ -79,101 +150,166 @@ def _question(prompt: Any, answer: Any) -> Question:
     return Question(texts[0], texts[1], errors[0] if errors else None)
 
 
-def _scored(table: pd.DataFrame, questions: list[Question], done: list[Record]) -> pd.DataFrame:
-    """The table with its answers, given or generated, and the results."""
-    answers = [row.get("answer") or question.answer or None for row, question in zip(done, questions, strict=True)]
-    results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in COLUMNS.items()}
-    return table.assign(answer=pd.Series(answers, dtype="string"), **results)
+def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """A frame with the columns and types of its result."""
+    kinds = {"answer": "string", **columns(run.how.aggregations)}
+    return frame.assign(**{name: pd.Series(pd.NA, index=frame.index, dtype=kind) for name, kind in kinds.items()})
+
+
+def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, int]) -> Iterator[pd.DataFrame]:
+    """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
+    kinds, records = columns(run.how.aggregations), _stored(partial)
+    for frame in source.frames():
+        done = list(itertools.islice(records, len(frame)))
+        questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
+        answers = [row["answer"] or x.answer or None for row, x in zip(done, questions, strict=True)]
+        results = {name: pd.Series([row[name] for row in done], dtype=kind) for name, kind in kinds.items()}
+        for row in done:
+            counted = {"rows": True, "generated": row["answer"], "straddles": row["straddles"], "errors": row["error"]}
+            for name, value in counted.items():
+                tally[name] += value not in (None, False)
+            if row["error"]:
+                _say(f"row {row['row'] + 1}: {row['error']}")
+        yield frame.assign(answer=pd.Series(answers, dtype="string"), **results)
+
+
+def _say(line: str) -> None:
+    tqdm.write(f"isouq: {line}", file=sys.stderr)
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    partial: Path, questions: list[Question], load: Callable[[], tuple[Any, Any]], how: Scoring, max_new_tokens: int
-) -> list[Record]:
-    """Every row's record: those that an interrupted run stored, and the others, scored now."""
-    run: Record = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
-    run["input"] = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
-    run |= {"aggregation": how.aggregations[0], "engine": how.engine}
-    if missing := sum(not (question.answer or question.error) for question in questions):
-        run["max_new_tokens"] = max_new_tokens
-    _stored(partial, run)  # refuses another run's file before the model is loaded
-    if not questions:
-        return []
-    subject = _Subject(*load(), how, max_new_tokens)
-    run["model"] = models.weights(subject.model, subject.tokenizer)
-    done = _stored(partial, run)
-    todo = [row for row in range(len(questions)) if row not in done]
-    records = tqdm(subject.records(questions, todo), total=len(todo), unit="row", desc=f"{missing} answers to generate")
+def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> None:
+    """Score the rows that `partial` lacks and append their records to it."""
+    how = run.how
+    identity: Record = {name: metadata.version(name) for name in ("isouq", "torch", "transformers")}
+    identity |= {"input": asked.digest, "aggregation": ", ".join(how.aggregations), "engine": how.engine}
+    identity |= {"chat": run.chat, "system": run.system}
+    if asked.missing:
+        identity["max_new_tokens"] = run.max_new_tokens
+    _resume(partial, identity)  # refuses another run's file before the model is loaded
+    if not asked.rows:
+        return
+    model, tokenizer = run.load()
+    subject = _Subject(model, Prompting(tokenizer, run.chat, run.system), run)
+    placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": _devices(model)}
+    identity |= {"model": models.weights(model, tokenizer), **placed}
+    n_done = _resume(partial, identity)
+    commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['model']})"
+    passes = f"as fit {how.memory:.3g} bytes" if how.memory else how.batch_size
+    _say(
+        f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, sequences a pass: {passes}"
+    )
+    bar = {"total": asked.rows, "initial": n_done, "unit": "row", "desc": f"{asked.missing} answers to generate"}
     try:
-        with tables.replacing(partial) as out:
-            out.writelines(json.dumps(line).encode() + b"\n" for line in [{"isouq score": run}, *done.values()])
+        if not n_done:
+            with tables.replacing(partial) as out:
+                out.write(json.dumps({"isouq score": identity}).encode() + b"\n")
         with partial.open("ab") as out:
-            for record in records:
+            questions = itertools.islice(_questions(source), n_done, None)
+            for record in tqdm(subject.records(questions, n_done), **bar):
                 out.write(json.dumps(record).encode() + b"\n")
                 out.flush()
-                done[record["row"]] = record
+                n_done += 1
     except OSError as error:
-        raise ValueError(f"{partial}: {error.strerror}; its {len(done)} rows stay, the same command resumes") from error
+        raise ValueError(f"{partial}: {error.strerror}; its {n_done} rows stay, the same command resumes") from error
     finally:
-        if not done:
+        if not n_done:
             partial.unlink(missing_ok=True)
-    return [done[row] for row in range(len(questions))]
 
 
-def _stored(partial: Path, run: Record) -> dict[int, Record]:
-    """The rows that an interrupted run stored, if it had the same identity; a torn last line is dropped."""
+def _resume(partial: Path, identity: Record) -> int:
+    """How many rows an interrupted run of the same identity stored; a torn last line is cut off."""
     if not partial.exists():
-        return {}
+        return 0
+    n_done = size = 0
     try:
-        header, *rows = (json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1])
-        stored, done = header["isouq score"], {row["row"]: row for row in rows}
-        other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in run.items() if stored[k] != v]
+        with partial.open("rb") as file:
+            lines = (line for line in file if line.endswith(b"\n"))
+            header = next(lines, b"")
+            stored, size = json.loads(header)["isouq score"], len(header)
+            for n_done, line in enumerate(lines, 1):
+                size += len(line)
+                if json.loads(line)["row"] != n_done - 1:
+                    raise ValueError("a row is missing")
+        other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in identity.items() if stored[k] != v]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
-    if other and done:
+    if other and n_done:
         ways = "finish that one by its own command, delete this file to start afresh, or name another --output"
-        raise ValueError(f"{partial}: {len(done)} rows of another run ({', '.join(other)}); {ways}")
-    return {} if other else done
+        raise ValueError(f"{partial}: {n_done} rows of another run ({', '.join(other)}); {ways}")
+    os.truncate(partial, size)
+    return n_done
+
+
+def _stored(partial: Path) -> Iterator[Record]:
+    if partial.exists():  # there is none for a table of no rows
+        with partial.open("rb") as lines:
+            yield from map(json.loads, itertools.islice(lines, 1, None))
+
+
+def _questions(source: tables.Source) -> Iterator[Question]:
+    for frame in source.frames():
+        yield from itertools.starmap(_question, zip(*_cells(frame), strict=True))
+
+
+def _devices(model: Any) -> str:
+    """Kinds of devices that hold weights, such as "cuda"; accelerate leaves on "meta" what it keeps elsewhere."""
+    return " and ".join(sorted({p.device.type for p in model.parameters()}))
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Subject:
     """A model that answers and is scored."""
 
-    model: Any
-    tokenizer: Any
-    how: Scoring
-    max_new_tokens: int
+    def __init__(self, model: Any, ask: Prompting, run: Run) -> None:
+        self.model, self.ask, self.run = model, ask, run
+        self.size = WINDOW if run.how.batch_size == "auto" else int(run.how.batch_size)  # rows together, at most
 
     @functools.cached_property
     def stops(self) -> generation.Stops:
-        return generation.stop_token_ids(self.tokenizer, self.model)
+        return generation.stop_token_ids(self.ask.tokenizer, self.model)
 
-    def records(self, questions: list[Question], todo: list[int]) -> Iterator[Record]:
-        """The record of every row of `todo`; one that cannot be scored has an `error` in place of scores."""
-        size = int(self.how.batch_size)
-        for rows in (todo[start : start + size] for start in range(0, len(todo), size)):
-            errors = {row: questions[row].error for row in rows if questions[row].error}
-            asked = {row: questions[row] for row in rows if row not in errors}
+    def records(self, questions: Iterator[Question], first: int) -> Iterator[Record]:
+        """The record of every row, from number `first`; one that cannot be scored has an `error` in place of scores."""
+        rows, window, empty = enumerate(questions, first), self.size, columns(self.run.how.aggregations)
+        while taken := dict(itertools.islice(rows, window)):
+            errors = {row: question.error for row, question in taken.items() if question.error}
+            asked = {row: question for row, question in taken.items() if row not in errors}
             answered = each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
-            answered |= each(self._generated, {row: x for row, x in asked.items() if not x.answer}, errors)
-            scores = each(self._score, {row: pair for row, (pair, _) in answered.items()}, errors)
-            for row in rows:
+            missing = {row: x for row, x in asked.items() if not x.answer}
+            answered |= each(functools.partial(self._in_passes, self._generated), missing, errors)
+            pairs = {row: pair for row, (pair, _) in answered.items()}
+            scores = each(functools.partial(self._in_passes, self._score), pairs, errors)
+            for row in taken:
                 record = {"row": row, "answer": answered[row][1] if row in answered else None}
-                yield record | dict.fromkeys(COLUMNS) | scores.get(row, {}) | {"error": errors.get(row)}
+                yield record | dict.fromkeys(empty) | scores.get(row, {}) | {"error": errors.get(row)}
+
+    def _in_passes(self, work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+        """`work` on as many items at a time as the card's memory holds."""
+        results: list[Any] = []
+        before = self.size
+        while len(results) < len(items):
+            part = items[len(results) :][: self.size]
+            try:
+                results += work(part)
+            except torch.OutOfMemoryError:
+                self.size = len(part) // 2 or before
+                if len(part) == 1:  # too large by itself, which says nothing of the others
+                    raise
+                _say(f"out of memory with {len(part)} sequences a pass; going on with {self.size}")
+        return results
 
     def _given(self, questions: list[Question]) -> list[tuple[encoding.Pair, None]]:
-        return [(encoding.pair(self.tokenizer, x.prompt, x.answer), None) for x in questions]
+        return [(self.ask.pair(x.prompt, x.answer), None) for x in questions]
 
     def _generated(self, questions: list[Question]) -> list[tuple[encoding.Pair, str]]:
-        prompts = [encoding.prompt_ids(self.tokenizer, x.prompt) for x in questions]
-        options: dict[str, Any] = {"stops": self.stops, "max_new_tokens": self.max_new_tokens}
-        answers = generation.generate(self.model, self.tokenizer, prompts, **options)
+        prompts = [self.ask.prompt_ids(x.prompt) for x in questions]
+        options: dict[str, Any] = {"stops": self.stops, "max_new_tokens": self.run.max_new_tokens}
+        answers = generation.generate(self.model, self.ask.tokenizer, prompts, **options)
         return [
             (encoding.Pair(prompt, list(answer.token_ids), False), answer.text)
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -182,10 +318,27 @@ class _Subject:
     def _score(self, pairs: list[encoding.Pair]) -> list[Record]:
         if not all(pair.answer for pair in pairs):
             raise ValueError("answer: the model wrote none, its first token ends the text; give one")
-        [scores] = scoring.score(self.model, from_pairs(pair[:2] for pair in pairs), self.how).values()
-        columns = [getattr(scores, name).tolist() for name in SCORES]
-        finite = [[x if math.isfinite(x) else None for x in row] for row in zip(*columns, strict=True)]
+        examples = from_pairs(pair[:2] for pair in pairs)
+        try:
+            estimates = scoring.score(self.model, examples, self.run.how)
+        except torch.OutOfMemoryError:
+            if len(examples) > 1:
+                raise
+            estimates = {}
+        if not estimates:  # what the pass held is given back by now
+            raise ValueError(f"memory: {self._need(examples[0])}, more than the card has left; shorten the row")
+        scores = scoring.table(estimates)
+        finite = [
+            [x if math.isfinite(x) else None for x in row]
+            for row in zip(*map(Tensor.tolist, scores.values()), strict=True)
+        ]
         return [
-            {**dict(zip(SCORES, row, strict=True)), "straddles": pair.straddles}
+            {**dict(zip(scores, row, strict=True)), "straddles": pair.straddles}
             for row, pair in zip(finite, pairs, strict=True)
         ]
+
+    def _need(self, example: Example) -> str:
+        """The bytes that an example takes, told from its last tokens, as the whole of it does not fit."""
+        end = Example(example.ids[-PROBE:], example.answer[-PROBE:])
+        need = pass_cost(self.model, [end], self.run.how.parameters)([example])
+        return f"{len(example)} tokens take about {need:.3g} bytes above the model's weights"

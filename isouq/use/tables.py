@@ -1,7 +1,8 @@
 """Tables of CSV, JSON Lines and Parquet: read exactly or refused by the line, written whole or not at all.
 
-A CSV cell is a text. A value of JSON Lines keeps its type, except that a number under prompt or answer is the text that
-the file has there. A Parquet cell keeps its type.
+Both go by frames of at most ROWS rows, so that memory does not grow with the length of a file. A CSV cell is a text. A
+value of JSON Lines keeps its type, except that a number under prompt or answer is the text that the file has there. A
+Parquet cell keeps its type.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import contextlib
 import csv
 import difflib
 import io
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,43 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROWS = 4096  # of a frame
 FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 kB
 
 
-def read(path: Path) -> pd.DataFrame:
-    """The table of a file that has a column prompt and, optionally, answer.
+class Source:
+    """A file that has a column prompt and, optionally, answer: read frame by frame, as often as wanted.
+
+    `names` are those of all columns. Lines of JSON may bring new ones, so they are known after a first reading.
 
     Raises ValueError naming the file, the line where there is one, what is wrong and the way out.
     """
-    reader = _format("--input", path)[0]
-    if not path.is_file():
-        raise ValueError(f"--input: there is no file {path}")
-    table = reader(path)
-    _check_names(path, list(table))
-    return table
+
+    def __init__(self, path: Path) -> None:
+        self.paths: Sequence[Path] = [path]
+        self.names: Sequence[str] = ()
+        self.reader = _format("--input", path)[0]
+        if not path.is_file():
+            raise ValueError(f"--input: there is no file {path}")
+
+    def frames(self) -> Iterator[pd.DataFrame]:
+        """The rows in order, in frames of at most ROWS; at least one, which has the columns of a file of no rows."""
+        return self.reader(self.paths[0], self.names)
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """What tells that a file was changed."""
+        stats = [path.stat() for path in self.paths]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A whole file as a table. Raises as `Source`."""
+    source = Source(path)
+    source.names = list(dict.fromkeys(name for frame in source.frames() for name in frame.columns.tolist()))
+    frames = list(source.frames())
+    whole = pd.concat(frames, ignore_index=True)
+    whole.attrs = frames[0].attrs
+    return whole
 
 
 def _format(option: str, path: Path) -> tuple[Any, Any]:
@@ -63,50 +88,81 @@ def _like(wanted: str, names: Sequence[str]) -> str | None:
     return by_letters[near[0]] if near else None
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    wrong = content.find(b"\0")
-    if wrong < 0:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            wrong = error.start
-    line = content.count(b"\n", 0, wrong) + 1
-    raise ValueError(f"{path}: line {line} is no text in UTF-8 (other encoding, gzip, Excel?); save it as UTF-8")
+def _parts(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """Lists of at most ROWS rows, one at least."""
+    rows = iter(rows)
+    yield list(itertools.islice(rows, ROWS))
+    while part := list(itertools.islice(rows, ROWS)):
+        yield part
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    rows: list[list[str]] = []
-    start, limit = 1, csv.field_size_limit(FIELD_BYTES)
+def _check_text(path: Path) -> None:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                wrong = "\0" in line.decode()
+            except UnicodeDecodeError:
+                wrong = True
+            if wrong:
+                kinds = "other encoding, gzip, Excel?"
+                raise ValueError(f"{path}: line {number} is no text in UTF-8 ({kinds}); save it as UTF-8")
+
+
+def _read_csv(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
+    rows = _csv_rows(path)
+    header = next(rows, None)
+    if header is None:
+        raise ValueError(f"{path}: the file is empty, a header with a column named 'prompt' wanted")
+    _check_names(path, header)
+    for part in _parts(rows):
+        yield pd.DataFrame(part, columns=header, dtype=pd.ArrowDtype(pa.string()))
+
+
+def _csv_rows(path: Path) -> Iterator[list[str]]:
+    _check_text(path)
+    start, width, limit = 1, 0, csv.field_size_limit(FIELD_BYTES)
     try:
-        for fields in lines:
-            if rows and fields and len(fields) != len(rows[0]):
-                raise csv.Error(f"{len(fields)} fields, the header has {len(rows[0])}")
-            rows += [fields] if fields else []
-            start = lines.line_num + 1
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            for fields in lines:
+                if fields and len(fields) != (width := width or len(fields)):
+                    raise csv.Error(f"{len(fields)} fields, the header has {width}")
+                if fields:
+                    yield fields
+                start = lines.line_num + 1
     except csv.Error as error:
         way_out = "put a field with a comma or a quote in double quotes, doubled inside"
         raise ValueError(f"{path}: line {start}: {error}; {way_out}") from error
     finally:
         csv.field_size_limit(limit)
-    if not rows:
-        raise ValueError(f"{path}: the file is empty, a header with a column named 'prompt' wanted")
-    return pd.DataFrame(rows[1:], columns=rows[0], dtype=object)
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        try:
-            rows += [_object(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            reason = str(error).replace("line 1 column", "column")
-            raise ValueError(f"{path}: line {number}: {reason}; a JSON object on every line wanted") from error
-    for keys in {tuple(row) for row in rows if "prompt" in row}:
-        _check_names(path, keys)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pd.DataFrame({name: [row.get(name) for row in rows] for name in names}, dtype=object)
+def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[pd.DataFrame]:
+    every: dict[tuple[str, ...], None] = {}  # the keys of rows, each set of them once
+    for part in _parts(row for _, row in json_lines(path)):
+        here = dict.fromkeys(tuple(row) for row in part)
+        every |= here
+        chosen = names or dict.fromkeys(name for keys in here for name in keys)
+        columns = {name: [row.get(name) for row in part] for name in chosen}
+        yield pd.DataFrame(columns, index=range(len(part)), dtype=object)
+    for keys in every if not names else ():
+        if "prompt" in keys:
+            _check_names(path, keys)
+    _check_names(path, names or list(dict.fromkeys(name for keys in every for name in keys)))
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of JSON Lines, each with the number of its line. Raises ValueError, by the line."""
+    _check_text(path)
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                content = _object(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                reason = str(error).replace("line 1 column", "column")
+                raise ValueError(f"{path}: line {number}: {reason}; a JSON object on every line wanted") from error
+            if content is not None:
+                yield number, content
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -124,16 +180,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _read_parquet(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
     try:
-        arrow = pq.read_table(path, partitioning=None)  # else a folder named x=1 would add a column x
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            _check_names(path, schema.names)
+            # pandas' own notes (index, Int64, categories) are written back, except on answer, whose type may change
+            notes = json.loads((schema.metadata or {}).get(b"pandas", "{}"))
+            notes = notes and notes | {"columns": [x for x in notes.get("columns", ()) if x["name"] != "answer"]}
+            empty = [] if file.metadata.num_rows else [schema.empty_table()]
+            for rows in itertools.chain(empty, file.iter_batches(ROWS)):
+                frame = rows.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
+                frame.attrs = notes
+                yield frame
     except pa.ArrowException as error:
         raise ValueError(f"{path}: no Parquet file: {error}") from error
-    table = arrow.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
-    # pandas' own notes (index, Int64, categories) are written back, except on answer, whose type may change
-    notes = json.loads((arrow.schema.metadata or {}).get(b"pandas", "{}"))
-    table.attrs = notes and notes | {"columns": [note for note in notes.get("columns", ()) if note["name"] != "answer"]}
-    return table
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -181,27 +242,83 @@ def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
         temporary.unlink(missing_ok=True)
 
 
+class Sink:
+    """Frames → a file in the format of `path`: all are shown to `check` first, then given to `write`.
+
+    `changed`: a later frame gave a column of Parquet another type (1, then 0.5), so that a trial has to show whether
+    the cells before it fit. Raises ValueError for cells that the format cannot hold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.suffix, self.encode = path.suffix, _format("--output", path)[1]
+        self.schema: pa.Schema | None = None  # of Parquet
+        self.changed = False
+
+    def check(self, frame: pd.DataFrame) -> None:
+        """Refuse what cannot be written; only columns that may have such cells are tried."""
+        with self._refusing():
+            if self.encode is not None:
+                self.encode(frame[[name for name in frame if not _is_plain(frame[name].dtype)]], False)
+                return
+            own = pa.Table.from_pandas(frame, preserve_index=False).schema.remove_metadata()
+            known = self.schema or own
+            self.schema = pa.unify_schemas([known, own], promote_options="permissive")
+            types = {field.name: field.type for field in self.schema}
+            self.changed |= any(types[x.name] != x.type and not pa.types.is_null(x.type) for x in (*known, *own))
+
+    def write(self, frames: Iterable[pd.DataFrame], out: io.BufferedIOBase) -> None:
+        """Write the frames, which all have the same columns."""
+        if self.encode is not None:
+            for number, frame in enumerate(frames):
+                with self._refusing():
+                    content = self.encode(frame, number == 0)
+                out.write(content)
+            return
+        writer = None
+        for frame in frames:
+            with self._refusing():
+                schema = self.schema and pa.schema([self.schema.field(name) for name in frame])
+                arrow = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+                notes = {"pandas": json.dumps(frame.attrs)} if frame.attrs else None
+                writer = writer or pq.ParquetWriter(out, arrow.schema.with_metadata(notes))
+                writer.write_table(arrow.replace_schema_metadata(notes))
+        if writer:
+            writer.close()
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise ValueError(f"--output: {self.suffix} cannot hold the table: {error}; write another format") from error
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether every format can hold all cells of a column: no lists, objects, bytes, NaN or infinities among them."""
+    if not isinstance(kind, pd.ArrowDtype):
+        return not pd.api.types.is_object_dtype(kind)
+    arrow = kind.pyarrow_dtype
+    return not (pa.types.is_nested(arrow) or pa.types.is_floating(arrow) or "binary" in str(arrow))
+
+
 def write(table: pd.DataFrame, path: Path, out: io.BufferedIOBase) -> None:
-    """Write the table to `out` in the format of `path`. Raises ValueError for cells that the format cannot hold."""
-    try:
-        _format("--output", path)[1](table, out)
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        raise ValueError(f"--output: {path.suffix} cannot hold the table: {error}; write another format") from error
+    """Write a whole table to `out` in the format of `path`. Raises as `Sink`."""
+    Sink(path).write([table], out)
 
 
-def _write_csv(table: pd.DataFrame, out: io.BufferedIOBase) -> None:
-    for name in table:
-        if any(isinstance(cell, list | dict | bytes) for cell in table[name].tolist()):
+def _csv(frame: pd.DataFrame, header: bool) -> bytes:
+    for name in frame:
+        if any(isinstance(cell, list | dict | bytes) for cell in frame[name].tolist()):
             raise ValueError(f"column {name!r} has lists, objects or bytes")
-    text = table.to_csv(index=False, lineterminator="\n")
+    text = frame.to_csv(index=False, header=header, lineterminator="\n")
     if "\r" in text:  # the csv module leaves fields with a carriage return bare
-        text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    out.write(text.encode())
+        text = frame.to_csv(index=False, header=header, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    return text.encode()
 
 
-def _write_jsonl(table: pd.DataFrame, out: io.BufferedIOBase) -> None:
-    for cells in table.to_dict("records"):
-        out.write(json.dumps(cells, ensure_ascii=False, allow_nan=False, default=_json).encode() + b"\n")
+def _jsonl(frame: pd.DataFrame, _: bool) -> bytes:
+    rows = (json.dumps(cells, ensure_ascii=False, allow_nan=False, default=_json) for cells in frame.to_dict("records"))
+    return "".join(f"{row}\n" for row in rows).encode()
 
 
 def _json(value: Any) -> str | None:
@@ -210,13 +327,4 @@ def _json(value: Any) -> str | None:
     return None if value is pd.NA else str(value)
 
 
-def _write_parquet(table: pd.DataFrame, out: io.BufferedIOBase) -> None:
-    notes = {"pandas": json.dumps(table.attrs)} if table.attrs else None
-    pq.write_table(pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(notes), out)
-
-
-FORMATS = {
-    ".csv": (_read_csv, _write_csv),
-    ".jsonl": (_read_jsonl, _write_jsonl),
-    ".parquet": (_read_parquet, _write_parquet),
-}
+FORMATS = {".csv": (_read_csv, _csv), ".jsonl": (_read_jsonl, _jsonl), ".parquet": (_read_parquet, None)}

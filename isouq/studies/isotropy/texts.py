@@ -179,13 +179,16 @@ def _reworded(tokenizer: Any, answered: pd.DataFrame | list[dict[str, Any]]) -> 
 
 
 def _trivia(tokenizer: Any, n: int, seed: int) -> list[Pair]:
-    """Return n questions of TriviaQA with their first accepted answers."""
+    """Return n questions of TriviaQA with their first accepted answers. Raises ValueError when there are fewer."""
     content = qa_study.load_questions("triviaqa")
     asked, _ = data.sample(content, len(content.questions), n_shots=0, seed=seed)
     prompts = (generation.encode_prompts(tokenizer, [content.prompt(question)])[0] for question in asked)
     golds = (generation.encode_answer(tokenizer, question.answers[0]) for question in asked)
     short = (pair for pair in zip(prompts, golds, strict=True) if len(pair[0]) + len(pair[1]) <= MAX_TOKENS)
-    return list(itertools.islice(short, n))
+    pairs = list(itertools.islice(short, n))
+    if len(pairs) < n:
+        raise ValueError(f"n: {n} questions of TriviaQA wanted, only {len(pairs)} of at most {MAX_TOKENS} tokens found")
+    return pairs
 
 
 def _prose(tokenizer: Any, n: int) -> list[Pair]:
