@@ -9,13 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from isouq import models
 from isouq.studies import assets
 
 # Repeated here so that --help does not import torch; a test compares them with the library's.
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
 ENGINES = ("auto", "ghost", "autograd")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument("--from", dest="log", nargs="+", metavar=("lm-eval", "FILE"), help=text)
     score.add_argument("--output", required=True, type=Path, help="table to write; both .csv, .jsonl or .parquet")
     text = "auto (default) is a card where there is one, all of them where the model is larger than one, else the CPU"
-    score.add_argument("--device", default="auto", choices=DEVICES, help=text)
+    score.add_argument("--device", default="auto", choices=models.DEVICES, help=text)
     text = "auto (default) is the checkpoint's own on a card, float32 on the CPU"
-    score.add_argument("--dtype", default="auto", choices=DTYPES, help=text)
+    score.add_argument("--dtype", default="auto", choices=models.DTYPES, help=text)
     score.add_argument(
         "--chat", action="store_true", help="ask by the model's chat template, a prompt being a user's turn"
     )
@@ -135,7 +134,7 @@ def _score(args: argparse.Namespace) -> int:
     from isouq.language.scoring import Scoring, aggregations_of
     from isouq.use import files, lm_eval, tables
 
-    source = lm_eval.Log(*args.log) if args.log else tables.Source(args.input)
+    source = lm_eval.Log(args.log[0], args.log[1:]) if args.log else tables.Source(args.input)
     how = Scoring(
         aggregations=aggregations_of(args.aggregation),
         engine=args.engine,

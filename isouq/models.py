@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CARD_SHARE = 0.8  # of a card's free memory that weights may take; the rest is for passes
 
 
@@ -125,8 +127,8 @@ def _placed(device: str, dtype: str, device_map: str | None) -> tuple[str, str]:
     import torch
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in ("auto", *there):
-        raise ModelError(f"device: {device!r} given, one of auto, {', '.join(there)} wanted")
+    if device not in DEVICES:
+        raise ModelError(f"device: {device!r} given, one of {', '.join(DEVICES)} wanted")
     if device_map is not None and device != "cpu":
         raise ModelError(f"device: {device!r} and device_map {device_map!r} given; leave one out")
     if device == "auto" and not there["cuda"]:

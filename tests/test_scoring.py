@@ -11,13 +11,14 @@ import sys
 import time
 from typing import get_args
 
+import letters
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, processors
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import isouq
 from isouq import cli, estimate, gradients
@@ -27,19 +28,7 @@ from isouq.use import files, tables
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A small random Llama with a tokenizer of single characters."""
-    folder = tmp_path_factory.mktemp("model")
-    letters = ["<eos>", "<unk>", "\n", *" ?:.abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    config = LlamaConfig(vocab_size=len(letters), max_position_embeddings=64, **sizes, **special)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return letters.save(tmp_path_factory.mktemp("model"))
 
 
 def score(model_folder, source, target, *more):
@@ -185,12 +174,13 @@ def test_a_run_resumes_with_another_batch_size_byte_for_byte(model_folder, tmp_p
     )
 
 
-@pytest.mark.parametrize("change", ["aggregation", "input", "weights", "tokenizer", "configuration"])
+@pytest.mark.parametrize("change", ["aggregation", "chat", "dtype", "input", "weights", "tokenizer", "configuration"])
 def test_a_run_does_not_resume_as_another(model_folder, tmp_path, interrupted, capsys, change):
     source, target, partial = interrupted
     before, options, folder = partial.read_bytes(), [], model_folder
-    if change == "aggregation":
-        options = ["--aggregation", "geometric"]
+    asked = {"aggregation": ["--aggregation", "geometric"], "chat": ["--chat"], "dtype": ["--dtype", "float64"]}
+    if change in asked:
+        options = asked[change]
     elif change == "input":
         source.write_text(source.read_text().replace("Is it b?", "Is it d?"))
     else:
@@ -210,9 +200,13 @@ def test_a_run_does_not_resume_as_another(model_folder, tmp_path, interrupted, c
     assert score(folder, source, target, *options) == 1
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert f"{partial}: 1 rows of another run" in said
-    assert {"aggregation": "aggregation 'sequence' there, 'geometric' here", "input": "input '"}.get(
-        change, "model '"
-    ) in said
+    said_of = {
+        "aggregation": "aggregation 'sequence' there, 'geometric' here",
+        "chat": "chat False there, True here",
+        "dtype": "dtype 'float32' there, 'float64' here",
+        "input": "input '",
+    }
+    assert said_of.get(change, "model '") in said
     assert "delete this file to start afresh, or name another --output" in said
     assert partial.read_bytes() == before
 
@@ -269,7 +263,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model_folder, tmp_path, capsy
     assert said.endswith(f"isouq: {partial}: No space left on device; its 2 rows stay, the same command resumes")
     assert len(read_lines(partial)) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        full = OSError(errno.ENOSPC, "No space left")
+        patch.setattr(tables.Sink, "write", lambda *args: (_ for _ in ()).throw(full))
         assert score(model_folder, source, target) == 1
     assert score(model_folder, source, target) == 0
     assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]
@@ -292,11 +287,11 @@ def test_a_run_killed_before_its_first_row_blocks_no_other(model_folder, tmp_pat
 
 
 def test_an_input_that_may_not_be_read_is_one_line(tmp_path, capsys, monkeypatch):
-    def refuse(path):
+    def refuse(path, *args, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     QUESTIONS.to_csv(tmp_path / "in.csv", index=False)
-    monkeypatch.setattr(tables.Path, "read_bytes", refuse)
+    monkeypatch.setattr(tables.Path, "open", refuse)
     assert score("no-model", tmp_path / "in.csv", tmp_path / "out.csv") == 1
     assert capsys.readouterr().err == f"isouq: [Errno 13] Permission denied: '{tmp_path / 'in.csv'}'\n"
 
@@ -341,7 +336,7 @@ def test_columns_of_any_name_are_kept_or_refused_before_the_model(model_folder, 
         row = next(csv.DictReader(file))
     assert list(row)[:5] == ["row", "answer", "index", "prompt", ""]
     assert list(row.values())[:5] == ["id-7", "yes", "007", "Is it?", "NA"]
-    for name in files.COLUMNS:
+    for name in files.columns(("sequence",)):
         source.write_text(f"prompt,answer,{name}\na,b,mine\n")
         assert score("no-model", source, target) == 1
         assert (
@@ -363,7 +358,7 @@ def test_what_the_output_cannot_hold_is_said_before_the_model(tmp_path, capsys):
 def test_a_header_alone_gives_a_header_alone(tmp_path, capsys):
     (tmp_path / "in.csv").write_text("prompt,answer,id\n")
     assert score("no-model", tmp_path / "in.csv", tmp_path / "o.csv") == 0
-    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(files.COLUMNS) + "\n"
+    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(files.columns(("sequence",))) + "\n"
 
 
 def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):

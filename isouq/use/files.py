@@ -119,7 +119,7 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
         prompts, answers = _cells(frame)
         digest.update(json.dumps([prompts, answers], default=lambda cell: [str(cell)]).encode())
         n_rows += len(frame)
-        n_missing += sum(_is_empty(cell) for cell in answers)
+        n_missing += answers.count(None) + answers.count("")
         sink.check(_blank(frame, run))
     source.names = list(names)
     if sink.changed:
@@ -130,19 +130,15 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
 
 def _cells(frame: pd.DataFrame) -> tuple[list[Any], list[Any]]:
     """The prompts and answers of a frame, None where it has no such column."""
-    prompts, answers = (frame[x].tolist() if x in frame else [None] * len(frame) for x in ("prompt", "answer"))
+    prompts, answers = (tables.cells(frame[x]) if x in frame else [None] * len(frame) for x in ("prompt", "answer"))
     return prompts, answers
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell is None or cell is pd.NA or (isinstance(cell, str) and not cell)
 
 
 def _question(prompt: Any, answer: Any) -> Question:
     """The texts of two cells. A whole number is its digits; any other value that is no text is an error."""
     texts, errors = [], []
     for name, cell in (("prompt", prompt), ("answer", answer)):
-        cell = "" if _is_empty(cell) else cell
+        cell = "" if cell is None else cell
         texts.append(str(cell) if isinstance(cell, str | Decimal) else json.dumps(cell, default=str))
         if isinstance(cell, bool) or not isinstance(cell, str | int | Decimal):
             errors.append(f"{name}: {texts[-1]:.40} given, a text wanted; write it as the text to be scored")

@@ -9,6 +9,7 @@ value but a metric may be written as a text.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Log(tables.Source):
     answer of the model's: loglikelihood of a single text, rolling loglikelihood, images, messages to an API.
     """
 
-    def __init__(self, kind: str, *paths: str) -> None:
+    def __init__(self, kind: str, paths: Sequence[str]) -> None:
         if kind != "lm-eval" or not paths:
             raise ValueError(f"--from: {' '.join((kind, *paths))} given, lm-eval and its samples_*.jsonl wanted")
         self.paths = [Path(path) for path in paths]

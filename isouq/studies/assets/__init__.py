@@ -254,7 +254,7 @@ def load_causal_lm(
     """
     from isouq.studies import require
 
-    require.one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
+    require.one_of("dtype", dtype, models.DTYPES)
     placed: Any = {"device": device, "dtype": dtype, "device_map": device_map}
     if revision is not None and name not in manifest.assets():
         name = models.at_revision(name, revision)
