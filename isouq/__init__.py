@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from isouq.language.tokens import score_each_token, trace
     from isouq.studies import assets
     from isouq.studies.assets import load_causal_lm
+    from isouq.use.calibrate import Calibrator, calibrate
+    from isouq.use.evaluate import evaluate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibrator",
     "Estimate",
     "Regression",
     "assets",
+    "calibrate",
+    "evaluate",
     "inner_products",
     "load_causal_lm",
     "plotting",
@@ -48,6 +53,8 @@ _HOMES = {
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
     **dict.fromkeys(("score_each_token", "trace"), "isouq.language.tokens"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
+    **dict.fromkeys(("Calibrator", "calibrate"), "isouq.use.calibrate"),
+    "evaluate": "isouq.use.evaluate",
     "plotting": "isouq.plotting",
 }
 _MOVED = {  # modules and packages, from before the library, its studies and the pipeline had separate folders

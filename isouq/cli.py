@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from isouq import models
 from isouq.studies import assets
+from isouq.use import commands as use
 
 # Repeated here so that --help does not import torch; a test compares them with the library's.
 AGGREGATIONS = ("sequence", "geometric", "token_mean")
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "bytes above the weights, such as 8e9, that a pass may take; decides how many rows it has"
     passes.add_argument("--memory", type=_bytes, metavar="BYTES", help=text)
     score.add_argument("--max-new-tokens", default=32, type=_positive, help="of an answer that is missing")
+
+    use.add_parsers(commands)
 
     text = "pinned models and data: list, fetch, verify"
     actions = commands.add_parser("assets", help=text, description=text).add_subparsers(metavar="ACTION", required=True)

@@ -50,7 +50,7 @@ def test_the_ratio_equals_loops_over_all_orders_of_ties(score, max_rejection) ->
 
 def test_the_ends_of_the_scale() -> None:
     _, wrong = made_up()
-    assert rejection.prr(wrong, wrong) == 1
+    assert rejection.prr(wrong, wrong) == pytest.approx(1, abs=1e-12)
     assert rejection.prr(np.zeros(60), wrong) == pytest.approx(0, abs=1e-12)
     assert rejection.aurc(np.zeros(60), wrong) == pytest.approx(wrong.mean())
     assert rejection.prr(~wrong, wrong) < -0.5

@@ -21,11 +21,12 @@ from scipy import special, stats
 from isouq.studies import require
 from isouq.studies.resamples import N_RESAMPLES as N_RESAMPLES
 from isouq.studies.resamples import Column as Column
+from isouq.studies.resamples import Pooled, by_blocks, one_by_one
 from isouq.studies.resamples import Resamples as Resamples
+from isouq.studies.resamples import Statistic as Statistic
 from isouq.studies.resamples import UndefinedStatisticError as UndefinedStatisticError
+from isouq.studies.resamples import Weights as Weights
 
-# Scores (example,) or (resample, example), wrong (example,) and weights (resample, example) to values (resample,).
-Statistic = Callable[[Column, NDArray[np.bool_], Column], Column]
 N_AS_IN_PAPER = 300  # resamples behind the paper's mean ± standard deviation
 MIN_PER_CLASS = 10  # with fewer right or fewer wrong answers than this, an AUROC is not reported
 CONSTANT = 1e-9  # of a column's largest absolute value; what varies by less is rounding
@@ -174,7 +175,7 @@ def bootstrap_interval(
     plan = Resamples.of(arrays[0], clusters=clusters, n_resamples=n_resamples, seed=seed)
     value, rows = _value(statistic, arrays), np.arange(len(arrays[0]))
 
-    def draw(counts: Column) -> float:
+    def draw(counts: Weights) -> float:
         try:
             return _value(statistic, [array[np.repeat(rows, counts.astype(int))] for array in arrays])
         except UndefinedStatisticError:
@@ -246,10 +247,20 @@ def max_t(rankings: Sequence[Ranking]) -> float:
     return max(float(np.quantile(away.max(axis=0), 0.95)), -float(special.ndtri(0.025)))
 
 
-def ranking(score: ArrayLike, wrong: ArrayLike, plan: Resamples, statistic: Statistic | None = None) -> Ranking:
-    """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`."""
+def ranking(
+    score: ArrayLike,
+    wrong: ArrayLike,
+    plan: Resamples,
+    statistic: Statistic | None = None,
+    *,
+    out_of_bag: bool = True,
+) -> Ranking:
+    """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`.
+
+    `out_of_bag`: whether also on those left out, which only a comparison with a fitted score asks for.
+    """
     score, wrong = _score_and_wrong(score, wrong)
-    return _rank(functools.partial(statistic or weighted_auroc, score, wrong), wrong, plan)
+    return _rank(functools.partial(statistic or weighted_auroc, score, wrong), wrong, plan, out_of_bag)
 
 
 def stratified_ranking(score: ArrayLike, wrong: ArrayLike, stratum: ArrayLike, plan: Resamples) -> Ranking:
@@ -268,31 +279,33 @@ def _require_strata(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> None:
         raise UndefinedStatisticError("no stratum holds both right and wrong answers")
 
 
-def _rank(of: Callable[[Column], Column], wrong: NDArray[np.bool_], plan: Resamples) -> Ranking:
+def _rank(of: Callable[[Weights], Column], wrong: NDArray[np.bool_], plan: Resamples, unseen: bool = True) -> Ranking:
     if plan.counts.shape[1] != len(wrong):
         raise ValueError(f"plan: resamples of {plan.counts.shape[1]} questions given, of {len(wrong)} wanted")
     value = _defined_on_all(of(np.ones((1, len(wrong)))), wrong)
-    draws, out_of_bag, jackknife = (of(part) for part in (plan.counts, plan.unseen, plan.left_out))
+    draws, jackknife = of(plan.counts), of(plan.left_out)
+    out_of_bag = of(plan.unseen) if unseen else np.full(len(draws), np.nan)
     n_units = min(len(plan.left_out), int(wrong.sum()), int((~wrong).sum()))
     return Ranking(value, draws, out_of_bag, jackknife, len(wrong), n_units)
 
 
 def weighted_auroc(
-    score: Column, wrong: NDArray[np.bool_], weights: Column, codes: NDArray[np.int64] | None = None
+    score: Column, wrong: NDArray[np.bool_], weights: Weights, codes: NDArray[np.int64] | None = None
 ) -> Column:
     """Return the AUROC of every row of `weights` (resample, example), by ranks; NaN where a class has no weight.
 
     score: (example,) or, where it differs between resamples, (resample, example). codes: (example,) strata; only pairs
     within one count.
     """
+    if codes is None and score.ndim == 1:
+        return by_blocks(functools.partial(_auroc, Pooled.of(score, wrong)), weights)
+    if codes is None and score.size > 2000 * 500:
+        return one_by_one(weighted_auroc, score, wrong, weights)
     codes = np.zeros(len(wrong), dtype=int) if codes is None else codes
-    if score.ndim == 1:  # one order serves every resample
-        order = np.lexsort((score, codes))
-        score, w, is_wrong, codes = score[None, order], weights[:, order], wrong[None, order], codes[None, order]
-    else:
-        order = np.lexsort((score, np.broadcast_to(codes, score.shape)), axis=1)
-        score, w = np.take_along_axis(score, order, 1), np.take_along_axis(weights, order, 1)
-        is_wrong, codes = wrong[order], codes[order]
+    score = np.broadcast_to(score, weights.shape)
+    order = np.lexsort((score, np.broadcast_to(codes, score.shape)), axis=1)
+    score, w = np.take_along_axis(score, order, 1), np.take_along_axis(weights, order, 1)
+    is_wrong, codes = wrong[order], codes[order]
     right, wrong_weight = np.where(is_wrong, 0.0, w), np.where(is_wrong, w, 0.0)
     # A run is a group of tied scores in one stratum. A wrong answer wins against the right ones of its stratum before
     # its run, and half of those in it. Cumulated weights never fall, so a running maximum carries the weight at the
@@ -311,6 +324,16 @@ def weighted_auroc(
     concordant = np.sum(wrong_weight * ((run_start + run_end) / 2 - stratum_start), axis=1)
     pairs = np.sum(wrong_weight * (stratum_end - stratum_start), axis=1)
     return np.divide(concordant, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
+
+
+def _auroc(pools: Pooled, weights: Weights) -> Column:
+    """Return the AUROC by the rank sum of wrong answers: the sum of ranks up to r is r²/2, but for the half of ties."""
+    ranks = pools.cumulated(weights).astype(float)
+    n_wrong = pools.total(ranks)
+    ties = np.sum(pools.sizes(ranks, pools.tied) * pools.sizes(ranks, pools.tied + 1), axis=1)
+    pairs = n_wrong * (ranks[:, -1] - n_wrong)
+    concordant = (pools.total(ranks**2) - n_wrong**2 - ties) / 2
+    return np.divide(concordant, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:

@@ -7,6 +7,7 @@ rivals are fitted on the same resamples and the same folds.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,18 +25,20 @@ from isouq.studies.evaluation import (
     Resamples,
     Statistic,
     UndefinedStatisticError,
+    Weights,
     defined,
     moderate,
     on_all,
     weighted_auroc,
 )
+from isouq.studies.resamples import by_blocks, one_by_one
 
 N_BINS = 5  # of the calibration error
 N_REPEATS = 20  # of the folds behind a fitted score's own value
 FLAT = 1e-3  # standard deviations; a ridge does not see features whose values mostly lie nearer to each other
 
 
-def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     """Fit a logistic regression to every row of `weights` (fit, example) at once, by Newton's method.
 
     The penalty is scikit-learn's default (C = 1), on features standardised with each fit's own mean and spread.
@@ -44,6 +47,10 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Column) ->
 
     Raises RuntimeError if a fit does not converge.
     """
+    return by_blocks(functools.partial(_newton, features, wrong), weights)
+
+
+def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     x = np.column_stack([np.ones(len(features)), features])
     products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
     n_fits, size = len(weights), x.shape[1]
@@ -120,35 +127,50 @@ def ece(probability: ArrayLike, wrong: ArrayLike) -> float:
     return on_all(weighted_ece, _probability(probability), wrong)
 
 
-def weighted_log_score(log_odds: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+def weighted_log_score(log_odds: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     """Return the mean log-probability of what happened, in nats per answer, of every row of `weights`."""
     return _mean(special.log_expit(np.where(wrong, log_odds, -log_odds)), weights)
 
 
-def weighted_brier(probability: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+def weighted_brier(probability: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     """Return the Brier score of every row of `weights`; see `evaluation.Statistic`."""
     return _mean((probability - wrong) ** 2, weights)
 
 
-def weighted_ece(probability: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+def weighted_ece(probability: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     """Return the calibration error of every row of `weights`, in bins of equal weight; see `evaluation.Statistic`."""
-    values = np.full(len(weights), np.nan)
-    for row, (p, w) in enumerate(zip(np.broadcast_to(probability, weights.shape), weights, strict=True)):
-        if w.any():
-            run = np.unique(p, return_inverse=True)[1]
-            mass = np.bincount(run, w)
-            middle = np.cumsum(mass) - mass / 2
-            gaps = np.bincount((N_BINS * middle / mass.sum()).astype(int)[run], w * (p - wrong))
-            values[row] = np.abs(gaps).sum() / mass.sum()
-    return values
+    if probability.ndim > 1:
+        return one_by_one(weighted_ece, probability, wrong, weights)
+    order = np.argsort(probability)
+    last = np.flatnonzero(np.append(probability[order][1:] != probability[order][:-1], True))
+
+    def of(weights: Weights) -> Column:
+        sorted_weights = weights[:, order].astype(float)
+        mass, gap = (
+            np.diff(np.cumsum(column, axis=1)[:, last], axis=1, prepend=0)
+            for column in (sorted_weights, sorted_weights * (probability - wrong)[order])
+        )
+        total = mass.sum(axis=1, keepdims=True)
+        bins = (N_BINS * (np.cumsum(mass, axis=1) - mass / 2) / np.maximum(total, 1)).astype(int)
+        bins += N_BINS * np.arange(len(bins))[:, None]
+        gaps = np.bincount(bins.ravel(), gap.ravel(), N_BINS * len(bins)).reshape(-1, N_BINS)
+        return np.abs(gaps).sum(axis=1) / np.where(total > 0, total, np.nan)[:, 0]
+
+    return by_blocks(of, weights)
 
 
 def of_probability(statistic: Statistic) -> Statistic:
     """Return a statistic of log-odds that is `statistic` of the probabilities they stand for."""
-    return lambda log_odds, wrong, weights: statistic(special.expit(log_odds), wrong, weights)
+
+    def of_log_odds(log_odds: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
+        if log_odds.ndim == 1:
+            return statistic(special.expit(log_odds), wrong, weights)
+        return by_blocks(lambda w, z: statistic(special.expit(z), wrong, w), weights, log_odds)
+
+    return of_log_odds
 
 
-def _mean(values: Column, weights: Column) -> Column:
+def _mean(values: Column, weights: Weights) -> Column:
     total = weights.sum(axis=1)
     weighted = np.where(weights > 0, weights * values, 0.0).sum(axis=1)
     return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
@@ -193,7 +215,7 @@ class Fit:
     def ranking(self, statistic: Statistic = weighted_auroc) -> Ranking:
         """Return the AUROC, or another `statistic` of log-odds: out of fold, mean over repeats, and out of bag."""
         value = statistic(self.out_of_fold, self.wrong, np.ones(self.out_of_fold.shape)).mean()
-        undefined = np.isnan(self.out_of_bag).any(axis=1)  # a resample of one class has no fit
+        undefined = np.isnan(self.beta).any(axis=1)  # a resample of one class has no fit
         draws = np.where(undefined, np.nan, statistic(self.out_of_bag, self.wrong, self.plan.unseen))
         n_units = min(len(self.plan.left_out), int(self.wrong.sum()), int((~self.wrong).sum()))
         return Ranking(float(value), draws, draws, None, len(self.wrong), n_units)

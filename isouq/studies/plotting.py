@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
@@ -38,6 +37,7 @@ METHODS: dict[str, Method] = {
     "epistemic": Method("#0072B2", "o", "epistemic"),
     "combined": Method("#7B3294", "D", "epistemic & aleatoric"),
     "likelihood": Method("#555555", "X", "negative log-likelihood"),
+    "likelihood_per_token": Method("#6B6B47", (3, 2, 0), "the same per token"),
     "log_gradient": Method("#3B93C9", "<", "log G"),
     "mcmc": Method("#000000", "*", "MCMC"),
     "laplace": Method("#CC79A7", "h", "Laplace"),
@@ -69,6 +69,8 @@ def use_style() -> None:
 
     Call it once at the top of a notebook. Outside IPython it only sets matplotlib's parameters.
     """
+    import seaborn as sns  # here alone, so that colours and axes need matplotlib only
+
     sns.set_theme(context="notebook", style="ticks", font_scale=0.85)
     plt.rcParams.update(
         {
@@ -251,6 +253,23 @@ def spread_curves(problem, curves: Mapping[str, np.ndarray], ax: Axes) -> Axes:
         ax.plot(problem.grid[:, 0], height, color=colour, marker=marker, markevery=12, markersize=4, label=label)
     ax.plot(problem.inputs[:, 0], np.full(len(problem.inputs), -0.03), "|", color="#444444", markersize=6)
     ax.set(xlabel="input $x$", ylabel="standard deviation\n(largest = 1)", ylim=(-0.06, 1.05))
+    return ax
+
+
+def accuracy_by_share(curves: Mapping[str, np.ndarray], ax: Axes, *, right: float) -> Axes:
+    """Draw the share of right answers among those given against the share given, the least certain left out first.
+
+    `curves`: key of METHODS or another name → the share of right ones among the k most certain, (k,). `right`: the
+    share among all, which random order keeps (dashed). Dotted: a score that knows which answers are wrong.
+    """
+    for name, curve in curves.items():
+        colour, marker, label = METHODS.get(name, Method("#000000", f"${name[:1]}$", name))
+        share, every = np.arange(1, len(curve) + 1) / len(curve), max(1, len(curve) // 5)
+        ax.plot(share, curve, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1, label=label)
+    share = np.linspace(0.01, 1, 100)
+    ax.axhline(right, **GUIDE)
+    ax.plot(share, np.minimum(1, right / share), color="#777777", linestyle=":", linewidth=1)
+    ax.set(xlabel="share answered", ylabel="right, of those", xlim=(0, 1.02), ylim=(-0.02, 1.04))
     return ax
 
 

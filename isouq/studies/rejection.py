@@ -10,9 +10,11 @@ import functools
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from isouq.studies import require
-from isouq.studies.evaluation import Column, on_all
+from isouq.studies.evaluation import Column, Weights, on_all
+from isouq.studies.resamples import Pooled, by_blocks, one_by_one
 
 MAX_REJECTION = 0.5  # the rejection ratio counts while less than this share is left unsaid; 1: down to one answer
 
@@ -47,25 +49,58 @@ def prr(score: ArrayLike, wrong: ArrayLike, *, max_rejection: float = MAX_REJECT
     return on_all(functools.partial(weighted_prr, max_rejection=limit), score, wrong)
 
 
-def weighted_aurc(score: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
+def weighted_aurc(score: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
     """Return the AURC of every row of `weights`, which are counts; see `evaluation.Statistic`."""
-    rows = zip(np.broadcast_to(score, weights.shape), weights, strict=True)
-    return np.array([1 - _curve(s, wrong, w).mean() if w.any() else np.nan for s, w in rows])
+    if score.ndim > 1:
+        return one_by_one(weighted_aurc, score, wrong, weights)
+    return 1 - _accuracy(score, wrong, weights, weights.sum(axis=1))
 
 
 def weighted_prr(
-    score: Column, wrong: NDArray[np.bool_], weights: Column, max_rejection: float = MAX_REJECTION
+    score: Column, wrong: NDArray[np.bool_], weights: Weights, max_rejection: float = MAX_REJECTION
 ) -> Column:
     """Return the rejection ratio of every row of `weights`, which are counts; NaN where a class has no weight."""
-    values = np.full(len(weights), np.nan)
-    for row, (s, w) in enumerate(zip(np.broadcast_to(score, weights.shape), weights, strict=True)):
-        n, n_wrong = int(w.sum()), w @ wrong
-        if 0 < n_wrong < n and (n_rejected := int(max_rejection * n)):
-            random = 1 - n_wrong / n
-            area, oracle = (_curve(x, wrong, w)[-n_rejected:].mean() for x in (s, wrong.astype(float)))
-            if oracle > random:  # of two answers no one is left unsaid, and all orders are alike
-                values[row] = (area - random) / (oracle - random)
-    return values
+    if score.ndim > 1:
+        return one_by_one(functools.partial(weighted_prr, max_rejection=max_rejection), score, wrong, weights)
+    n, n_wrong = weights.sum(axis=1), weights @ wrong
+    n_right, rejected = n - n_wrong, (max_rejection * n).astype(int)
+    full = np.maximum(n - rejected, n_right)  # the oracle's accuracy falls from here on, and is 1 before
+    above = special.digamma(n + 1) - special.digamma(full + 1)  # the sum of 1/k over k from full + 1 to n
+    defined = (n_right > 0) & (n_wrong > 0) & (rejected > 1)  # of one number of answers kept, all orders are alike
+    rejected, n = np.where(defined, rejected, 1), np.where(defined, n, 1)
+    oracle, random = (full - n + rejected + n_right * above) / rejected, n_right / n
+    area = _accuracy(score, wrong, weights, rejected)
+    return np.divide(area - random, oracle - random, out=np.full(len(n), np.nan), where=defined)
+
+
+def _accuracy(score: Column, wrong: NDArray[np.bool_], weights: Weights, rejected: Weights) -> Column:
+    """Return the mean accuracy of the k most certain answers over the `rejected` (resample,) largest k; NaN for none.
+
+    The answer in place j is one of the k most certain for all k from j on. With H(j) = 1 + 1/2 + … + 1/j its share of
+    the sum over k above `first` is H(n) − H(max(j − 1, first)), of which `gone` has the second part, cumulated over
+    places. Tied answers have the mean of their places.
+    """
+    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, weights.sum(axis=1).max(initial=0) + 1)))
+    summed = np.append(0.0, np.cumsum(harmonic[:-1]))
+    pools = Pooled.of(score, wrong)
+
+    def of(weights: Weights, rejected: Weights) -> Column:
+        places = pools.cumulated(weights).astype(int)
+        n, first = places[:, -1:], places[:, -1:] - rejected[:, None]
+        gone = summed.take(places)
+        if first.any():
+            flat = first * harmonic[first]
+            gone = np.where(places <= first, places * harmonic[first], gone - summed[first] + flat)
+        right, wrong = (pools.sizes(places, pools.tied + k) for k in (0, 1))
+        of_right, of_wrong = (pools.sizes(gone, pools.tied + k) for k in (0, 1))
+        both, swapped = right + wrong, right * of_wrong - wrong * of_right
+        swapped = np.divide(swapped, both, out=np.zeros(both.shape), where=both > 0)
+        spent = gone[:, -1] - pools.total(gone) + swapped.sum(axis=1)
+        n_right = n[:, 0] - pools.total(places)
+        total = n_right * harmonic[n[:, 0]] - spent
+        return np.divide(total, rejected, out=np.full(len(total), np.nan), where=rejected > 0)
+
+    return by_blocks(of, weights, rejected)
 
 
 def _curve(score: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:

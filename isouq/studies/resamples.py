@@ -1,9 +1,11 @@
-"""Which rows a bootstrap draws: the same for every statistic that is computed on them."""
+"""Which rows a bootstrap draws, the same for every statistic, and how a statistic is computed on all resamples."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from isouq.studies import require
 
 N_RESAMPLES = 2000
+MOST_LEFT_OUT = 1000  # parts of the jackknife; of more clusters, several are left out at a time
 Column = NDArray[np.float64]
+Weights = NDArray[np.number]  # how often each row counts, (resample, row)
+# Scores (example,) or (resample, example), wrong (example,) and weights (resample, example) to values (resample,).
+Statistic = Callable[[Column, NDArray[np.bool_], Weights], Column]
+BLOCK = 2**18  # numbers at a time, which a core's cache holds
 
 
 class UndefinedStatisticError(ValueError):
@@ -23,17 +30,18 @@ class Resamples:
     """Bootstrap resamples of the rows, the same for every statistic that is computed on them.
 
     counts: (resample, row), how often each row was drawn. left_out: (cluster, row), ones but for one cluster's rows,
-    for the jackknife.
+    for the jackknife; with more than MOST_LEFT_OUT clusters, but for one of so many sets of them, which tell the same
+    acceleration. Both int32: half the memory, and cumulated several times as fast as floats.
     """
 
-    counts: Column
-    left_out: Column
+    counts: NDArray[np.int32]
+    left_out: NDArray[np.int32]
     seed: int
 
     @property
-    def unseen(self) -> Column:
+    def unseen(self) -> NDArray[np.int32]:
         """Ones where a resample left a row out, (resample, row)."""
-        return (self.counts == 0).astype(float)
+        return (self.counts == 0).astype(np.int32)
 
     @classmethod
     def of(
@@ -69,8 +77,65 @@ class Resamples:
             names = [str(name).encode() for name in np.unique(require.array_of("clusters", clusters))]
             numbers = [int.from_bytes(hashlib.sha256(name).digest()[:8]) for name in names]
             columns = [np.random.default_rng([seed, number]).poisson(1.0, n_resamples) for number in numbers]
-            counts = np.stack(columns, axis=1).astype(float)
+            counts = np.stack(columns, axis=1).astype(np.int32)
         else:
-            drawn = np.random.default_rng(seed).integers(0, n_clusters, (n_resamples, n_clusters))
-            counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n_clusters).astype(float)
-        return cls(counts[:, codes], 1.0 - np.eye(n_clusters)[:, codes], seed)
+            counts = np.empty((n_resamples, n_clusters), np.int32)
+            rng = np.random.default_rng(seed)
+            for row in counts:
+                row[:] = np.bincount(rng.integers(0, n_clusters, n_clusters), minlength=n_clusters)
+        n_parts = min(n_clusters, MOST_LEFT_OUT)
+        left_out = (codes % n_parts != np.arange(n_parts)[:, None]).astype(np.int32)
+        return cls(counts if clusters is None else counts[:, codes], left_out, seed)
+
+
+class Pooled(NamedTuple):
+    """Answers in the order of a score, in pools: neighbours that are all right or all wrong are one for any ranking.
+
+    order: (example,). last: (pool,), each pool's end in that order. wrong: (pool,). tied: the pools of right answers
+    whose scores are also those of the wrong answers in the pool behind.
+    """
+
+    order: NDArray[np.int64]
+    last: NDArray[np.int64]
+    wrong: NDArray[np.bool_]
+    tied: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, score: Column, wrong: NDArray[np.bool_]) -> Pooled:
+        """Sort and pool, `score` and `wrong` (example,)."""
+        order = np.argsort(score)
+        if (score[order][1:] == score[order][:-1]).any():  # right answers first among tied ones
+            order = np.lexsort((wrong, score))
+        score, wrong = score[order], wrong[order]
+        first = np.append(True, score[1:] != score[:-1])
+        run = np.cumsum(first) - 1
+        mixed = (np.bincount(run, wrong) % np.bincount(run) > 0)[run]
+        ends = (wrong[1:] != wrong[:-1]) | (first[1:] & (mixed[1:] | mixed[:-1]))
+        last = np.flatnonzero(np.append(ends, True))
+        return cls(order, last, wrong[last], np.flatnonzero(run[last[1:]] == run[last[:-1]]))
+
+    def cumulated(self, weights: Weights) -> Weights:
+        """Return the weight of each pool and all before it, (resample, pool)."""
+        return np.cumsum(weights.take(self.order, 1), axis=1, dtype=weights.dtype).take(self.last, 1)
+
+    def sizes(self, cumulated: Weights, pools: NDArray[np.int64]) -> Weights:
+        """Return the weight of some pools, (resample, pool)."""
+        return cumulated[:, pools] - np.where(pools > 0, cumulated[:, pools - 1], 0)
+
+    def total(self, cumulated: Weights) -> Column:
+        """Return the sum over wrong pools of what a function of the cumulated weight, 0 at 0, gains in them."""
+        return cumulated @ (self.wrong * 1.0 - np.append(self.wrong[1:], False))
+
+
+def by_blocks(of: Callable[..., Column], weights: Weights, *others: Weights) -> Column:
+    """Return `of` some rows of `weights` (resample, example) at a time, and of the same rows of `others`, joined."""
+    size = max(1, BLOCK // weights.shape[1])
+    parts = [slice(start, start + size) for start in range(0, len(weights), size)]
+    return np.concatenate([of(weights[part], *(other[part] for other in others)) for part in parts])
+
+
+def one_by_one(statistic: Statistic, score: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
+    """Return a statistic of scores (resample, example) that differ, each of the answers that have weight alone."""
+    used = [np.flatnonzero(row) for row in weights]
+    rows = zip(score, weights, used, strict=True)
+    return np.array([statistic(s[u], wrong[u], w[None, u])[0] if len(u) else np.nan for s, w, u in rows])

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from isouq.studies import evaluation, fits
-from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError
+from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError, Weights
 from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, result_of, scored
 from isouq.studies.results import Result
 
@@ -64,7 +63,7 @@ def agreement(tables: Mapping[str, pd.DataFrame], analysis: Analysis) -> dict[st
 def _over_resamples(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, analysis: Analysis) -> Ranking:
     """A statistic of the table's rows, on all and on each resample."""
 
-    def draw(counts: NDArray[np.float64]) -> float:
+    def draw(counts: Weights) -> float:
         try:
             return statistic(table.iloc[np.repeat(np.arange(len(table)), counts.astype(int))])
         except UndefinedStatisticError:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from isouq.studies import plotting
 from isouq.studies.evaluation import Ranking
-from isouq.studies.plotting import GUIDE, METHODS
+from isouq.studies.plotting import GUIDE
 from isouq.studies.qa import analysis, details, tables
 from isouq.studies.qa.analysis import HEADLINE, Analysis
 from isouq.studies.qa.details import Pair
@@ -68,15 +68,8 @@ def accuracies(answers: Mapping[Pair, pd.DataFrame], analysed: Analysis) -> Figu
     """
 
     def draw(ax: Axes, pair: Pair) -> None:
-        for name, curve in details.curves(answers[pair], analysed).items():
-            colour, marker, label = METHODS[name]
-            share, every = np.arange(1, len(curve) + 1) / len(curve), max(1, len(curve) // 5)
-            ax.plot(share, curve, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1, label=label)
-        share = np.linspace(0.01, 1, 100)
         right = float(analysis.scored(answers[pair])["right"].mean())
-        ax.axhline(right, **GUIDE)
-        ax.plot(share, np.minimum(1, right / share), color="#777777", linestyle=":", linewidth=1)
-        ax.set(xlabel="share answered", ylabel="right, of those", xlim=(0, 1.02), ylim=(-0.02, 1.04))
+        plotting.accuracy_by_share(details.curves(answers[pair], analysed), ax, right=right)
 
     return _each(answers, draw, aspect=0.95)
 

@@ -1,0 +1,325 @@
+"""Scores and labels → the probability that an answer is wrong, and from where on to answer: `isouq calibrate`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from isouq.use import about as about_run
+from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes from there, or is imported when used
+    N_FOLDS,
+    Column,
+    Ranking,
+    Resamples,
+    evaluation,
+    features_of,
+    fits,
+    labelled,
+    require,
+    resamples,
+    with_scores,
+)
+
+METHODS = ("logistic", "isotonic")
+N_REPEATS = 20  # of the folds
+Ends = tuple[float, float, float]  # a value and its 95 % interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrator:
+    """A fitted map from scores to the probability that an answer is wrong.
+
+    Attributes:
+        score: What it is made of: "combined" (log U_E and log U_A), another name that `evaluate` knows, or a column.
+        method: "logistic", or "isotonic": a rising step function of the logistic log-odds.
+        coefficients: Of the logistic regression: the intercept, then one for each feature, in log-odds.
+        knots: Of "isotonic": log-odds and probabilities, between which it is linear; None for "logistic".
+        n: The number of labelled answers.
+        brier: The Brier score on answers that the fit has not seen, with its 95 % interval over refits.
+        ece: The calibration error there, in 5 bins of as many answers each, with its interval.
+        abstain: The accuracy asked for, None where none was.
+        threshold: Answer where p_wrong is at most this, None without `abstain`.
+        accuracy: The share of right ones among the answered, by thresholds chosen on other folds, with its interval.
+        answered: The share of answers given, with its interval.
+        about: Model, weights, aggregation and dtype of the scores; None where their file does not say.
+        version: Of isouq.
+
+    Raises:
+        ValueError: A file is no calibrator, or a table lacks a column or has scores that are not finite (by row).
+
+    Example:
+        >>> import numpy as np, pandas as pd
+        >>> rng = np.random.default_rng(0)
+        >>> log_prob = -rng.gamma(2.0, size=200)
+        >>> table = pd.DataFrame({"log_prob": log_prob, "right": rng.random(200) < np.exp(log_prob)})
+        >>> mine = isouq.calibrate(table, score="likelihood", n_resamples=100)
+        >>> mine.save(folder + "/mine.json")
+        >>> p_wrong = isouq.Calibrator.load(folder + "/mine.json").apply(table)
+        >>> abs(p_wrong.mean() - (~table["right"]).mean()) < 0.01
+        True
+    """
+
+    score: str
+    method: str
+    coefficients: tuple[float, ...]
+    knots: tuple[tuple[float, ...], tuple[float, ...]] | None
+    n: int
+    brier: Ends
+    ece: Ends
+    abstain: float | None = None
+    threshold: float | None = None
+    accuracy: Ends | None = None
+    answered: Ends | None = None
+    about: Mapping[str, str] | None = None
+    version: str = ""
+
+    def apply(self, table: pd.DataFrame) -> pd.Series:
+        """Return p_wrong of every row; NaN for rows with an `error`."""
+        scored = with_scores(table)
+        p_wrong = pd.Series(np.nan, index=range(len(table)), name="p_wrong")
+        if len(scored):
+            p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
+        return p_wrong.set_axis(table.index)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps({"isouq calibrator": asdict(self)}, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibrator:
+        """Read what `save` wrote."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))["isouq calibrator"]
+            lists = {name: tuple(x) for name, x in fields.items() if isinstance(x, list)}
+            if fields["knots"]:
+                lists["knots"] = tuple(map(tuple, fields["knots"]))
+            return cls(**fields | lists)
+        except FileNotFoundError:
+            raise ValueError(f"calibrator: there is no file {path}") from None
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path}: no calibrator, one that `isouq calibrate` wrote wanted ({error})") from error
+
+    def __str__(self) -> str:
+        """Return what it is and how well it does, in a few lines."""
+        lines = [
+            f"{self.method} calibrator of {self.score}, fitted on {self.n} answers",
+            f"on answers that the fit has not seen: Brier {_shown(self.brier)}, calibration error {_shown(self.ece)}",
+        ]
+        if self.threshold is not None and self.accuracy and self.answered:
+            lines.append(f"answer where p_wrong <= {self.threshold:.4f}: accuracy {_shown(self.accuracy)}")
+            lines[-1] += f" ({self.abstain:g} asked for), share answered {_shown(self.answered)}"
+        return "\n".join(lines)
+
+
+def _shown(ends: Ends) -> str:
+    return f"{ends[0]:.3f} [{ends[1]:.3f}, {ends[2]:.3f}]"
+
+
+def calibrate(
+    table: pd.DataFrame,
+    right: str = "right",
+    *,
+    score: str = "combined",
+    method: str = "logistic",
+    abstain: float | None = None,
+    about: Mapping[str, str] | None = None,
+    n_resamples: int = evaluation.N_RESAMPLES,
+    seed: int = 0,
+) -> Calibrator:
+    """Fit the probability that an answer is wrong to labelled scores.
+
+    Args:
+        table: What `score_texts` or `isouq score` gives, with a column of labels. Rows with an `error` are left out.
+        right: The column of labels: true and false, 1 and 0, or yes and no.
+        score: "combined" (log U_E and log U_A), another name that `evaluate` knows, or a column of the table.
+        method: "logistic", or "isotonic", which bends the logistic log-odds; it takes more labels.
+        abstain: An accuracy to keep among the answered, between 0 and 1: finds the threshold on p_wrong for it.
+        about: What the scores were made with, as `isouq.use.about.about_of` reads it from their file.
+        n_resamples: Bootstrap resamples behind the intervals, at least 40.
+        seed: Of the resamples and folds.
+
+    Returns:
+        A `Calibrator`, fitted on all answers. Its Brier and calibration errors are of answers that a fit has not seen:
+        values by 5 folds, 20 times, intervals by refits in every resample, tried on the answers left out. The threshold
+        is the largest whose answered ones, by out-of-fold p_wrong, are as accurate as asked for; the accuracy reported
+        is of thresholds chosen without the fold that they are tried on, with the rows resampled.
+
+    Raises:
+        ValueError: As `evaluate`; an unknown method, `abstain` outside (0, 1), fewer right or wrong answers than folds,
+            or an accuracy that no threshold keeps among at least 10 answers.
+
+    Example:
+        >>> import numpy as np, pandas as pd
+        >>> rng = np.random.default_rng(0)
+        >>> log_prob = -rng.gamma(1.0, size=300)
+        >>> table = pd.DataFrame({"log_prob": log_prob, "right": rng.random(300) < np.exp(log_prob)})
+        >>> mine = isouq.calibrate(table, score="likelihood", abstain=0.7, n_resamples=100)
+        >>> mine.method, mine.n, bool(0 < mine.threshold < 1)
+        ('logistic', 300, True)
+    """
+    require.one_of("method", method, METHODS)
+    if abstain is not None:
+        abstain = require.number("abstain", abstain, 0.0, 1.0)
+    used, wrong, _ = labelled(table, right)
+    if min(wrong.sum(), (~wrong).sum()) < N_FOLDS:
+        given = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
+        raise ValueError(f"{right}: {given} given, of each as many as the {N_FOLDS} folds wanted; label more")
+    features = features_of(used, score)
+    plan = resamples(wrong, n_resamples, seed)
+    folds = _folds(wrong, seed)
+    held_out = _held_out(features, wrong, folds, method)
+    errors = _errors(features, wrong, held_out, plan, method)
+    [fitted] = _fit(features, wrong, np.ones((1, len(wrong))), method)
+    found = Calibrator(
+        score=score,
+        method=method,
+        coefficients=tuple(fitted.coefficients.tolist()),
+        knots=fitted.knots,
+        n=len(wrong),
+        brier=errors["brier"],
+        ece=errors["ece"],
+        about=dict(about) if about else None,
+        version=metadata.version("isouq"),
+    )
+    return found if abstain is None else _with_threshold(found, abstain, held_out, wrong, folds, plan)
+
+
+def for_run(path: str | Path, about: Mapping[str, str]) -> Calibrator:
+    """Return the calibrator of a file for scores of a run, which `about` describes as `isouq.use.about.of_run` does.
+
+    Raises ValueError for one made of another model, aggregation or dtype. Where it does not say, a warning says so.
+    """
+    found = Calibrator.load(path)
+    if found.about is None:
+        warnings.warn(f"{path}: made of scores that do not say which model they are of; not checked", stacklevel=2)
+    elif different := about_run.differences(dict(found.about), dict(about)):
+        raise ValueError(f"calibrator: {path} is of other scores ({different}); calibrate on scores of this run")
+    return found
+
+
+def p_wrong(path: str | Path, about: Mapping[str, str], table: pd.DataFrame) -> pd.Series:
+    """Return the column p_wrong of a run's scores. Raises as `for_run` and `Calibrator.apply`."""
+    return for_run(path, about).apply(table)
+
+
+# ---- fits ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """Features (row, feature) → p_wrong (row,)."""
+
+    coefficients: Column
+    knots: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+    def __call__(self, features: Column) -> Column:
+        log_odds = self.coefficients[0] + features @ self.coefficients[1:]
+        return np.exp(-np.logaddexp(0, -log_odds)) if self.knots is None else np.interp(log_odds, *self.knots)
+
+
+def _fit(features: Column, wrong: NDArray[np.bool_], weights: Any, method: str) -> list[_Map]:
+    """One map for each row of `weights`, by the answers that have weight; NaN for rows of one class."""
+    maps = [_Map(beta, None) for beta in fits.fit_logistic(features, wrong, weights)]
+    return maps if method == "logistic" else [_steps(*of, features, wrong) for of in zip(maps, weights, strict=True)]
+
+
+def _steps(line: _Map, weights: Column, features: Column, wrong: NDArray[np.bool_]) -> _Map:
+    from sklearn.isotonic import IsotonicRegression
+
+    if np.isnan(line.coefficients).any():
+        return line
+    used = np.flatnonzero(weights)
+    log_odds = line.coefficients[0] + features[used] @ line.coefficients[1:]
+    steps = IsotonicRegression(y_min=0, y_max=1).fit(log_odds, wrong[used].astype(float), weights[used].astype(float))
+    return replace(line, knots=(tuple(steps.X_thresholds_.tolist()), tuple(steps.y_thresholds_.tolist())))
+
+
+def _folds(wrong: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """Each answer's fold in every repeat, (repeat, row)."""
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = np.empty((N_REPEATS, len(wrong)), dtype=np.int64)
+    for repeat, row in enumerate(folds):
+        splitter = StratifiedKFold(N_FOLDS, shuffle=True, random_state=(seed + repeat) % 2**32)
+        for fold, (_, test) in enumerate(splitter.split(wrong, wrong)):
+            row[test] = fold
+    return folds
+
+
+def _held_out(features: Column, wrong: NDArray[np.bool_], folds: NDArray[np.int64], method: str) -> Column:
+    """p_wrong by maps that have not seen the answer, (repeat, row)."""
+    kept = (folds[:, None] != np.arange(N_FOLDS)[:, None]).astype(float)
+    maps = _fit(features, wrong, kept.reshape(-1, len(wrong)), method)
+    every = np.stack([fitted(features) for fitted in maps]).reshape(kept.shape)
+    return np.take_along_axis(every, folds[:, None], axis=1)[:, 0]
+
+
+def _errors(
+    features: Column, wrong: NDArray[np.bool_], held_out: Column, plan: Resamples, method: str
+) -> dict[str, Ends]:
+    """Brier score and calibration error with their intervals: out of fold, and out of bag over refits."""
+    out_of_bag = np.stack([fitted(features) for fitted in _fit(features, wrong, plan.counts, method)])
+    undefined, ends = np.isnan(out_of_bag).any(axis=1), {}
+    for name, how in {"brier": fits.weighted_brier, "ece": fits.weighted_ece}.items():
+        value = float(how(held_out, wrong, np.ones(held_out.shape)).mean())
+        draws = np.where(undefined, np.nan, how(np.nan_to_num(out_of_bag), wrong, plan.unseen))
+        n_units = min(int(wrong.sum()), int((~wrong).sum()))
+        ends[name] = _ends(Ranking(value, draws, draws, None, len(wrong), n_units).interval())
+    return ends
+
+
+def _ends(interval: evaluation.Interval) -> Ends:
+    return interval.value, interval.low, interval.high
+
+
+# ---- when to answer --------------------------------------------------------------------------------------------------
+
+
+def _with_threshold(
+    found: Calibrator,
+    abstain: float,
+    held_out: Column,
+    wrong: NDArray[np.bool_],
+    folds: NDArray[np.int64],
+    plan: Resamples,
+) -> Calibrator:
+    labels = np.broadcast_to(wrong, held_out.shape)
+    threshold, best = _threshold(held_out.ravel(), labels.ravel(), abstain, N_REPEATS)
+    if threshold is None:
+        least = f"no threshold keeps it among {evaluation.MIN_PER_CLASS} answers or more; the best one has {best:.3f}"
+        raise ValueError(f"abstain: {abstain:g} given, but {least}; ask for less, or find a better score")
+    decided = np.zeros(held_out.shape)
+    for repeat, fold in np.ndindex(N_REPEATS, N_FOLDS):
+        test = folds[repeat] == fold
+        limit, _ = _threshold(held_out[repeat, ~test], wrong[~test], abstain, 1)
+        decided[repeat, test] = 0 if limit is None else held_out[repeat, test] <= limit
+    share = decided.mean(axis=0)
+
+    def accuracy(share: Sequence[float], right: Sequence[bool]) -> float:
+        if not np.sum(share):
+            raise evaluation.UndefinedStatisticError
+        return float(np.sum(np.multiply(share, right)) / np.sum(share))
+
+    options = {"n_resamples": len(plan.counts), "seed": plan.seed}
+    of_answered = evaluation.bootstrap_interval(accuracy, share, ~wrong, **options)
+    answered = evaluation.bootstrap_interval(np.mean, share, **options)
+    return replace(found, abstain=abstain, threshold=threshold, accuracy=_ends(of_answered), answered=_ends(answered))
+
+
+def _threshold(p: Column, wrong: NDArray[np.bool_], accuracy: float, repeats: int) -> tuple[float | None, float]:
+    """The largest p whose answers up to it are as accurate as wanted, None if there is none; and the best accuracy."""
+    order = np.argsort(p)
+    last = np.flatnonzero(np.append(np.diff(p[order]) > 0, True))
+    last = last[last + 1 >= min(len(p), repeats * evaluation.MIN_PER_CLASS)]
+    right = np.cumsum(~wrong[order])[last] / (last + 1)
+    enough = np.flatnonzero(right >= accuracy)
+    return (float(p[order][last[enough[-1]]]) if len(enough) else None), float(right.max())
