@@ -170,6 +170,9 @@ def test_the_hub_is_asked_at_the_revision(visit):
         model, tokenizer = assets.load_causal_lm(name)
         assert (model.config.vocab_size, model.dtype, model.training) == (vocab, torch.float32, False)
         assert tokenizer("hello")["input_ids"] == [1]
+    assert assets.load_causal_lm("owner/tiny", revision="v1")[0].config.vocab_size == 11
+    with pytest.raises(ModelError, match="revision: 'v1' given, but 'owner/tiny@v2' is a folder or names its revision"):
+        assets.load_causal_lm("owner/tiny@v2", revision="v1")
     for name, kind in (("owner/tiny@v3", "Revision"), ("owner/none", "Repository")):
         with pytest.raises(ModelError, match=f"the Hub has no '{name}' for you: 404 Client Error. {kind} Not Found"):
             assets.load_causal_lm(name)

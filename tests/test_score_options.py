@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import isouq
-from isouq import cli
+from isouq import cli, models
 from isouq.language import generation, scoring
 from isouq.language.chat import Prompting
 from isouq.use import files, tables
@@ -122,6 +122,10 @@ def test_all_aggregations_come_from_one_pass_and_are_those_of_three_runs(chat_fo
     assert score(chat_folder, source, tmp_path / "all.parquet", "--aggregation", "all") == 0
     assert len(calls) == 1
     every = pd.read_parquet(tmp_path / "all.parquet")
+    about = json.loads(pq.read_schema(tmp_path / "all.parquet").metadata[b"isouq"])
+    assert about["model"] == str(chat_folder)
+    assert (about["aggregation"], about["chat"], about["system"]) == ("sequence, geometric, token_mean", False, None)
+    assert (about["weights"], about["dtype"]) == (models.weights(*isouq.load_causal_lm(str(chat_folder))), "float32")
     fields = ["probability", "aleatoric", "epistemic", "log_epistemic"]
     for name, suffix in (("sequence", ""), ("geometric", "_geometric"), ("token_mean", "_token_mean")):
         assert score(chat_folder, source, tmp_path / f"{name}.parquet", "--aggregation", name) == 0

@@ -206,7 +206,7 @@ def test_a_run_does_not_resume_as_another(model_folder, tmp_path, interrupted, c
         "dtype": "dtype 'float32' there, 'float64' here",
         "input": "input '",
     }
-    assert said_of.get(change, "model '") in said
+    assert said_of.get(change, "weights '") in said
     assert "delete this file to start afresh, or name another --output" in said
     assert partial.read_bytes() == before
 

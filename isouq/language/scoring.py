@@ -22,8 +22,8 @@ from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.model import check_model, repeatable, select_parameters
 from isouq.gradients.products import Checkpoint, Gram, room
 from isouq.gradients.products import inner_products as gradient_products
+from isouq.language import encoding
 from isouq.language.chat import Prompting
-from isouq.language.encoding import Pair
 from isouq.language.examples import Batch, BatchSize, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples, finite_log_probs, padding, pass_cost
 
@@ -175,7 +175,7 @@ def score_texts(
         >>> table[["answer", "n_tokens"]].values.tolist()
         [[' yes', 4], [' no', 3]]
     """
-    pairs = text_pairs(Prompting(tokenizer, chat, system), prompts, answers)
+    pairs = text_pairs(tokenizer, prompts, answers, chat, system)
     how = Scoring(aggregations=aggregations_of(aggregation), engine=engine, batch_size=batch_size)
     scores = table(score(model, from_pairs(pair[:2] for pair in pairs), how))
     straddles = [pair.straddles for pair in pairs]
@@ -183,12 +183,19 @@ def score_texts(
     return pd.DataFrame({**texts, **{name: x.numpy() for name, x in scores.items()}, "straddles": straddles})
 
 
-def text_pairs(ask: Prompting, prompts: Sequence[str], answers: Sequence[str]) -> list[Pair]:
+def text_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    chat: bool = False,
+    system: str | None = None,
+) -> list[encoding.Pair]:
     """The ids of each prompt with its answer. Raises as `score_texts`."""
     if isinstance(prompts, str) or isinstance(answers, str):
         raise TypeError("prompts and answers: a string given, lists of strings wanted")
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} given for {len(prompts)} prompts, as many wanted")
+    ask = Prompting(tokenizer, chat, system)
     return [ask.pair(*texts, i) for i, texts in enumerate(zip(prompts, answers, strict=True))]
 
 

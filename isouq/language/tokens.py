@@ -15,7 +15,6 @@ from torch import nn
 
 from isouq import estimate
 from isouq.gradients import Engine
-from isouq.language.chat import Prompting
 from isouq.language.examples import BatchSize, from_pairs
 from isouq.language.scoring import Scoring, answer_norms, text_pairs
 
@@ -62,7 +61,7 @@ def score_each_token(
         >>> table[["example", "position"]].values.tolist()
         [[0, 0], [0, 1], [0, 2], [0, 3]]
     """
-    pairs = text_pairs(Prompting(tokenizer, chat, system), prompts, answers)
+    pairs = text_pairs(tokenizer, prompts, answers, chat, system)
     how = Scoring(
         aggregations=("token_mean",), engine=engine, batch_size=batch_size, memory=memory, parameters=parameters
     )

@@ -94,6 +94,7 @@ def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
             way_out = "put back the file as it was and resume by the same command, or delete this one to start afresh"
             raise ValueError(f"{source.paths[0]}: changed while it was scored; its scores are in {partial}; {way_out}")
         tally: dict[str, int] = dict.fromkeys(Summary._fields, 0)
+        sink.about = {"model": run.model, **next(_stored(partial), {}).get("isouq score", {})}
         with tables.replacing(path) as out:
             sink.write(_results(source, partial, run, tally), out)
         partial.unlink(missing_ok=True)
@@ -154,7 +155,7 @@ def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
 
 def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, int]) -> Iterator[pd.DataFrame]:
     """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
-    kinds, records = columns(run.how.aggregations), _stored(partial)
+    kinds, records = columns(run.how.aggregations), itertools.islice(_stored(partial), 1, None)
     for frame in source.frames():
         done = list(itertools.islice(records, len(frame)))
         questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
@@ -190,9 +191,9 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
     model, tokenizer = run.load()
     subject = _Subject(model, Prompting(tokenizer, run.chat, run.system), run)
     placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": _devices(model)}
-    identity |= {"model": models.weights(model, tokenizer), **placed}
+    identity |= {"weights": models.weights(model, tokenizer), **placed}
     n_done = _resume(partial, identity)
-    commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['model']})"
+    commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['weights']})"
     passes = f"as fit {how.memory:.3g} bytes" if how.memory else how.batch_size
     _say(
         f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, sequences a pass: {passes}"
@@ -240,9 +241,10 @@ def _resume(partial: Path, identity: Record) -> int:
 
 
 def _stored(partial: Path) -> Iterator[Record]:
-    if partial.exists():  # there is none for a table of no rows
+    """What a run is and, after that, the records of its rows; nothing for a table of no rows."""
+    if partial.exists():
         with partial.open("rb") as lines:
-            yield from map(json.loads, itertools.islice(lines, 1, None))
+            yield from map(json.loads, lines)
 
 
 def _questions(source: tables.Source) -> Iterator[Question]:

@@ -246,6 +246,7 @@ def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
 class Sink:
     """Frames → a file in the format of `path`: all are shown to `check` first, then given to `write`.
 
+    `about` is kept as JSON in the metadata of Parquet, under "isouq": the model and all that its scores depend on.
     `changed`: a later frame gave a column of Parquet another type (1, then 0.5), so that a trial has to show whether
     the cells before it fit. Raises ValueError for cells that the format cannot hold.
     """
@@ -254,6 +255,7 @@ class Sink:
         self.suffix, self.encode = path.suffix, _format("--output", path)[1]
         self.schema: pa.Schema | None = None  # of Parquet
         self.changed = False
+        self.about: dict[str, Any] = {}
 
     def check(self, frame: pd.DataFrame) -> None:
         """Refuse what cannot be written; only columns that may have such cells are tried."""
@@ -281,7 +283,8 @@ class Sink:
             with self._refusing():
                 schema = self.schema and pa.schema([self.schema.field(name) for name in frame])
                 arrow = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
-                notes = {"pandas": json.dumps(frame.attrs)} if frame.attrs else None
+                kept = {"pandas": frame.attrs, "isouq": self.about}
+                notes = {key: json.dumps(content) for key, content in kept.items() if content} or None
                 writer = writer or pq.ParquetWriter(out, arrow.schema.with_metadata(notes))
                 writer.write_table(arrow.replace_schema_metadata(notes))
         if writer:

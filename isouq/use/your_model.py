@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from isouq.language.chat import Prompting
 from isouq.language.examples import from_pairs
 from isouq.language.scoring import Scoring, score, text_pairs
 from isouq.pipeline.schemas import CLONE
@@ -53,7 +52,7 @@ def extremes(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_layer(model: nn.Module, tokenizer: Any, table: pd.DataFrame, *, chat: bool = False) -> pd.DataFrame:
     """Return `Estimate.by_layer` of a table's answers, columns prompt and text; see `score_texts` for `chat`."""
-    pairs = text_pairs(Prompting(tokenizer, chat), list(table["prompt"]), list(table["text"]))
+    pairs = text_pairs(tokenizer, list(table["prompt"]), list(table["text"]), chat)
     how = Scoring(batch_size=4, breakdown=True)
     return score(model, from_pairs(pair[:2] for pair in pairs), how)["sequence"].by_layer()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from isouq.studies.isotropy import texts
-from isouq.studies.qa.data import Question
+from isouq.studies.qa.data import DataSet, Question
 
 COMMON = set("the of is a by in to for with or".split())
 
@@ -74,3 +74,15 @@ def test_every_statement_of_the_set_has_a_second_wording_and_every_wording_a_sta
     assert (
         len(asked) + len(shots) == len(content.questions) == len({question.question for question in content.questions})
     )
+
+
+def test_too_few_questions_of_triviaqa_are_refused(monkeypatch):
+    """Two of the three are short enough, three are wanted."""
+    questions = pool("Who?", "Where?", "What " + "w" * texts.MAX_TOKENS)
+    small = DataSet("triviaqa", tuple(questions), "Q: {question}\nA:{answer}\n")
+    monkeypatch.setattr(texts.qa_study, "load_questions", lambda name: small)
+    monkeypatch.setattr(texts.generation, "encode_prompts", lambda tokenizer, prompts: [list(map(ord, prompts[0]))])
+    monkeypatch.setattr(texts.generation, "encode_answer", lambda tokenizer, answer: [1])
+    assert len(texts._trivia(None, 2, 0)) == 2
+    with pytest.raises(ValueError, match="n: 3 questions of TriviaQA wanted, only 2 of at most 64 tokens found"):
+        texts._trivia(None, 3, 0)
