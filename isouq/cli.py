@@ -1,4 +1,4 @@
-"""The `isouq` command: `isouq score`, `isouq assets list | fetch | verify`."""
+"""The `isouq` command: `isouq score`, `evaluate`, `calibrate`, `assets list | fetch | verify`."""
 
 import argparse
 import functools

@@ -50,7 +50,7 @@ ONLY_IN = {
     "numpyro": {"studies.synthetic"},
     "pydantic": {"pipeline.schemas", "pipeline.profiles"},
     "papermill": {"pipeline.runner"},
-    "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy"},
+    "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy", "use"},
 }
 FILE_LINES = 400
 USE = {"use", "cli", "integrations", "plotting"}  # what a practitioner asks for: files, commands, labels, decisions

@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
     "epistemic": Method("#0072B2", "o", "epistemic"),
     "combined": Method("#7B3294", "D", "epistemic & aleatoric"),
     "likelihood": Method("#555555", "X", "negative log-likelihood"),
-    "likelihood_per_token": Method("#6B6B47", (3, 2, 0), "the same per token"),
+    "likelihood_per_token": Method("#6B6B47", (3, 2, 0), "negative log-likelihood per token"),
     "log_gradient": Method("#3B93C9", "<", "log G"),
     "mcmc": Method("#000000", "*", "MCMC"),
     "laplace": Method("#CC79A7", "h", "Laplace"),

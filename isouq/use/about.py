@@ -13,26 +13,31 @@ import pyarrow.parquet as pq
 from isouq import models
 
 KEY = b"isouq"
-IDENTITY = ("weights", "aggregation", "dtype")  # what numbers depend on; the model's name is for the reader
+IDENTITY = ("weights", "aggregation", "dtype", "chat", "system")  # what numbers depend on; the name is for the reader
+About = dict[str, Any]
 
 
-def of_run(name: str, model: Any, tokenizer: Any, aggregation: str) -> dict[str, str]:
+def of_run(
+    name: str, model: Any, tokenizer: Any, aggregation: str, *, chat: bool = False, system: str | None = None
+) -> About:
     """Return what scores of a model depend on; `weights` is its fingerprint, `isouq.models.weights`."""
     return {
         "model": name,
         "weights": models.weights(model, tokenizer),
         "aggregation": aggregation,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "chat": chat,
+        "system": system,
         "isouq": metadata.version("isouq"),
     }
 
 
-def with_about(schema: pa.Schema, about: dict[str, str]) -> pa.Schema:
+def with_about(schema: pa.Schema, about: About) -> pa.Schema:
     """Return the schema that says so too, for a writer of Parquet; what it says already stays."""
     return schema.with_metadata({**(schema.metadata or {}), KEY: json.dumps(about)})
 
 
-def about_of(path: Path) -> dict[str, str] | None:
+def about_of(path: Path) -> About | None:
     """Return what a file says of the run that made it; None for .csv and .jsonl, which cannot, and for other files."""
     if path.suffix.lower() != ".parquet":
         return None
@@ -43,7 +48,7 @@ def about_of(path: Path) -> dict[str, str] | None:
     return json.loads(kept) if kept else None
 
 
-def differences(there: dict[str, str], here: dict[str, str]) -> str:
+def differences(there: About, here: About) -> str:
     """Return in words what differs between two runs' scores, "" where they can be compared."""
     named = {name: [f"{run.get(name)!r}" for run in (there, here)] for name in IDENTITY}
     names = [f"{run['model']!r}" if run.get("model") else "unnamed" for run in (there, here)]

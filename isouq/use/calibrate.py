@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -79,7 +79,7 @@ class Calibrator:
     threshold: float | None = None
     accuracy: Ends | None = None
     answered: Ends | None = None
-    about: Mapping[str, str] | None = None
+    about: Mapping[str, Any] | None = None
     version: str = ""
 
     def apply(self, table: pd.DataFrame) -> pd.Series:
@@ -131,7 +131,7 @@ def calibrate(
     score: str = "combined",
     method: str = "logistic",
     abstain: float | None = None,
-    about: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
     n_resamples: int = evaluation.N_RESAMPLES,
     seed: int = 0,
 ) -> Calibrator:
@@ -193,7 +193,7 @@ def calibrate(
     return found if abstain is None else _with_threshold(found, abstain, held_out, wrong, folds, plan)
 
 
-def for_run(path: str | Path, about: Mapping[str, str]) -> Calibrator:
+def for_run(path: str | Path, about: Mapping[str, Any]) -> Calibrator:
     """Return the calibrator of a file for scores of a run, which `about` describes as `isouq.use.about.of_run` does.
 
     Raises ValueError for one made of another model, aggregation or dtype. Where it does not say, a warning says so.
@@ -206,7 +206,7 @@ def for_run(path: str | Path, about: Mapping[str, str]) -> Calibrator:
     return found
 
 
-def p_wrong(path: str | Path, about: Mapping[str, str], table: pd.DataFrame) -> pd.Series:
+def p_wrong(path: str | Path, about: Mapping[str, Any], table: pd.DataFrame) -> pd.Series:
     """Return the column p_wrong of a run's scores. Raises as `for_run` and `Calibrator.apply`."""
     return for_run(path, about).apply(table)
 
@@ -232,7 +232,7 @@ def _fit(features: Column, wrong: NDArray[np.bool_], weights: Any, method: str) 
     return maps if method == "logistic" else [_steps(*of, features, wrong) for of in zip(maps, weights, strict=True)]
 
 
-def _steps(line: _Map, weights: Column, features: Column, wrong: NDArray[np.bool_]) -> _Map:
+def _steps(line: _Map, weights: Any, features: Column, wrong: NDArray[np.bool_]) -> _Map:
     from sklearn.isotonic import IsotonicRegression
 
     if np.isnan(line.coefficients).any():
@@ -304,10 +304,10 @@ def _with_threshold(
         decided[repeat, test] = 0 if limit is None else held_out[repeat, test] <= limit
     share = decided.mean(axis=0)
 
-    def accuracy(share: Sequence[float], right: Sequence[bool]) -> float:
-        if not np.sum(share):
+    def accuracy(share: Column, right: NDArray[np.bool_]) -> float:
+        if not share.any():
             raise evaluation.UndefinedStatisticError
-        return float(np.sum(np.multiply(share, right)) / np.sum(share))
+        return float(share @ right / share.sum())
 
     options = {"n_resamples": len(plan.counts), "seed": plan.seed}
     of_answered = evaluation.bootstrap_interval(accuracy, share, ~wrong, **options)

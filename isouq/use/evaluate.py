@@ -65,7 +65,7 @@ class Evaluation:
         figure = Figure(figsize=(plotting.WIDTH, 0.6 * plotting.WIDTH), layout="constrained")
         right = float(next(iter(self.curves.values()))[-1])
         ax = plotting.accuracy_by_share(self.curves, figure.subplots(), right=right)
-        ax.legend(loc="lower left", fontsize="small", frameon=False)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
         return figure
 
     def to_json(self) -> str:
@@ -253,7 +253,8 @@ def numbers_of(table: pd.DataFrame, name: str) -> Column:
     column = pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
     if len(bad := np.flatnonzero(~np.isfinite(column))):
         row, cell = table.index[bad[0]] + 1, table[name].iloc[bad[0]]
-        raise ValueError(f"{name}: {cell!r} given in row {row}, a finite number wanted; remove {len(bad)} such rows")
+        given = f"{cell:g}" if isinstance(cell, float) else repr(cell)
+        raise ValueError(f"{name}: {given} given in row {row}, a finite number wanted; remove {len(bad)} such rows")
     return column
 
 

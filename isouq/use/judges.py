@@ -42,10 +42,11 @@ def judged(table: pd.DataFrame, judge: str, reference: str) -> pd.Series:
     for name in ("answer", reference):
         require.one_of("reference" if name == reference else "table", name, map(str, table))
     scored = with_scores(table)
-    verdicts = pd.Series(None, index=range(len(table)), dtype=object)
-    for row, answer, cell in zip(scored.index, scored["answer"], scored[reference], strict=True):
-        verdicts[row] = JUDGES[judge](str(answer), _accepted(reference, row, cell))
-    return verdicts.set_axis(table.index)
+    verdicts = {
+        row: JUDGES[judge](str(answer), _accepted(reference, row, cell))
+        for row, answer, cell in zip(scored.index, scored["answer"], scored[reference], strict=True)
+    }
+    return pd.Series([verdicts.get(row) for row in range(len(table))], index=table.index, dtype=object)
 
 
 def _accepted(name: str, row: int, cell: Any) -> list[str]:
