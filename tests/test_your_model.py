@@ -101,7 +101,9 @@ def test_what_is_not_defined_is_not_saved():
     errors = {"brier": (0.2, 0.1, 0.3), "ece": (0.1, 0.05, 0.2)}
     fitted = Calibrator(score="combined", method="logistic", coefficients=(0.0,), knots=None, n=60, **errors)
     found = evaluation(likelihood=(0.7, 0.6, 0.8, *NOT_DEFINED), a=(0.7, np.nan, np.nan, 0.0, 0.1))
-    saved = your_model.named_results(found, fitted, pd.Series([True, False, None], dtype=object))
+    saved = your_model.named_results(
+        found, fitted, pd.DataFrame({"right": ["yes", "no", ""], "error": ["", "", "too long"]})
+    )
     names = ["accuracy", "likelihood.auroc", "a.auroc_gain", "calibrated.brier", "calibrated.ece"]
     assert list(saved) == [f"your_model.{name}" for name in names]
     assert (saved["your_model.accuracy"].value, saved["your_model.accuracy"].n) == (0.5, 2)

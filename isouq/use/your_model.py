@@ -14,7 +14,7 @@ from isouq.language.scoring import Scoring, score, text_pairs
 from isouq.pipeline.schemas import CLONE
 from isouq.studies.results import Result
 from isouq.use.calibrate import Calibrator
-from isouq.use.evaluate import CONTROL, Evaluation
+from isouq.use.evaluate import CONTROL, Evaluation, labelled
 
 READERS: dict[str, Any] = {
     ".csv": lambda path: pd.read_csv(path, keep_default_na=False),
@@ -83,10 +83,10 @@ def _interval(row: pd.Series, value: str = "value", low: str = "low", high: str 
     return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
 
 
-def named_results(found: Evaluation, fitted: Calibrator, right: pd.Series) -> dict[str, Result]:
+def named_results(found: Evaluation, fitted: Calibrator, table: pd.DataFrame) -> dict[str, Result]:
     """Return what chapter 06 saves: accuracy, each score's KEPT metrics with their gains, the calibrator's errors."""
-    n = int(right.notna().sum())
-    results = {"your_model.accuracy": Result(value=float(right.dropna().astype(bool).mean()), n=n)}
+    _, wrong, _ = labelled(table, "right")
+    results = {"your_model.accuracy": Result(value=1 - float(wrong.mean()), n=len(wrong))}
     for row in found.table[found.table["metric"].isin(KEPT)].to_dict("records"):
         for suffix, names in (("", ("value", "low", "high")), ("_gain", ("gain", "gain_low", "gain_high"))):
             ends = dict(zip(("value", "low", "high"), (row[name] for name in names), strict=True))
