@@ -57,23 +57,29 @@ def by_layer(model: nn.Module, tokenizer: Any, table: pd.DataFrame, *, chat: boo
     return score(model, from_pairs(pair[:2] for pair in pairs), how)["sequence"].by_layer()
 
 
+def chosen(found: Evaluation) -> str:
+    """Return the score to use: the control, unless another is shown to rank better on these answers.
+
+    It is, where the whole 95 % interval of its gain in AUROC over the control is above 0; the largest such gain counts.
+    """
+    gains = found.table[(found.table["metric"] == "auroc") & (found.table["gain_low"] > 0)].sort_values("gain")
+    return str(gains["score"].iloc[-1]) if len(gains) else CONTROL
+
+
 def verdict(found: Evaluation) -> str:
     """Return one sentence: which score to use on these answers, or that none is shown to help.
 
-    A score helps where the whole 95 % interval of its gain in AUROC over the negative log-likelihood is above 0; the
-    largest such gain is named. Otherwise the control is, where its own interval is above one half.
+    The control, the plain negative log-likelihood, helps where the interval of its own AUROC is above one half.
     """
     aurocs = found.table[found.table["metric"] == "auroc"].set_index("score")
+    best: Any = aurocs.loc[chosen(found)]
     control: Any = aurocs.loc[CONTROL]
-    rivals = aurocs.drop(index=CONTROL)
     where = f"on these {int(control['n'])} answers"
-    plain = f"the plain negative log-likelihood (AUROC {_interval(control, 'value', 'low', 'high')})"
-    helpful = rivals[rivals["gain_low"] > 0]
-    if len(helpful):
-        best: Any = helpful.sort_values("gain").iloc[-1]
+    plain = f"the plain negative log-likelihood (AUROC {_interval(control)})"
+    if best.name != CONTROL:
         gain = _interval(best, "gain", "gain_low", "gain_high")
         return f"Use {best.name}: {where} its AUROC is {_interval(best)}, {gain} above {plain}."
-    tried = f"none of {len(rivals)} other scores is shown to rank them better"
+    tried = f"none of {len(aurocs) - 1} other scores is shown to rank them better"
     if control["low"] > 0.5:
         return f"Use {plain}, which costs one forward pass: {where} {tried}."
     return f"None helps: {where} {plain} is not told from chance, and {tried}. Label more answers."
