@@ -137,6 +137,8 @@ def _score(args: argparse.Namespace) -> int:
     from isouq.language.scoring import Scoring, aggregations_of
     from isouq.use import files, lm_eval, tables
 
+    if args.log and args.chat:
+        raise ValueError("--chat: the prompts of a log are as the model has read them; leave it out")
     source = lm_eval.Log(args.log[0], args.log[1:]) if args.log else tables.Source(args.input)
     how = Scoring(
         aggregations=aggregations_of(args.aggregation),
@@ -151,7 +153,7 @@ def _score(args: argparse.Namespace) -> int:
         how=how,
         chat=args.chat,
         system=args.system,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=None if args.log else args.max_new_tokens,
     )
     done = files.score_file(source, args.output, run)
     print(f"{args.output}: {done.rows} rows written, {done.errors} without scores; ", end="")

@@ -36,13 +36,6 @@ def load_causal_lm(name: str, **placed: Any) -> tuple[Any, Any]:
         raise (_no_copy(name, offline) if offline else error) from error.__cause__
 
 
-def at_revision(name: str, revision: str) -> str:
-    """Return a Hub id's name at a revision. Raises ModelError for a folder and for an id that names one itself."""
-    if "@" in name or Path(name).expanduser().is_dir():
-        raise ModelError(f"revision: {revision!r} given, but {name!r} is a folder or names its revision; leave one out")
-    return f"{name}@{revision}"
-
-
 def content(name: str) -> str:
     """Return what a model's name stands for now: a Hub id's commit, or 12 hex digits over the bytes of a folder.
 
@@ -90,7 +83,7 @@ def from_pretrained(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    device_map: str | None = None,
+    device_map: Any = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Load what transformers calls `source`, in evaluation mode; `name` is what the user called it.
@@ -127,17 +120,16 @@ def _placed(device: str, dtype: str, device_map: str | None) -> tuple[str, str]:
     import torch
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in DEVICES:
-        raise ModelError(f"device: {device!r} given, one of {', '.join(DEVICES)} wanted")
+    for name, given, known in (("device", device, DEVICES), ("dtype", dtype, DTYPES)):
+        if given not in known:
+            raise ModelError(f"{name}: {given!r} given, one of {', '.join(known)} wanted")
     if device_map is not None and device != "cpu":
         raise ModelError(f"device: {device!r} and device_map {device_map!r} given; leave one out")
     if device == "auto" and not there["cuda"]:
         device = "mps" if there["mps"] else "cpu"
     if not there.get(device, True):
-        built = f"torch {torch.__version__} sees none; its CUDA build and a driver are needed"
-        raise ModelError(
-            f"device: {device!r} given, but {built if device == 'cuda' else 'none is there'}; or use 'auto'"
-        )
+        needs = "; its CUDA build and a driver are needed" if device == "cuda" else ""
+        raise ModelError(f"device: {device!r} given, but torch {torch.__version__} sees none{needs}; or use 'auto'")
     on_cpu = device == "cpu" and device_map is None
     return device, "float32" if dtype == "auto" and on_cpu else dtype
 

@@ -1,15 +1,18 @@
 """Check the engines on a graphics card: exactness against the reference and the CPU, speed against a forward pass.
 
     .venv/bin/python scripts/gpu_check.py            # models with random weights, no download
-    .venv/bin/python scripts/gpu_check.py MODEL ...  # also an asset, a Hub id or a folder
+    .venv/bin/python scripts/gpu_check.py MODEL ...  # also an asset, a Hub id or a folder, and `isouq score` with it
 
 Prints a line for each check and exits with 1 if one fails. Without a card it runs on the CPU.
 """
 
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 import isouq
+from isouq import cli
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N_EXAMPLES, N_TOKENS, N_ANSWER, N_WORDS = 8, 64, 6, 1000
@@ -111,12 +115,33 @@ def timing(name, model, dtype):
     print(f"     {name}, {dtype}: {1e3 * whole:.1f} ms, {whole / plain:.2f} forward passes{peak}")
 
 
+def command(name):
+    """Compare `isouq score` on device and type "auto" with the CPU in float32; return whether they agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, tables = Path(folder, "in.csv"), {}
+        words = [f" {'very ' * n}good" for n in range(N_EXAMPLES)]
+        pd.DataFrame({"prompt": "The weather today is", "answer": words}).to_csv(source, index=False)
+        for device in ("cpu", "auto"):
+            target = Path(folder, f"{device}.parquet")
+            arguments = ["--model", name, "--input", str(source), "--output", str(target), "--device", device]
+            started = time.perf_counter()
+            if cli.main(["score", *arguments, "--aggregation", "all"]):
+                return False
+            print(f"     {name}: isouq score --device {device} in {time.perf_counter() - started:.1f} s")
+            tables[device] = pd.read_parquet(target)
+    error = (tables["auto"].log_epistemic - tables["cpu"].log_epistemic).abs().max()
+    limit = 1e-3 if DEVICE == "cpu" else 0.5  # a checkpoint's own type on a card may have 16 bits
+    print(f"{'ok  ' if error <= limit else 'FAIL'} {name}, isouq score: log U_E off by CPU, float32 {error:.1e}")
+    return error <= limit
+
+
 def main(names):
     """Run every check."""
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "no card"
     print(f"{card}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     results = [check(*pair) for pair in random_models()]
-    results += [check(name, isouq.load_causal_lm(name)[0]) for name in names]
+    results += [check(name, isouq.load_causal_lm(name, device="cpu", dtype="float32")[0]) for name in names]
+    results += [command(name) for name in names]
     return 0 if all(results) else 1
 
 

@@ -124,7 +124,7 @@ def test_a_dtype_and_a_device_map_are_taken_and_others_refused_by_name(commits, 
     model, _ = assets.load_causal_lm(str(commits / FIRST), dtype="bfloat16", device_map="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not model.training
-    with pytest.raises(ValueError, match=r"dtype: 'bfloat61' given, one of .* wanted; did you mean 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"dtype: 'bfloat61' given, one of auto, float32, bfloat16, .* wanted"):
         assets.load_causal_lm(str(commits / FIRST), dtype="bfloat61")
     with pytest.raises(ModelError, match=r"as a causal language model: .* found everywhere"):
         assets.load_causal_lm(str(commits / FIRST), device_map="everywhere")
@@ -171,7 +171,7 @@ def test_the_hub_is_asked_at_the_revision(visit):
         assert (model.config.vocab_size, model.dtype, model.training) == (vocab, torch.float32, False)
         assert tokenizer("hello")["input_ids"] == [1]
     assert assets.load_causal_lm("owner/tiny", revision="v1")[0].config.vocab_size == 11
-    with pytest.raises(ModelError, match="revision: 'v1' given, but 'owner/tiny@v2' is a folder or names its revision"):
+    with pytest.raises(ModelError, match=r"'owner/tiny@v2@v1' is no folder, .* no Hub id \(owner/name@revision\)"):
         assets.load_causal_lm("owner/tiny@v2", revision="v1")
     for name, kind in (("owner/tiny@v3", "Revision"), ("owner/none", "Repository")):
         with pytest.raises(ModelError, match=f"the Hub has no '{name}' for you: 404 Client Error. {kind} Not Found"):

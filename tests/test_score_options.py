@@ -73,6 +73,14 @@ def test_a_chat_is_scored_after_the_templates_own_text_with_one_start_token(chat
     assert abs(plain.log_prob[0] - got.log_prob[0]) > 1e-4
 
 
+def test_a_start_token_that_the_prompt_has_already_is_not_doubled(chat_folder):
+    """Prompts that a template has written, as in the logs of lm_eval."""
+    ask = Prompting(PreTrainedTokenizerFast.from_pretrained(chat_folder, bos_token="<eos>"))
+    text = [0, *map(letters.LETTERS.index, "Hi")]
+    assert [ask.prompt_ids(prompt) for prompt in ("Hi", "<eos>Hi", "<eos><eos>Hi")] == [text, text, [0, 0, *text]]
+    assert ask.pair("<eos>Hi", "no").prompt == text
+
+
 def test_given_and_generated_answers_follow_the_same_chat_prompt(chat_folder, chat_model, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Hi", "answer": "no"}\n{"prompt": "Hi"}\n')
@@ -162,9 +170,9 @@ def test_a_card_that_is_not_there_is_refused_and_auto_is_the_cpu(chat_folder, tm
         isouq.load_causal_lm(str(chat_folder), device="gpu")
     with pytest.raises(ValueError, match="device: 'auto' and device_map 'auto' given; leave one out"):
         isouq.load_causal_lm(str(chat_folder), device="auto", device_map="auto")
-    with pytest.raises(ValueError, match=r"revision: 'v1' given, but '.*' is a folder or names its revision"):
+    with pytest.raises(ValueError, match=r"'.*@v1' is no folder, no asset .* and no Hub id"):
         isouq.load_causal_lm(str(chat_folder), revision="v1")
-    with pytest.raises(ValueError, match="revision: 'v1' given, but smollm2-135m-instruct is an asset"):
+    with pytest.raises(ValueError, match=r"unknown model 'smollm2-135m-instruct@v1'; did you mean the asset 'smollm2-"):
         isouq.load_causal_lm("smollm2-135m-instruct", revision="v1")
 
 
@@ -446,7 +454,7 @@ def tables_of(*paths):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single given text, no answer"),
+        ([sample(0, [["a", " b"]], [[["-1", "True"]]])], "line 1: loglikelihood of a single text, no answer"),
         ([sample(0, [["a"]], [["-1"]])], "line 1: requests loglikelihood_rolling, a text without an answer"),
         ([sample(0, [["a", {}, {"visual": []}]], [["b"]])], "line 1: requests with images or sounds"),
         ([sample(0, [[["[]"], {}]], [["b"]])], "line 1: the prompt is a list of messages to an API"),
@@ -458,6 +466,20 @@ def tables_of(*paths):
 def test_a_log_without_answers_is_refused_by_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         tables_of(log(tmp_path / "samples_t.jsonl", *lines))
+
+
+def test_what_a_log_lacks_is_neither_asked_nor_made_up(chat_folder, tmp_path, capsys):
+    """An empty response has no score, a metric that is no number no cell, and a template is not applied twice."""
+    lines = [sample(i, [["Q:a", {}]], [[text]], f1=x) for i, (text, x) in enumerate([(" no", 1), ("", float("nan"))])]
+    path = log(tmp_path / "samples_t.jsonl", *lines)
+    arguments = ["score", "--model", str(chat_folder), "--from", "lm-eval", str(path)]
+    assert cli.main([*arguments, "--output", str(tmp_path / "o.jsonl")]) == 1
+    first, second = read_lines(tmp_path / "o.jsonl")
+    assert (first["answer"], first["f1"], first["error"]) == (" no", 1, None)
+    assert second["error"] == "answer: empty, a text of at least one token wanted"
+    assert (second["answer"], second["f1"], second["log_prob"]) == (None, None, None)
+    assert cli.main([*arguments, "--chat", "--output", str(tmp_path / "o.jsonl")]) == 1
+    assert "--chat: the prompts of a log are as the model has read them" in capsys.readouterr().err
 
 
 def test_another_format_than_lm_eval_is_refused(tmp_path, capsys):

@@ -34,7 +34,7 @@ class Prompting:
         Raises ValueError where the template refuses the messages.
         """
         if not self.chat:
-            return encoding.prompt_ids(self.tokenizer, prompt)
+            return self._started_once(prompt, encoding.prompt_ids(self.tokenizer, prompt))
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         messages.append({"role": "user", "content": prompt})
         try:
@@ -49,8 +49,15 @@ class Prompting:
     def pair(self, prompt: str, answer: str, place: int | None = None) -> encoding.Pair:
         """As `encoding.pair`. In a chat, a template ends before the answer, whose ids are its own: none straddles."""
         if not self.chat:
-            return encoding.pair(self.tokenizer, prompt, answer, place)
+            plain = encoding.pair(self.tokenizer, prompt, answer, place)
+            return plain._replace(prompt=self._started_once(prompt, plain.prompt))
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             where = "" if place is None else f" as number {place}"
             raise TypeError(f"prompts and answers: {prompt!r} and {answer!r} given{where}, texts wanted")
         return encoding.Pair(self.prompt_ids(prompt), encoding.answer_ids(self.tokenizer, answer), False)
+
+    def _started_once(self, prompt: str, ids: list[int]) -> list[int]:
+        """A prompt's ids with one start token, where its text has one already, as a template's does."""
+        start, text = self.tokenizer.bos_token_id, self.tokenizer.bos_token
+        doubled = start is not None and ids[:2] == [start, start] and not prompt.startswith(2 * text)
+        return ids[1:] if doubled else ids

@@ -143,8 +143,8 @@ def score_texts(
 ) -> pd.DataFrame:
     """Score each answer as the continuation of its prompt, or as the model's turn after it.
 
-    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only. Give
-    the answer its leading space where the text has one; in a chat it has none.
+    A pair is tokenised as one text and split where the answer begins; special tokens go before the prompt only, once
+    where its text begins with one. Give the answer its leading space where the text has one; in a chat it has none.
 
     Args:
         model: Any Hugging Face causal LM.

@@ -45,7 +45,7 @@ Record = dict[str, Any]
 class Run:
     """What is asked of a run. `load` gives (model, tokenizer) and is called once the files are known to be right.
 
-    `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing.
+    `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing, which None makes errors.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Run:
     how: Scoring
     chat: bool = False
     system: str | None = None
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = 32
 
 
 class Question(NamedTuple):
@@ -276,6 +276,9 @@ class _Subject:
         rows, window, empty = enumerate(questions, first), self.size, columns(self.run.how.aggregations)
         while taken := dict(itertools.islice(rows, window)):
             errors = {row: question.error for row, question in taken.items() if question.error}
+            if self.run.max_new_tokens is None:
+                none = "answer: empty, a text of at least one token wanted"
+                errors = {row: none for row, question in taken.items() if not question.answer} | errors
             asked = {row: question for row, question in taken.items() if row not in errors}
             answered = each(self._given, {row: x for row, x in asked.items() if x.answer}, errors)
             missing = {row: x for row, x in asked.items() if not x.answer}

@@ -8,6 +8,8 @@ value but a metric may be written as a text.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,29 +54,24 @@ def _read(paths: list[Path]) -> pd.DataFrame:
     metrics: list[tuple[tuple[str, Any], str, str, Any]] = []
     for path in paths:
         task = re.sub(r"^samples_|_\d{4}-\d\d-\d\dT[\d.-]+$", "", path.stem)
-        for number, sample in tables.json_lines(path):
+        for number, sample in tables.json_lines(path, json.loads):
             where = f"{path}: line {number}"
             try:
                 key, kept = (task, sample["doc_id"]), str(sample.get("filter", "none"))
-                row = rows.get(key) or {
-                    "task": task,
-                    "doc_id": key[1],
-                    "target": str(sample.get("target")),
-                    **_asked(sample),
-                }
+                new = {"task": task, "doc_id": key[1], "target": str(sample.get("target"))}
+                row = rows.get(key) or new | _asked(sample)
             except (LookupError, TypeError, AttributeError) as error:
                 what = f"no sample of lm_eval --log_samples ({type(error).__name__}: {error})"
                 raise ValueError(f"{where}: {what}; a line with doc_id, arguments and resps wanted") from error
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             if (*key, kept) in seen:
-                raise ValueError(
-                    f"{where}: question {key[1]} of {task} is there already, in {seen[*key, kept]}; give one run"
-                )
+                there = f"question {key[1]} of {task} is there already, in {seen[*key, kept]}"
+                raise ValueError(f"{where}: {there}; give the files of one run")
             rows[key], seen[*key, kept] = row, where
             filters.setdefault(task, set()).add(kept)
-            found = {name: x for name, x in sample.items() if isinstance(x, int | float) and name not in OTHER}
-            metrics += [(key, name, kept, x) for name, x in found.items()]
+            numbers = {name: x for name, x in sample.items() if isinstance(x, int | float) and name not in OTHER}
+            metrics += [(key, name, kept, x) for name, x in numbers.items() if math.isfinite(x)]
     for key, name, kept, value in metrics:
         rows[key][name if len(filters[key[0]]) == 1 else f"{name},{kept}"] = value
     names = dict.fromkeys(name for row in rows.values() for name in row)
@@ -97,9 +94,7 @@ def _asked(sample: Sample) -> dict[str, str]:
     if "acc_mutual_info" in sample:  # the second half are the continuations without the prompt
         requests = requests[: len(requests) // 2]
     if len(requests) == 1:
-        raise ValueError(
-            "loglikelihood of a single given text, no answer of the model's; generate_until or choices wanted"
-        )
+        raise ValueError("loglikelihood of a single text, no answer of the model's; generate_until or choices wanted")
     log_probs = [float(response[0][0]) for response in responses[: len(requests)]]
     prompt, answer = requests[log_probs.index(max(log_probs))]
     return {"prompt": prompt, "answer": answer}

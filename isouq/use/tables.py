@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _csv_rows(path: Path) -> Iterator[list[str]]:
 
 def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[pd.DataFrame]:
     every: dict[tuple[str, ...], None] = {}  # the keys of rows, each set of them once
-    for part in _parts(row for _, row in json_lines(path)):
+    for part in _parts(row for _, row in json_lines(path, _object)):
         here = dict.fromkeys(tuple(row) for row in part)
         every |= here
         chosen = names or dict.fromkeys(name for keys in here for name in keys)
@@ -152,13 +152,13 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[pd.DataFrame]:
     _check_names(path, names or list(dict.fromkeys(name for keys in every for name in keys)))
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of JSON Lines, each with the number of its line. Raises ValueError, by the line."""
+def json_lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
+    """What `parse` makes of each line of JSON that is not blank, with its number. Raises ValueError, by the line."""
     _check_text(path)
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                content = _object(line) if line.strip() else None
+                content = parse(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
                 reason = str(error).replace("line 1 column", "column")
                 raise ValueError(f"{path}: line {number}: {reason}; a JSON object on every line wanted") from error

@@ -91,8 +91,6 @@ def test_on_the_real_model(tmp_path):
     errors = language.exactness(model, study, 2, seed=1)
     assert errors.shape == (2, 4)
     assert np.abs(errors).max() <= 1e-4
-    with pytest.raises(ValueError, match="n: 1000 pieces of prose"):
-        texts._prose(tokenizer, 1000)
 
 
 @pytest.mark.assets

@@ -1,6 +1,7 @@
 """The texts of the language model's study: second wordings, the random split, and relations kept apart."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from isouq.studies.isotropy import texts
@@ -76,13 +77,16 @@ def test_every_statement_of_the_set_has_a_second_wording_and_every_wording_a_sta
     )
 
 
-def test_too_few_questions_of_triviaqa_are_refused(monkeypatch):
-    """Two of the three are short enough, three are wanted."""
+def test_a_source_with_too_few_texts_is_refused(monkeypatch):
+    """Three texts of each kind are wanted; of TriviaQA's three questions one is too long."""
     questions = pool("Who?", "Where?", "What " + "w" * texts.MAX_TOKENS)
     small = DataSet("triviaqa", tuple(questions), "Q: {question}\nA:{answer}\n")
     monkeypatch.setattr(texts.qa_study, "load_questions", lambda name: small)
     monkeypatch.setattr(texts.generation, "encode_prompts", lambda tokenizer, prompts: [list(map(ord, prompts[0]))])
     monkeypatch.setattr(texts.generation, "encode_answer", lambda tokenizer, answer: [1])
-    assert len(texts._trivia(None, 2, 0)) == 2
-    with pytest.raises(ValueError, match="n: 3 questions of TriviaQA wanted, only 2 of at most 64 tokens found"):
-        texts._trivia(None, 3, 0)
+    monkeypatch.setattr(texts, "_statements", lambda seed: (None, [], []))
+    for name in ("_answered", "_reworded", "_prose", "_random"):
+        monkeypatch.setattr(texts, name, lambda *args, **options: [([1], [2])] * 3)
+    queries = pd.DataFrame({"question": ["The country of Ada is"] * 3, "paraphrased": True})
+    with pytest.raises(ValueError, match="n: 3 texts of kind triviaqa wanted, there are 2 of at most 64 tokens"):
+        texts.proxies(None, queries, queries)

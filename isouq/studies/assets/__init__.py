@@ -102,10 +102,9 @@ def _folders(asset: Asset) -> list[Path]:
 
 
 def _is_good(asset: Asset, folder: Path) -> bool:
-    try:
+    with contextlib.suppress(AssetError):
         return bool(_verified_files(asset, folder))
-    except AssetError:
-        return False
+    return False
 
 
 def _verified_files(asset: Asset, folder: Path) -> list[str]:
@@ -219,31 +218,22 @@ def _say(progress: bool, line: str) -> None:
 
 
 def load_causal_lm(
-    name: str,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    revision: str | None = None,
-    device_map: str | None = None,
+    name: str, *, device: str = "cpu", dtype: str = "float32", revision: str | None = None, device_map: Any = None
 ) -> tuple[Any, Any]:
     """Load a causal language model in evaluation mode, together with its tokenizer.
 
     Args:
-        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id: `owner/name` or
-            `owner/name@revision`.
-        device: "cpu", "cuda", "mps", or "auto": a card where there is one, and by accelerate's device map all cards
-            where the model is larger than one of them.
+        name: An asset (`isouq assets list` shows them), a local folder, or a Hugging Face Hub id, `owner/name`.
+        device: "cpu", "cuda", "mps", or "auto": a card where there is one, all cards where the model is larger.
         dtype: A name of torch's, such as "bfloat16", or "auto": the checkpoint's own on a card, float32 on the CPU.
-        revision: A Hub id's branch, tag or commit, in place of `owner/name@revision`.
+        revision: A Hub id's branch, tag or commit; `owner/name@revision` says it too.
         device_map: In place of a device, what accelerate takes: "auto" fills the GPUs first.
 
     Returns:
-        (model, tokenizer). A Hub id's model and tokenizer are of one commit. An asset's weights are a 4-bit checkpoint
-        dequantised to float32: that is the model under study.
+        (model, tokenizer), of one commit. An asset is a 4-bit checkpoint dequantised to float32, the model under study.
 
     Raises:
-        ValueError: There is no such model or device, or no network to fetch it with. The message names the cause and
-            the way out.
+        ValueError: There is no such model, device or network to fetch it with. The message names cause and way out.
 
     Example:
         With a folder that `model.save_pretrained` and `tokenizer.save_pretrained` wrote:
@@ -252,15 +242,9 @@ def load_causal_lm(
         >>> model.training, model.dtype, tokenizer("is it?")["input_ids"]
         (False, torch.float32, [10, 20, 1, 10, 21, 0])
     """
-    from isouq.studies import require
-
-    require.one_of("dtype", dtype, models.DTYPES)
     placed: Any = {"device": device, "dtype": dtype, "device_map": device_map}
-    if revision is not None and name not in manifest.assets():
-        name = models.at_revision(name, revision)
+    name = name if revision is None else f"{name}@{revision}"
     if name in manifest.assets():
-        if revision is not None:
-            raise AssetError(f"revision: {revision!r} given, but {name} is an asset, of pinned bytes; leave it out")
         if (kind := manifest.asset(name).kind) != "causal-lm":
             raise AssetError(f"{name} is no causal language model but {kind!r}; those are {_models()}")
         return models.from_pretrained(path(name), name, local_files_only=True, **placed)

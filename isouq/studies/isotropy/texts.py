@@ -126,8 +126,7 @@ def proxies(model: Any, tokenizer: Any, queries: pd.DataFrame, *, seed: int = 0)
     content, asked, shots = _statements(seed)
     given = set(queries["question"])
     pool = [question for question in asked if question.question not in given]
-    paraphrased = queries[queries["paraphrased"]]
-    n = len(paraphrased)
+    n = len(paraphrased := queries[queries["paraphrased"]])
     answer = functools.partial(_answered, model, tokenizer, content, shots=shots, n=n)
     pairs = {
         "paraphrase": _reworded(tokenizer, paraphrased),
@@ -137,6 +136,11 @@ def proxies(model: Any, tokenizer: Any, queries: pd.DataFrame, *, seed: int = 0)
         "prose": _prose(tokenizer, n),
         "random": _random(tokenizer, n, seed),
     }
+    for kind, of_kind in pairs.items():
+        if len(of_kind) < n:
+            raise ValueError(
+                f"n: {n} texts of kind {kind} wanted, there are {len(of_kind)} of at most {MAX_TOKENS} tokens"
+            )
     rows = [(kind, tokenizer.decode([*p, *a]), p, a) for kind, of_kind in pairs.items() for p, a in of_kind]
     return pd.DataFrame(rows, columns=["kind", "text", "prompt_ids", "answer_ids"])
 
@@ -179,16 +183,13 @@ def _reworded(tokenizer: Any, answered: pd.DataFrame | list[dict[str, Any]]) -> 
 
 
 def _trivia(tokenizer: Any, n: int, seed: int) -> list[Pair]:
-    """Return n questions of TriviaQA with their first accepted answers. Raises ValueError when there are fewer."""
+    """Return n questions of TriviaQA, if it has as many short ones, with their first accepted answers."""
     content = qa_study.load_questions("triviaqa")
     asked, _ = data.sample(content, len(content.questions), n_shots=0, seed=seed)
     prompts = (generation.encode_prompts(tokenizer, [content.prompt(question)])[0] for question in asked)
     golds = (generation.encode_answer(tokenizer, question.answers[0]) for question in asked)
-    short = (pair for pair in zip(prompts, golds, strict=True) if len(pair[0]) + len(pair[1]) <= MAX_TOKENS)
-    pairs = list(itertools.islice(short, n))
-    if len(pairs) < n:
-        raise ValueError(f"n: {n} questions of TriviaQA wanted, only {len(pairs)} of at most {MAX_TOKENS} tokens found")
-    return pairs
+    pairs = zip(prompts, golds, strict=True)
+    return list(itertools.islice((pair for pair in pairs if sum(map(len, pair)) <= MAX_TOKENS), n))
 
 
 def _prose(tokenizer: Any, n: int) -> list[Pair]:
@@ -196,8 +197,6 @@ def _prose(tokenizer: Any, n: int) -> list[Pair]:
     ids = tokenizer(text.replace("\n\n", " ").strip(), add_special_tokens=False)["input_ids"]
     width = PROSE_PROMPT + PROSE_ANSWER
     pieces = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
-    if n > len(pieces):
-        raise ValueError(f"n: {n} pieces of prose wanted, there are {len(pieces)}")
     return [(piece[:PROSE_PROMPT], piece[PROSE_PROMPT:]) for piece in pieces[:n]]
 
 
