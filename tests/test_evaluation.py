@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from isouq.studies import evaluation
+from isouq.studies import evaluation, resamples
 
 
 @pytest.fixture
@@ -226,6 +226,19 @@ def test_equal_scores_are_seldom_told_apart_and_unequal_ones_are() -> None:
 
     assert miss_rate(difference, 0.0, make, 150) <= 0.08
     assert miss_rate(difference, 0.0, lambda rng: make(rng, 1.0), 30) > 0.8
+
+
+def test_leaving_out_sets_of_answers_tells_the_same_interval_as_leaving_out_each(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    wrong = rng.random(400) < 0.1
+    score = rng.gamma(1.0, size=400) + wrong
+    each = auroc_interval(score, wrong)
+    monkeypatch.setattr(resamples, "MOST_LEFT_OUT", 100)
+    plan = evaluation.Resamples.of(wrong)
+    assert plan.left_out.shape == (100, 400)
+    assert (plan.left_out.sum(axis=0) == 99).all()
+    sets = evaluation.ranking(score, wrong, plan).interval()
+    assert (sets.low, sets.high) == pytest.approx((each.low, each.high), abs=0.1 * (each.high - each.low))
 
 
 def test_max_t_is_a_single_comparison_for_copies_and_grows_for_others() -> None:

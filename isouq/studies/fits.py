@@ -62,10 +62,13 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Col
     constant = variance <= (CONSTANT * np.abs(features).max(axis=0)) ** 2
     penalty = np.column_stack([np.zeros(n_fits), np.where(constant, 1.0, variance)])
     beta = np.zeros((n_fits, size))
+    of_wrong = (used * wrong) @ x
     for _ in range(50):
         p = special.expit(beta @ x.T)
-        gradient = (used * (wrong - p)) @ x - penalty * beta
-        hessian = ((used * p * (1 - p)) @ products).reshape(n_fits, size, size)
+        expected = used * p
+        gradient = of_wrong - expected @ x - penalty * beta
+        p *= expected
+        hessian = ((expected - p) @ products).reshape(n_fits, size, size)
         hessian[:, range(size), range(size)] += penalty
         step = np.linalg.solve(hessian + 1e-12 * np.eye(size), gradient[..., None])[..., 0]
         beta += step

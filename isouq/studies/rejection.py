@@ -27,7 +27,10 @@ def accuracies(score: ArrayLike, wrong: ArrayLike) -> Column:
     """
     score, wrong = require.numbers("score", score, finite=False), require.labels("wrong", wrong)
     require.same_rows(score=score, wrong=wrong)
-    return _curve(score, wrong, np.ones(len(wrong)))
+    order = np.argsort(score)
+    last = np.flatnonzero(np.append(score[order][1:] != score[order][:-1], True))
+    k = np.arange(1, len(score) + 1)
+    return np.interp(k, np.append(0, last + 1), np.append(0, np.cumsum(~wrong[order])[last])) / k
 
 
 def aurc(score: ArrayLike, wrong: ArrayLike) -> float:
@@ -80,8 +83,7 @@ def _accuracy(score: Column, wrong: NDArray[np.bool_], weights: Weights, rejecte
     the sum over k above `first` is H(n) − H(max(j − 1, first)), of which `gone` has the second part, cumulated over
     places. Tied answers have the mean of their places.
     """
-    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, weights.sum(axis=1).max(initial=0) + 1)))
-    summed = np.append(0.0, np.cumsum(harmonic[:-1]))
+    harmonic, summed = _harmonic(int(weights.sum(axis=1).max(initial=0)).bit_length())
     pools = Pooled.of(score, wrong)
 
     def of(weights: Weights, rejected: Weights) -> Column:
@@ -103,11 +105,8 @@ def _accuracy(score: Column, wrong: NDArray[np.bool_], weights: Weights, rejecte
     return by_blocks(of, weights, rejected)
 
 
-def _curve(score: Column, wrong: NDArray[np.bool_], weights: Column) -> Column:
-    """How many of the k most certain are right, as a share, k = 1 … the sum of weights; linear within tied scores."""
-    used = np.flatnonzero(weights)
-    order = used[np.argsort(score[used])]
-    last = np.append(score[order][1:] != score[order][:-1], True)
-    kept, right = (np.append(0, np.cumsum(part[order])[last]) for part in (weights, weights * ~wrong))
-    k = np.arange(1, int(kept[-1]) + 1)
-    return np.interp(k, kept, right) / k
+@functools.lru_cache(maxsize=2)
+def _harmonic(bits: int) -> tuple[Column, Column]:
+    """H(k) and the sum of H(j − 1) over j = 1 … k, for k below 2 to the power of `bits`."""
+    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, 2**bits)))
+    return harmonic, np.append(0.0, np.cumsum(harmonic[:-1]))

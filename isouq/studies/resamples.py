@@ -104,8 +104,11 @@ class Pooled(NamedTuple):
     def of(cls, score: Column, wrong: NDArray[np.bool_]) -> Pooled:
         """Sort and pool, `score` and `wrong` (example,)."""
         order = np.argsort(score)
-        if (score[order][1:] == score[order][:-1]).any():  # right answers first among tied ones
-            order = np.lexsort((wrong, score))
+        if not (score[order][1:] == score[order][:-1]).any():
+            wrong = wrong[order]
+            last = np.flatnonzero(np.append(wrong[1:] != wrong[:-1], True))
+            return cls(order, last, wrong[last], last[:0])
+        order = np.lexsort((wrong, score))  # right answers first among tied ones
         score, wrong = score[order], wrong[order]
         first = np.append(True, score[1:] != score[:-1])
         run = np.cumsum(first) - 1

@@ -64,7 +64,7 @@ class Calibrator:
         >>> mine = isouq.calibrate(table, score="likelihood", n_resamples=100)
         >>> mine.save(folder + "/mine.json")
         >>> p_wrong = isouq.Calibrator.load(folder + "/mine.json").apply(table)
-        >>> abs(p_wrong.mean() - (~table["right"]).mean()) < 0.01
+        >>> bool(abs(p_wrong.mean() - (~table["right"]).mean()) < 0.01)
         True
     """
 

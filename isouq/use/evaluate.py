@@ -21,7 +21,8 @@ try:
     from isouq.studies import evaluation, fits, rejection, require
     from isouq.studies.evaluation import Column, Ranking, Resamples, UndefinedStatisticError
 except ImportError as missing:
-    raise ImportError(f"{missing.name} is not installed; pip install 'isouq[evaluate]'") from missing
+    package = str(missing.name).partition(".")[0]
+    raise ImportError(f"{package} is not installed; pip install 'isouq[evaluate]'") from missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +174,7 @@ def _row(name: str, metric: str, ranked: Mapping[str, Mapping[str, Ranking]]) ->
     sign = -1 if metric in LOW_IS_GOOD else 1
     values, gains = _ends(one), (np.nan,) * 3
     if name != control:
-        value, *ends = (sign * end for end in _ends(one.minus(ranked[control][metric])))
+        value, *ends = (sign * end + 0.0 for end in _ends(one.minus(ranked[control][metric])))  # no −0
         gains = (value, min(ends), max(ends))
     return dict(zip(COLUMNS, (name, metric, *values, one.n, *gains), strict=True))
 
