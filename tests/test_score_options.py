@@ -385,6 +385,40 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     assert peaks[1] < 1.5 * peaks[0]
 
 
+# ---- calibrators -----------------------------------------------------------------------------------------------------
+
+
+def test_a_calibrator_adds_p_wrong_and_is_refused_before_rows_are_scored(
+    chat_folder, chat_model, tmp_path, short_frames
+):
+    lines = ['{"prompt": "a", "answer": "b"}'] * 3 + ['{"prompt": "", "answer": "b"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    source, seen = tables.Source(tmp_path / "in.jsonl"), []
+
+    def calibrate(about):
+        seen.append(about)
+        if about["chat"]:
+            raise ValueError("calibrator: of other scores")
+        return lambda table: 1 - table["probability"].astype(float)
+
+    def run(**options):
+        how = scoring.Scoring(batch_size=2)
+        return files.Run(model="mine", load=lambda: chat_model, how=how, calibrate=calibrate, **options)
+
+    assert files.score_file(source, tmp_path / "o.jsonl", run()).errors == 1
+    assert [row["p_wrong"] is None for row in read_lines(tmp_path / "o.jsonl")] == [False] * 3 + [True]
+    (tmp_path / "o.jsonl").unlink()
+    assert files.score_file(source, tmp_path / "o.parquet", run()).errors == 1
+    got = pd.read_parquet(tmp_path / "o.parquet")
+    assert got["p_wrong"].tolist()[:3] == pytest.approx((1 - got["probability"]).tolist()[:3])
+    assert got["p_wrong"].isna().tolist() == [False] * 3 + [True]
+    kept = json.loads(pq.read_schema(tmp_path / "o.parquet").metadata[b"isouq"])
+    assert seen == [kept] * 4
+    with pytest.raises(ValueError, match="calibrator: of other scores"):
+        files.score_file(source, tmp_path / "p.parquet", run(chat=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "o.parquet"]
+
+
 # ---- logs of lm-evaluation-harness -----------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ def score(model_folder, source, target, *more):
     return cli.main(["score", "--model", str(model_folder), "--input", str(source), "--output", str(target), *more])
 
 
+PLAIN = files.Run(model="", load=tuple, how=scoring.Scoring())
 QUESTIONS = pd.DataFrame(
     {"id": [7, 8, 9], "prompt": ["Is it a?", "Is it b?", "Is it cc?"], "answer": [" yes", " no", " no"]}
 )
@@ -336,7 +337,7 @@ def test_columns_of_any_name_are_kept_or_refused_before_the_model(model_folder, 
         row = next(csv.DictReader(file))
     assert list(row)[:5] == ["row", "answer", "index", "prompt", ""]
     assert list(row.values())[:5] == ["id-7", "yes", "007", "Is it?", "NA"]
-    for name in files.columns(("sequence",)):
+    for name in files.columns(PLAIN):
         source.write_text(f"prompt,answer,{name}\na,b,mine\n")
         assert score("no-model", source, target) == 1
         assert (
@@ -358,7 +359,7 @@ def test_what_the_output_cannot_hold_is_said_before_the_model(tmp_path, capsys):
 def test_a_header_alone_gives_a_header_alone(tmp_path, capsys):
     (tmp_path / "in.csv").write_text("prompt,answer,id\n")
     assert score("no-model", tmp_path / "in.csv", tmp_path / "o.csv") == 0
-    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(files.columns(("sequence",))) + "\n"
+    assert (tmp_path / "o.csv").read_text() == "prompt,answer,id," + ",".join(files.columns(PLAIN)) + "\n"
 
 
 def test_a_straddling_token_is_named(model_folder, tmp_path, capsys):

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import metadata
@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isouq import models
-from isouq.estimate import Aggregation
 from isouq.language import encoding, generation, scoring
 from isouq.language.chat import Prompting
 from isouq.language.examples import Example, each, from_pairs
@@ -46,6 +45,8 @@ class Run:
     """What is asked of a run. `load` gives (model, tokenizer) and is called once the files are known to be right.
 
     `chat` and `system` as in `score_texts`; `max_new_tokens` is for answers that are missing, which None makes errors.
+    `calibrate` takes what the scores depend on, as in the metadata of Parquet, and gives a function of a table of them,
+    whose values become column p_wrong; it raises ValueError for a calibrator of other scores.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Run:
     chat: bool = False
     system: str | None = None
     max_new_tokens: int | None = 32
+    calibrate: Callable[[Record], Callable[[pd.DataFrame], Any]] | None = None
 
 
 class Question(NamedTuple):
@@ -73,9 +75,9 @@ class Summary(NamedTuple):
     errors: int
 
 
-def columns(aggregations: Sequence[Aggregation]) -> dict[str, str]:
+def columns(run: Run) -> dict[str, str]:
     """The columns that a result adds to the input's, and their types."""
-    names = dict.fromkeys(scoring.columns(aggregations), "Float64")
+    names = dict.fromkeys([*scoring.columns(run.how.aggregations), *["p_wrong"] * bool(run.calibrate)], "Float64")
     return names | {"n_tokens": "Int64", "straddles": "boolean", "error": "string"}
 
 
@@ -93,10 +95,10 @@ def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
         if source.stamps() != stamps:
             way_out = "put back the file as it was and resume by the same command, or delete this one to start afresh"
             raise ValueError(f"{source.paths[0]}: changed while it was scored; its scores are in {partial}; {way_out}")
-        tally: dict[str, int] = dict.fromkeys(Summary._fields, 0)
-        sink.about = {"model": run.model, **next(_stored(partial), {}).get("isouq score", {})}
+        tally = dict.fromkeys(Summary._fields, 0)
+        sink.about = _about(run, next(_stored(partial), {}).get("isouq score", {}))
         with tables.replacing(path) as out:
-            sink.write(_results(source, partial, run, tally), out)
+            sink.write(_results(source, partial, run, sink.about, tally), out)
         partial.unlink(missing_ok=True)
     return Summary(**tally)
 
@@ -114,7 +116,7 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
     digest, n_rows, n_missing, names = hashlib.sha256(), 0, 0, dict[str, None]()
     for frame in source.frames():
         names |= dict.fromkeys(frame.columns.tolist())
-        if taken := [name for name in columns(run.how.aggregations) if name in frame]:
+        if taken := [name for name in columns(run) if name in frame]:
             given = f"{source.paths[0]}: column {taken[0]!r} is there"
             raise ValueError(f"{given}, and a result is written under this name; rename it")
         prompts, answers = _cells(frame)
@@ -149,25 +151,31 @@ def _question(prompt: Any, answer: Any) -> Question:
 
 def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
     """A frame with the columns and types of its result."""
-    kinds = {"answer": "string", **columns(run.how.aggregations)}
+    kinds = {"answer": "string", **columns(run)}
     return frame.assign(**{name: pd.Series(pd.NA, index=frame.index, dtype=kind) for name, kind in kinds.items()})
 
 
-def _results(source: tables.Source, partial: Path, run: Run, tally: dict[str, int]) -> Iterator[pd.DataFrame]:
+def _results(source: tables.Source, partial: Path, run: Run, about: Record, tally: Record) -> Iterator[pd.DataFrame]:
     """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
-    kinds, records = columns(run.how.aggregations), itertools.islice(_stored(partial), 1, None)
+    kinds, records = columns(run), itertools.islice(_stored(partial), 1, None)
+    calibrated = run.calibrate(about) if run.calibrate and "weights" in about else None  # no row, no weights
     for frame in source.frames():
         done = list(itertools.islice(records, len(frame)))
         questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
         answers = [row["answer"] or x.answer or None for row, x in zip(done, questions, strict=True)]
-        results = {name: pd.Series([row[name] for row in done], dtype=kind) for name, kind in kinds.items()}
+        results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in kinds.items()}
         for row in done:
             counted = {"rows": True, "generated": row["answer"], "straddles": row["straddles"], "errors": row["error"]}
             for name, value in counted.items():
                 tally[name] += value not in (None, False)
             if row["error"]:
                 _say(f"row {row['row'] + 1}: {row['error']}")
-        yield frame.assign(answer=pd.Series(answers, dtype="string"), **results)
+        scored = frame.assign(answer=pd.Series(answers, dtype="string"), **results)
+        yield scored.assign(p_wrong=pd.array(calibrated(scored), dtype="Float64")) if calibrated else scored
+
+
+def _about(run: Run, identity: Record) -> Record:
+    return {"model": run.model, **identity}
 
 
 def _say(line: str) -> None:
@@ -192,6 +200,8 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
     subject = _Subject(model, Prompting(tokenizer, run.chat, run.system), run)
     placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": _devices(model)}
     identity |= {"weights": models.weights(model, tokenizer), **placed}
+    if run.calibrate:
+        run.calibrate(_about(run, identity))  # refuses one that was made of other scores
     n_done = _resume(partial, identity)
     commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['weights']})"
     passes = f"as fit {how.memory:.3g} bytes" if how.memory else how.batch_size
@@ -273,7 +283,7 @@ class _Subject:
 
     def records(self, questions: Iterator[Question], first: int) -> Iterator[Record]:
         """The record of every row, from number `first`; one that cannot be scored has an `error` in place of scores."""
-        rows, window, empty = enumerate(questions, first), self.size, columns(self.run.how.aggregations)
+        rows, window, empty = enumerate(questions, first), self.size, columns(self.run)
         while taken := dict(itertools.islice(rows, window)):
             errors = {row: question.error for row, question in taken.items() if question.error}
             if self.run.max_new_tokens is None:
