@@ -140,7 +140,7 @@ rule notebook:
     params:
         **RUN.parameters(),
         sha256=lambda wildcards: graph.pins(RUN.sections[wildcards.chapter].assets()),
-        contents=lambda wildcards: RUN.contents(RUN.models[wildcards.chapter]),
+        contents=lambda wildcards: RUN.contents(RUN.models[wildcards.chapter]) + RUN.questions(wildcards.chapter),
     threads: 8
     resources:
         mem_mb=RUN.memory_mb,

@@ -53,9 +53,9 @@ _HOMES = {
     **dict.fromkeys(("inner_products", "score_texts", "score_tokens"), "isouq.language.scoring"),
     **dict.fromkeys(("score_each_token", "trace"), "isouq.language.tokens"),
     **dict.fromkeys(("assets", "load_causal_lm"), "isouq.studies.assets"),
-    "plotting": "isouq.plotting",
     **dict.fromkeys(("Calibrator", "calibrate"), "isouq.use.calibrate"),
     "evaluate": "isouq.use.evaluate",
+    "plotting": "isouq.plotting",
 }
 _MOVED = {  # module or package → where its names went when the library, its studies and the pipeline were separated
     **{old: f"studies.{old}" for old in "assets cost evaluation identity isotropy qa store synthetic".split()},

@@ -24,7 +24,15 @@ def test_a_snippet_runs_as_it_stands(snippet, capsys):
 
 
 def test_there_are_snippets_for_every_public_function():
-    for name in ("load_causal_lm", "score_texts", "score_tokens", "score_classes", "score_outputs", "inner_products"):
+    for name in (
+        "load_causal_lm",
+        "score_texts",
+        "score_tokens",
+        "score_each_token",
+        "score_classes",
+        "score_outputs",
+        "inner_products",
+    ):
         assert any(f".{name}(" in snippet for snippet in SNIPPETS), name
 
 

@@ -31,6 +31,8 @@ def score_each_token(
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
+    chat: bool = False,
+    system: str | None = None,
     engine: Engine = "auto",
     batch_size: BatchSize = "auto",
     memory: float | None = None,
@@ -39,7 +41,7 @@ def score_each_token(
     """Uncertainty of every token of every answer, each given the prompt and the tokens before it.
 
     Args:
-        model, tokenizer, prompts, answers: As in `score_texts`.
+        model, tokenizer, prompts, answers, chat, system: As in `score_texts`.
         engine, batch_size, memory, parameters: As in `score_tokens`.
 
     Returns:
@@ -59,7 +61,7 @@ def score_each_token(
         >>> table[["example", "position"]].values.tolist()
         [[0, 0], [0, 1], [0, 2], [0, 3]]
     """
-    pairs = text_pairs(tokenizer, prompts, answers)
+    pairs = text_pairs(tokenizer, prompts, answers, chat, system)
     how = Scoring(
         aggregations=("token_mean",), engine=engine, batch_size=batch_size, memory=memory, parameters=parameters
     )

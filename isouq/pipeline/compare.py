@@ -37,6 +37,7 @@ KINDS: tuple[tuple[str, str, float], ...] = (
     (r"isotropy\.(dose|chain|ranks)\..+", "sampled", 0.1),
     (r"isotropy\.[^.]+\.(control|pull_detectable|spread_of_\w+|gram\.\w+)", "sampled", 0.1),
     (r"isotropy\.[^.]+(\.\w+){1,2}\.(pull|rank_g|rank_u_e|spread|auroc|auroc_gain|auroc_gain_u_e)", "sampled", 0.1),
+    (r"your_model\.accuracy|your_model\.\w+\.\w+", "sampled", 0.1),
     (r"qa\.[^.]+\.\w+\.power\.\w+|qa\.[^.]+\.\w+\.\w+\.(count|pairs|max_t)", "sampled", 0.2),
     (r"qa\.(transfer\.)?[^.]+\.\w+(\.\w+){0,3}", "sampled", 0.1),
 )

@@ -88,11 +88,15 @@ class Graph:
             return "".join(lines({name: section.scoring(*self.shards[wildcards.shard])[name]}))
 
         def file(wildcards: Any) -> str:
-            path = Path(self.shards[wildcards.shard][1])
-            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+            return _digest(self.shards[wildcards.shard][1])
 
         names = section.scoring(*section.pairs()[0])
         return {name: functools.partial(line, name) for name in names} | {"file": file}
+
+    def questions(self, chapter: str) -> list[str]:
+        """Return a line with the SHA-256 of a notebook's own file of questions, if it has one."""
+        file = getattr(self.sections[chapter], "file", None)
+        return lines({file: _digest(file)}) if file else []
 
     def sampling(self) -> list[str]:
         """Return a line per parameter of 02_mcmc."""
@@ -101,6 +105,10 @@ class Graph:
     def contents(self, models: Iterable[str]) -> list[str]:
         """Return what each model's name stands for now, since other bytes or another commit are another model."""
         return lines({model: self.content[model] for model in models})
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
 
 
 def lines(values: Mapping[str, Any]) -> list[str]:

@@ -96,6 +96,12 @@ def _known_data_set(name: str) -> str:
     return name
 
 
+def _known_file(name: str) -> str:
+    if not (Path(name).is_file() or (CLONE / name).is_file()):
+        raise ValueError(f"{name!r}: there is no such file")
+    return name
+
+
 def _reader(name: str) -> str:
     if not _is_on_hub_or_here(name):
         raise ValueError(f"{name!r} is no Hub id (owner/name or owner/name@revision) and no folder")
@@ -351,5 +357,36 @@ class Cost(Parameters):
         return self
 
 
+class YourModel(Parameters):
+    """A model of one's own and a file of questions, from scores to a decision.
+
+    `file` is a table (.csv, .jsonl, .parquet) with the column `prompt`; without a column `answer` the model answers.
+    Answers are right as the column `label` says, or, without one, as `judge` finds by the column `reference`.
+    """
+
+    chapter = "06_your_model"
+    work_dir: str
+    model: Annotated[str, AfterValidator(lambda name: _known_models([name])[0])]
+    file: Annotated[str, AfterValidator(_known_file)]
+    prompt: str
+    answer: str | None
+    label: str | None
+    reference: str
+    judge: Literal["exact", "f1", "contains"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    chat: bool
+    max_new_tokens: Count
+    n_looked_at: Count  # answers whose layers are drawn
+    n_resamples: Resamples
+
+    @property
+    def models(self) -> list[str]:
+        """The model, as other chapters list theirs."""
+        return [self.model]
+
+
 # The notebooks that a profile can name; they run in the order of their numbers.
-SCHEMAS: dict[str, type[Parameters]] = {schema.chapter: schema for schema in (Derivation, Mcmc, Isotropy, LlmQa, Cost)}
+SCHEMAS: dict[str, type[Parameters]] = {
+    schema.chapter: schema for schema in (Derivation, Mcmc, Isotropy, LlmQa, Cost, YourModel)
+}
