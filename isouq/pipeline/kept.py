@@ -24,7 +24,8 @@ SHARED = ("commit", "dirty", "versions", "hardware")  # what a record says of it
 
 def prefix(chapter: str) -> str:
     """Return the first part of a chapter's keys: `qa.` of 04_llm_qa."""
-    return f"{chapter.rpartition('_')[2]}."
+    name = chapter.partition("_")[2]
+    return f"{name.removeprefix('llm_')}."
 
 
 def read(path: str | Path) -> dict[str, Any]:
