@@ -140,7 +140,7 @@ class Regression:
 def bernoulli_variance(log_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Aleatoric uncertainty U_A = p(1 − p) of a point prediction, from log p (paper, law of total variance).
 
-    Computed as e^{log p}·|expm1(log p)|, which is exact as p approaches 1, and 0 rather than −0 at p = 1.
+    Computed as e^{log p}·abs(expm1(log p)), which is exact as p approaches 1, and 0 rather than −0 at p = 1.
     """
     return log_p.exp() * torch.expm1(log_p).abs()
 
