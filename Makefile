@@ -23,7 +23,7 @@ export PROFILE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book site keep pdf epub canary plan assets test test-quick test-torch lint verify dist address clean distclean lock FORCE
+.PHONY: help book site keep pdf epub canary plan assets test test-quick test-torch test-polygraph lint verify dist address clean distclean lock FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -87,6 +87,16 @@ canary: book ## the same pages by plain, newest Sphinx, in an environment of its
 	$(PY) -c "$$where" > "$$($$new -c "$$where")/zz-isouq.pth"; \
 	name=$${PROFILE##*/}; $(PY) book/canary.py build/$${name%.y*ml}/html $$new
 
+# lm-polygraph needs packages that the lock has no use for, so it has an environment of its own, above this one.
+test-polygraph: .venv-polygraph/installed ## the tests of isouq within lm-polygraph, in an environment of its own
+	@OMP_NUM_THREADS=1 .venv-polygraph/bin/python -m pytest tests/integrations
+
+.venv-polygraph/installed: $(READY)
+	@set -e; $(PY) -m venv --clear .venv-polygraph; packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(PY) -c "$$packages" > "$$(.venv-polygraph/bin/python -c "$$packages")/isouq-environment.pth"; \
+	.venv-polygraph/bin/python -m pip install --quiet -c requirements.lock lm-polygraph==0.7.0; \
+	touch $@
+
 lint: $(READY) ## ruff, formatting, types, and notebooks without stored outputs
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -120,7 +130,7 @@ clean: ## remove what was built; the scored questions in build/store stay
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name store -exec rm -rf {} +; fi
 
 distclean: clean ## remove the scored questions and the environment too
-	@rm -rf build .venv .venv-torch-* .venv-canary .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build .venv .venv-torch-* .venv-polygraph .venv-canary .snakemake isouq.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Sets $python to PYTHON, or to the first on the PATH that is new enough and runs.
 define FIND_PYTHON

@@ -47,7 +47,7 @@ STEPS = (
     *LIBRARY,
     *(tuple(f"studies.{room}" for room in step) for step in STUDIES),
     *(tuple(f"pipeline.{room}" for room in step) for step in PIPELINE),
-    ("use", "plotting"),
+    ("use", "plotting", "integrations"),
     ("cli",),
 )
 STEP = {room: number for number, rooms in enumerate(STEPS) for room in rooms}
@@ -60,7 +60,7 @@ ONLY_IN = {
     "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy", "use"},
 }
 FILE_LINES = 400
-USE = {"use", "cli", "plotting"}  # what a practitioner asks for: files, commands, labels, decisions
+USE = {"use", "cli", "plotting", "integrations"}  # what a practitioner asks for: files, commands, labels, decisions
 # Physical lines. The plan gave the library 4,000 with devices, tokens and evaluation in it; evaluation, calibration and
 # files became a part of their own, which has no plan.
 WALLS = {"library": 4000, "studies": 6000}

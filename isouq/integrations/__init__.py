@@ -1,0 +1,1 @@
+"""Other tools that ask for our estimates."""
