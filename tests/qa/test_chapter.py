@@ -76,12 +76,13 @@ def test_named_results_stand_under_their_model_and_data_set(results) -> None:
     table = tables.named(results, "epistemic.auroc", "transfer.*", "combined.auroc_over_*", "within_length.pairs")
     one = results[f"qa.{SMOL}.triviaqa.epistemic.auroc"]
     wanted = f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]".replace(" ", "\u00a0")
-    assert table.loc[("SmolLM2", "TriviaQA"), "epistemic: auroc"] == wanted
-    assert list(table)[:3] == ["epistemic: auroc", "transfer: auroc", "transfer: auroc standardised"]
+    assert table.loc[("SmolLM2", "TriviaQA"), "epistemic: AUROC"] == wanted
+    assert list(table)[:3] == ["epistemic: AUROC", "transfer: AUROC", "transfer: AUROC standardised"]
     transfer = results["qa.transfer.mean.triviaqa.auroc"]
-    assert table.loc[("mean", "TriviaQA"), "transfer: auroc"].startswith(f"{transfer.value:.2f}")
+    assert table.loc[("mean", "TriviaQA"), "transfer: AUROC"].startswith(f"{transfer.value:.2f}")
     pairs = results[f"qa.{SMOL}.triviaqa.within_length.pairs"].value
     assert table.loc[("SmolLM2", "TriviaQA"), "within length: pairs"] == f"{pairs:.0f}"
+    assert "epistemic & aleatoric − P(True): AUROC" in table
     assert tables.named(results, "no.such*").iloc[0, 0] == tables.TOO_FEW
 
 

@@ -78,10 +78,7 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
 
 
 def _take_samples(store: Store, model: str, questions: Sequence[Question], settings: Settings) -> None:
-    """Take over the samples that the other mode of TruthfulQA drew: they answer the same prompts by the same numbers.
-
-    A store that another process holds, or that is damaged, is left alone, and the samples are drawn anew.
-    """
+    """Take over samples of the same prompts from TruthfulQA's other mode, unless its store is in use or damaged."""
     other = "truthfulqa" if store.identity["choose"] else "truthfulqa_choose"
     identity_there = {**store.identity, "data_set": other, "choose": not store.identity["choose"]}
     path = store_path(Path(settings.store_dir), f"{model}--{other}", identity_there)

@@ -118,8 +118,17 @@ def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
             model, data_set, name = re.sub(r"^(qa\.)(transfer\.)(\w.*?\..*?\.)", r"\1\3\2", key).split(".", 3)[1:]
             if fnmatch(name, pattern):
                 pair = MODELS.get(model, model), DATA_SETS.get(data_set, data_set)
-                rows.setdefault(pair, {})[name.replace(".", ": ").replace("_", " ")] = _text(result)
+                rows.setdefault(pair, {})[_in_words(name)] = _text(result)
     return pd.DataFrame(rows).T.fillna("") if rows else _nothing(TOO_FEW)
+
+
+def _in_words(name: str) -> str:
+    """Return how a result is called in the head of a column: `epistemic: AUROC`, `P(True) − epistemic: AUROC`."""
+    subject, _, metric = name.partition(".")
+    method, mark, rest = subject.partition("_committed")
+    metric, _, other = metric.partition("_over_")
+    words = " − ".join(method_labels([method, *filter(None, [other])]).values()) + mark.replace("_", ", ") + rest
+    return f"{words}: {metric}".removesuffix(": ").replace("_", " ").replace("auroc", "AUROC")
 
 
 def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.DataFrame:
