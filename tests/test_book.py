@@ -77,7 +77,7 @@ CUT = """(() => {
   const cut = (e) => {
     for (let box = e; box; box = box.parentElement) {
       const scrolls = /auto|scroll/.test(getComputedStyle(box).overflowX);
-      if (scrolls && end(box) >= end(e)) return box.getBoundingClientRect().right > innerWidth;
+      if (scrolls && end(box) + 2 >= end(e)) return box.getBoundingClientRect().right > innerWidth;
       if (getComputedStyle(box).overflowX !== 'visible' && end(e) > box.getBoundingClientRect().right + 1) return true;
     }
     return end(e) > innerWidth + 1;

@@ -64,7 +64,7 @@ def browsed(answers: Mapping[Pair, pd.DataFrame], n: int = 300) -> pd.DataFrame:
     verdicts, models and data sets are categories, for `widgets.browser`.
     """
     rows = pd.concat({label(pair): table.head(n // len(answers)) for pair, table in answers.items()})
-    rows = rows.rename_axis(["model", "data set", ""]).reset_index(["model", "data set"])
+    rows = rows.copy().rename_axis(["model", "data set", ""]).reset_index(["model", "data set"])  # copied in one piece
     verdicts = [name for name in map(str, rows) if re.match("right(_by_(?!chance)|_as|$)", name)]
     rows = rows.assign(**{name: rows[name].map({True: "yes", False: "no"}) for name in verdicts})
     rows = rows.astype(dict.fromkeys(("model", "data set", *verdicts), "category"))
