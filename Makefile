@@ -26,12 +26,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help book site keep pdf epub canary plan assets test test-quick test-torch test-polygraph lint verify dist address clean distclean lock FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
-	@echo "  PROFILE=NAME      smoke, embedded (default), or a file of your own: make book PROFILE=my.yml"
-	@echo "  CORES=N           processor cores to use (default: all)"
-	@echo "  PYTHON=PATH       the Python to make .venv with (3.11 or newer)"
-	@echo "  VERSION=X.Y.Z     the torch of test-torch (default: $(VERSION), the oldest supported)"
-	@echo "  TORCH_INDEX=URL   where to get torch, for example a CPU build in place of PyPI's CUDA one"
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+	@echo "  PROFILE=NAME        smoke, embedded (default), or a file of your own: make book PROFILE=my.yml"
+	@echo "  CORES=N             processor cores to use (default: all)"
+	@echo "  PYTHON=PATH         the Python to make .venv with (3.11 or newer)"
+	@echo "  VERSION=X.Y.Z       the torch of test-torch (default: $(VERSION), the oldest supported)"
+	@echo "  TORCH_INDEX=URL     where to get torch, for example a CPU build in place of PyPI's CUDA one"
 
 book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
