@@ -28,7 +28,8 @@ from isouq.pipeline import graph
 
 try:
     RUN = graph.Graph(config)
-    if workflow.is_main_process and not workflow.dryrun:
+    dry = {"-n", "--dry-run", "--dryrun"} & {*sys.argv}  # workflow.dryrun is not set before this file is read
+    if workflow.is_main_process and not dry:
         LOCK = graph.lock(RUN.build)  # until this process ends
 except (ValueError, BlockingIOError) as error:
     raise WorkflowError(str(error)) from None
