@@ -208,7 +208,13 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
     _say(
         f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, sequences a pass: {passes}"
     )
-    bar = {"total": asked.rows, "initial": n_done, "unit": "row", "desc": f"{asked.missing} answers to generate"}
+    bar: Record = {
+        "total": asked.rows,
+        "initial": n_done,
+        "unit": "row",
+        "desc": f"{asked.missing} answers to generate",
+    }
+    bar["disable"] = None  # shows at a terminal only
     try:
         if not n_done:
             with tables.replacing(partial) as out:
