@@ -208,13 +208,8 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
     _say(
         f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, sequences a pass: {passes}"
     )
-    bar: Record = {
-        "total": asked.rows,
-        "initial": n_done,
-        "unit": "row",
-        "desc": f"{asked.missing} answers to generate",
-    }
-    bar["disable"] = None  # shows at a terminal only
+    bar: Record = {"total": asked.rows, "initial": n_done, "unit": "row", "disable": None}  # at a terminal only
+    bar["desc"] = f"{asked.missing} answers to generate"
     try:
         if not n_done:
             with tables.replacing(partial) as out:
