@@ -37,9 +37,8 @@ book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
 
-# What is kept is published, unless PROFILE is given.
-site: $(READY) ## build the site from a kept run (PROFILE=published) in build/site/html; runs nothing
-	@$(PY) book/build.py build/site/html --kept results/$(if $(filter file,$(origin PROFILE)),published,$(PROFILE))
+site: $(READY) ## build the pages from the run kept in results/PROFILE, in build/site/html; runs nothing
+	@$(PY) book/build.py build/site/html --kept "results/$$PROFILE"
 	@echo "The site: build/site/html/index.html"
 
 keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PROFILE, and quote it in the README

@@ -236,7 +236,7 @@ def senseless(name: str, value):
     elif isinstance(value, int):
         yield from (True, math.inf, math.nan, 1.5, 2**63, -1)
     elif isinstance(value, str):
-        yield from ("  ", None, 3, *([] if name == "results_path" else [""]))
+        yield from ("  ", 3, *([] if name == "results_path" else [""]), *([] if name == "clusters" else [None]))
         if name != "description":
             yield from (" smoke", "smoke ", "smo\nke", "smo\0ke", "smo\u200bke")
 

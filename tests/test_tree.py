@@ -61,12 +61,11 @@ ONLY_IN = {
 }
 FILE_LINES = 400
 USE = {"use", "cli", "plotting", "integrations"}  # what a practitioner asks for: files, commands, labels, decisions
-# Physical lines. The plan gave the library 4,000 with devices, tokens and evaluation in it; evaluation, calibration and
-# files became a part of their own, which has no plan.
-WALLS = {"library": 4000, "studies": 6000}
+# Physical lines, as planned: library and use together with evaluation, tokens and devices in; studies with all models.
+PLANNED = {("library", "use"): 4000, ("studies",): 6000}
 # What there is. The studies, which count with the code of their chapters, are far above their plan, which is older than
 # the atlas of posteriors and the chapter on isotropy. A rule that moves from a notebook to a function is no growth.
-TODAY = {"library": 3663, "studies": 10520, "use": 2232}
+TODAY = {"library": 3663, "studies": 10520, "use": 2265}
 
 
 def room_of(name: str) -> str:
@@ -140,11 +139,10 @@ def test_a_part_does_not_grow(part):
     assert sum(lines.values()) <= TODAY[part], dict(sorted(lines.items(), key=lambda item: -item[1]))
 
 
-@pytest.mark.parametrize(
-    "part", ["library", pytest.param("studies", marks=pytest.mark.xfail(strict=True, reason="larger than planned"))]
-)
-def test_a_part_is_as_small_as_planned(part):
-    assert sum(lines_of(part).values()) <= WALLS[part]
+@pytest.mark.xfail(strict=True, reason="larger than planned")
+@pytest.mark.parametrize("parts", PLANNED)
+def test_what_was_planned_is_as_small_as_planned(parts):
+    assert sum(sum(lines_of(part).values()) for part in parts) <= PLANNED[parts]
 
 
 def test_importing_the_library_is_light():

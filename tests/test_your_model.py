@@ -40,6 +40,7 @@ def tiny(model_folder, tmp_path):
     """Parameters for a tiny model and thirty questions, every third answer of which is labelled right."""
     table = pd.DataFrame({"asked": [f"Is it {i}?" for i in range(30)], "said": [" yes", " no", " so"] * 10})
     table["fine"] = [row % 3 == 0 for row in range(30)]
+    table["kind"] = [row // 4 for row in range(30)]
     table["reference"] = "a"  # what letters of a random model hold now and then
     table.to_csv(tmp_path / "mine.csv", index=False)
     given = {"model": str(model_folder), "file": str(tmp_path / "mine.csv"), "prompt": "asked"}
@@ -49,7 +50,7 @@ def tiny(model_folder, tmp_path):
 
 @pytest.mark.usefixtures("figure_style")
 def test_the_page_runs_on_answers_and_labels_of_ones_own(tiny, tmp_path, capsys):
-    names = run(**tiny, answer="said", label="fine")
+    names = run(**tiny, answer="said", label="fine", clusters="kind")
     assert names["table"]["answer"].tolist() == [" yes", " no", " so"] * 10
     assert names["table"]["text"].tolist() == [" yes", " no", " so"] * 10, "scored as written"
     assert names["table"]["p_wrong"].between(0, 1).all()
@@ -64,7 +65,7 @@ def test_the_page_runs_on_answers_and_labels_of_ones_own(tiny, tmp_path, capsys)
 def test_the_page_lets_the_model_answer_and_judges_by_references(tiny, monkeypatch):
     verdicts = [row % 2 == 0 for row in range(30)]  # a random model is never right
     monkeypatch.setattr("isouq.use.judges.judged", lambda table, judge, reference: pd.Series(verdicts))
-    names = run(**tiny)
+    names = run(**tiny, clusters=None)
     assert names["table"]["answer"].str.len().gt(0).all()
     assert (names["table"]["text"] == " " + names["table"]["answer"]).all()
     assert names["table"]["right"].tolist() == verdicts

@@ -373,6 +373,7 @@ class YourModel(Parameters):
     label: str | None
     reference: str
     judge: Literal["exact", "f1", "contains"]
+    clusters: str | None  # a column: rows of one cell are resampled together
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     chat: bool

@@ -20,12 +20,14 @@ from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes 
     Column,
     Ranking,
     Resamples,
+    clusters_of,
     evaluation,
     features_of,
     fits,
     labelled,
     require,
     resamples,
+    special,
     with_scores,
 )
 
@@ -143,6 +145,7 @@ def calibrate(
     score: str = "combined",
     method: str = "logistic",
     abstain: float | None = None,
+    clusters: str | None = None,
     about: Mapping[str, Any] | None = None,
     n_resamples: int = evaluation.N_RESAMPLES,
     seed: int = 0,
@@ -155,6 +158,7 @@ def calibrate(
         score: "combined" (log U_E and log U_A), another name that `evaluate` knows, or a column of the table.
         method: "logistic", or "isotonic", which bends the logistic log-odds; it takes more labels.
         abstain: An accuracy to keep among the answered, between 0 and 1: finds the threshold on p_wrong for it.
+        clusters: As in `evaluate`; a cluster's answers also share their fold.
         about: What the scores were made with, as `isouq.use.about.about_of` reads it from their file.
         n_resamples: Bootstrap resamples behind the intervals, at least 40.
         seed: Of the resamples and folds.
@@ -186,9 +190,13 @@ def calibrate(
         given = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
         raise ValueError(f"{right}: {given} given, of each as many as the {N_FOLDS} folds wanted; label more")
     features = features_of(used, score)
-    plan = resamples(wrong, n_resamples, seed)
-    folds = _folds(wrong, seed)
+    groups = clusters_of(used, clusters)
+    plan = resamples(wrong, n_resamples, seed, groups)
+    folds = _folds(wrong, seed, groups)
     held_out = _held_out(features, wrong, folds, method)
+    if np.isnan(held_out).any():
+        given = "clusters that hold nearly all right or all wrong answers given"
+        raise ValueError(f"{clusters}: {given}, both in several of them wanted; label more")
     errors = _errors(features, wrong, held_out, plan, method)
     [fitted] = _fit(features, wrong, np.ones((1, len(wrong))), method)
     found = Calibrator(
@@ -202,7 +210,7 @@ def calibrate(
         about=dict(about) if about else None,
         version=metadata.version("isouq"),
     )
-    return found if abstain is None else _with_threshold(found, abstain, held_out, wrong, folds, plan)
+    return found if abstain is None else _with_threshold(found, abstain, held_out, wrong, folds, plan, groups)
 
 
 # ---- fits ------------------------------------------------------------------------------------------------------------
@@ -217,7 +225,7 @@ class _Map:
 
     def __call__(self, features: Column) -> Column:
         log_odds = self.coefficients[0] + features @ self.coefficients[1:]
-        return np.exp(-np.logaddexp(0, -log_odds)) if self.knots is None else np.interp(log_odds, *self.knots)
+        return special.expit(log_odds) if self.knots is None else np.interp(log_odds, *self.knots)
 
 
 def _fit(features: Column, wrong: NDArray[np.bool_], weights: Any, method: str) -> list[_Map]:
@@ -237,14 +245,15 @@ def _steps(line: _Map, weights: Any, features: Column, wrong: NDArray[np.bool_])
     return replace(line, knots=(tuple(steps.X_thresholds_.tolist()), tuple(steps.y_thresholds_.tolist())))
 
 
-def _folds(wrong: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
-    """Each answer's fold in every repeat, (repeat, row)."""
-    from sklearn.model_selection import StratifiedKFold
+def _folds(wrong: NDArray[np.bool_], seed: int, groups: NDArray[Any] | None) -> NDArray[np.int64]:
+    """Each answer's fold in every repeat, (repeat, row); one for all answers of a group."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     folds = np.empty((N_REPEATS, len(wrong)), dtype=np.int64)
     for repeat, row in enumerate(folds):
-        splitter = StratifiedKFold(N_FOLDS, shuffle=True, random_state=(seed + repeat) % 2**32)
-        for fold, (_, test) in enumerate(splitter.split(wrong, wrong)):
+        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+        splitter = kind(N_FOLDS, shuffle=True, random_state=(seed + repeat) % 2**32)
+        for fold, (_, test) in enumerate(splitter.split(wrong, wrong, groups)):
             row[test] = fold
     return folds
 
@@ -285,6 +294,7 @@ def _with_threshold(
     wrong: NDArray[np.bool_],
     folds: NDArray[np.int64],
     plan: Resamples,
+    groups: NDArray[Any] | None,
 ) -> Calibrator:
     labels = np.broadcast_to(wrong, held_out.shape)
     threshold, best = _threshold(held_out.ravel(), labels.ravel(), abstain, N_REPEATS)
@@ -303,7 +313,7 @@ def _with_threshold(
             raise evaluation.UndefinedStatisticError
         return float(share @ right / share.sum())
 
-    options = {"n_resamples": len(plan.counts), "seed": plan.seed}
+    options: dict[str, Any] = {"clusters": groups, "n_resamples": len(plan.counts), "seed": plan.seed}
     of_answered = evaluation.bootstrap_interval(accuracy, share, ~wrong, **options)
     answered = evaluation.bootstrap_interval(np.mean, share, **options)
     return replace(found, abstain=abstain, threshold=threshold, accuracy=_ends(of_answered), answered=_ends(answered))

@@ -43,6 +43,9 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--right", metavar="COLUMN", help="true or false, 1 or 0, yes or no")
     labels.add_argument("--reference", metavar="COLUMN", help="accepted answers, a text or a list (JSON); see --judge")
     parser.add_argument("--judge", choices=JUDGES, help="how an answer has to agree with a reference; default exact")
+    parser.add_argument(
+        "--clusters", metavar="COLUMN", help="equal cells mark questions that err alike, drawn together"
+    )
     parser.add_argument("--resamples", default=2000, type=int, metavar="N", help="of the bootstrap behind intervals")
 
 
@@ -55,7 +58,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_suffix("--figure", args.figure, (".svg", ".png"))
     evaluate = _module("evaluate").evaluate
     table, right = _labelled(args)
-    found = evaluate(table, right, scores=args.scores, n_resamples=args.resamples)
+    found = evaluate(table, right, scores=args.scores, clusters=args.clusters, n_resamples=args.resamples)
     print(found)
     if args.out and args.out.suffix == ".csv":
         found.table.to_csv(args.out, index=False)
@@ -77,7 +80,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     calibrate = _module("calibrate").calibrate
     table, right = _labelled(args)
     options = {"score": args.score, "method": args.method, "abstain": args.abstain, "n_resamples": args.resamples}
-    found = calibrate(table, right, about=about.about_of(args.file), **options)
+    found = calibrate(table, right, clusters=args.clusters, about=about.about_of(args.file), **options)
     found.save(args.out)
     print(found)
     if found.about is None:

@@ -18,6 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 try:
+    from scipy import special as special
+
     from isouq.studies import evaluation, fits, rejection, require
     from isouq.studies.evaluation import Column, Ranking, Resamples, UndefinedStatisticError
 except ImportError as missing:
@@ -97,6 +99,7 @@ def evaluate(
     right: str = "right",
     *,
     scores: Sequence[str] | None = None,
+    clusters: str | None = None,
     n_resamples: int = evaluation.N_RESAMPLES,
     seed: int = 0,
 ) -> Evaluation:
@@ -110,6 +113,8 @@ def evaluate(
         right: The column of labels: true and false, 1 and 0, or yes and no.
         scores: Of likelihood (the control, −log p), likelihood_per_token, epistemic (log U_E), aleatoric (U_A),
             log_gradient (log U_E − 2 log p), combined, and any columns of the table; None for all of these names.
+        clusters: A column whose equal cells mark questions that err alike, such as those of one document or kind: they
+            are drawn together, and intervals are as wide as so few independent units make them.
         n_resamples: Bootstrap resamples behind the intervals, at least 40.
         seed: Of the resamples and folds.
 
@@ -133,7 +138,7 @@ def evaluate(
         (['auroc', 'aurc', 'prr'], True)
     """
     used, wrong, warnings = labelled(table, right)
-    plan = resamples(wrong, n_resamples, seed)
+    plan = resamples(wrong, n_resamples, seed, clusters_of(used, clusters))
     names = list(dict.fromkeys([*SCORES, "combined"] if scores is None else scores))
     ranked, curves = {}, {}
     for name in dict.fromkeys([CONTROL, *names]):
@@ -158,15 +163,15 @@ def evaluate(
     return Evaluation(found, (*warnings, *_warnings(found)), {name: curves[name] for name in names if name in curves})
 
 
-def resamples(wrong: NDArray[np.bool_], n_resamples: int, seed: int) -> Resamples:
-    """Draw resamples of the answers. Raises ValueError for more than memory takes."""
+def resamples(wrong: NDArray[np.bool_], n_resamples: int, seed: int, clusters: NDArray[Any] | None = None) -> Resamples:
+    """Draw resamples of the answers, or of their clusters. Raises ValueError for more than memory takes."""
     n_resamples = require.count("n_resamples", n_resamples, 40)
     if len(wrong) * n_resamples > MOST:
         ways = f"n_resamples of at most {MOST // len(wrong)}, or a sample of the rows"
         raise ValueError(
             f"n_resamples: {n_resamples} of {len(wrong)} rows given, more than memory takes; {ways} wanted"
         )
-    return Resamples.of(wrong, n_resamples=n_resamples, seed=seed)
+    return Resamples.of(wrong, clusters=clusters, n_resamples=n_resamples, seed=seed)
 
 
 def _row(name: str, metric: str, ranked: Mapping[str, Mapping[str, Ranking]]) -> dict[str, Any]:
@@ -230,6 +235,21 @@ def labelled(table: pd.DataFrame, right: str) -> tuple[pd.DataFrame, NDArray[np.
         least = evaluation.MIN_PER_CLASS
         warnings.append(f"too few for intervals to hold: {counts}; at least {least} of each wanted")
     return scored, wrong, warnings
+
+
+def clusters_of(table: pd.DataFrame, name: str | None) -> NDArray[Any] | None:
+    """Return the column that says which rows belong together, (row,), None where none is named.
+
+    Raises ValueError for a missing column, and for an empty cell (by row).
+    """
+    if name is None:
+        return None
+    require.one_of("clusters", name, map(str, table))
+    empty = np.flatnonzero(table[name].isna() | (table[name].astype(str) == ""))
+    if len(empty):
+        row = table.index[empty[0]] + 1
+        raise ValueError(f"{name}: an empty cell given in row {row}, the name of its cluster wanted")
+    return table[name].astype(str).to_numpy()
 
 
 def with_scores(table: pd.DataFrame) -> pd.DataFrame:

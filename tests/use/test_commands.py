@@ -40,6 +40,8 @@ def test_evaluate_prints_and_writes_the_table_the_warnings_and_the_figure(scores
     found, written = evaluate(made_up(100), n_resamples=100), json.loads(out.read_text())
     assert capsys.readouterr().out == f"{found}\n"
     assert written["warnings"] == list(found.warnings)
+    assert cli.main([*command, "--clusters", "n_tokens"]) == 0
+    assert capsys.readouterr().out == f"{evaluate(made_up(100), clusters='n_tokens', n_resamples=100)}\n"
     values = pd.DataFrame(written["scores"]).astype(found.table.dtypes.to_dict())
     pd.testing.assert_frame_equal(values, found.table, rtol=1e-9)
     assert figure.read_text().startswith("<?xml")

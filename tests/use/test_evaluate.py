@@ -64,6 +64,31 @@ def test_the_fitted_pair_is_chapter_04s_and_is_judged_as_a_probability_too() -> 
         assert rows_of(found, "likelihood_fitted").loc[metric, "value"] == pytest.approx(of_scores[1])
 
 
+def test_clusters_are_drawn_whole_for_raw_and_fitted_scores_and_their_gains() -> None:
+    table = pd.concat([made_up(40)] * 5, ignore_index=True).assign(document=[*range(40)] * 5)
+    wrong = ~table["right"].to_numpy()
+    plan = evaluation.Resamples.of(wrong, clusters=table["document"].astype(str), n_resamples=100)
+    found, alone = evaluate(table, clusters="document", **QUICK), evaluate(table, **QUICK)
+    control, score = -table["log_prob"].to_numpy(), table["log_epistemic"].to_numpy()
+    one, plain = (evaluation.ranking(x, wrong, plan) for x in (score, control))
+    row, interval, gain = rows_of(found, "epistemic").loc["auroc"], one.interval(), one.minus(plain).interval()
+    assert row[ENDS].tolist() == pytest.approx([interval.value, interval.low, interval.high])
+    assert row[GAIN].tolist() == pytest.approx([gain.value, gain.low, gain.high])
+    fit = Fit.of(features_of(table, "combined"), wrong, plan).ranking().interval()
+    assert rows_of(found, "combined").loc["auroc", ENDS].tolist() == pytest.approx([fit.value, fit.low, fit.high])
+    narrow = rows_of(alone, "epistemic").loc["auroc"]
+    assert row["high"] - row["low"] > 1.5 * (narrow["high"] - narrow["low"]), "five copies are no news"
+
+
+@pytest.mark.parametrize("cell", [None, "", np.nan])
+def test_a_row_without_a_cluster_and_an_unknown_column_are_refused(cell) -> None:
+    table = made_up().assign(document=["a", "b", "c", "d", cell] * 40)
+    with pytest.raises(ValueError, match="document: an empty cell given in row 5, the name of its cluster wanted"):
+        evaluate(table, clusters="document", **QUICK)
+    with pytest.raises(ValueError, match="clusters: 'documents' given"):
+        evaluate(table, clusters="documents", **QUICK)
+
+
 @pytest.mark.parametrize("aggregation", ["sequence", "geometric"])
 def test_log_g_and_log_u_a_are_those_of_the_estimate_for_either_aggregation(aggregation) -> None:
     table = made_up(aggregation=aggregation)
