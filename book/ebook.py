@@ -6,8 +6,9 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import chromium
 from bs4 import BeautifulSoup, Tag
+
+import chromium
 
 SHEETS = {"pygments.css", "epub.css", "book.css"}
 TEX = re.compile(r"\s*\\(?:\((?P<inline>.*)\\\)|\[(?P<display>.*)\\\])\s*", re.DOTALL)

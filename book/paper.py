@@ -19,7 +19,6 @@ from pathlib import Path
 import chromium
 import ebook
 import onepage
-
 from build import sphinx
 
 NAME = "isouq"

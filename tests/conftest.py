@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import jaxtyping
-import pipeline
 import pytest
 import torch
+
+import pipeline
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,10 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-import package_index
 import pytest
 import tokenizers
 
+import package_index
 from isouq.studies import assets
 from isouq.studies.assets import pip
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-import chromium
-import paper
 import pytest
 import yaml
+
+import chromium
+import paper
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("holds", "partly", "does not hold", "undecided", "not run")

@@ -5,18 +5,18 @@ import math
 import pandas as pd
 import pytest
 import torch
-from architectures import VOCAB, build, examples, upcasts_to
-from closeness import assert_close, assert_logs_close
-from rectangle import log_probs, score_aggregations
-from reference import pad, score
 from tokenizers import Tokenizer, models, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import isouq
+from architectures import VOCAB, build, examples, upcasts_to
+from closeness import assert_close, assert_logs_close
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import squared_norms
 from isouq.language import forward, scoring
+from rectangle import log_probs, score_aggregations
+from reference import pad, score
 
 CASE = examples((9, 5, 12, 7), (3, 1, 4, 2))
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_close, assert_logs_close
 from torch import Tensor, nn
 
 import isouq
+from closeness import assert_close, assert_logs_close
 from isouq.gradients import ExampleError
 
 ENGINES = pytest.mark.parametrize("engine", ["ghost", "autograd"])

@@ -3,9 +3,9 @@
 import subprocess
 import sys
 
-import package_index
 import pytest
 
+import package_index
 from isouq import cli
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from architectures import VOCAB, build, upcasts_to
 from closeness import assert_close
-
 from isouq.studies import assets
 from isouq.studies.cost import cases, findings, memory, methods, plots, timing
 from isouq.studies.cost.cases import Texts

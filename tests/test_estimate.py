@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from closeness import assert_close, assert_logs_close
 
+from closeness import assert_close, assert_logs_close
 from isouq import estimate
 from isouq.estimate import Estimate
 

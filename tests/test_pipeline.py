@@ -18,12 +18,12 @@ import venv
 from pathlib import Path
 
 import nbformat
-import pipeline
 import pytest
 import yaml
-from pipeline import jobs
 
+import pipeline
 from isouq.pipeline import compare, kept, profiles, schemas
+from pipeline import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.book

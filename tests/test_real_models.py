@@ -3,9 +3,9 @@
 import gguf
 import pytest
 import torch
+
 from architectures import upcasts_to
 from closeness import assert_logs_close
-
 from isouq.estimate import AGGREGATIONS
 from isouq.language import encoding
 from isouq.language.examples import from_pairs

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from closeness import assert_logs_close
-from reference import squared_norm, token_log_probs
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from closeness import assert_logs_close
+from reference import squared_norm, token_log_probs
 
 PAGE = Path(__file__).resolve().parents[1] / "book" / "recipes.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)

@@ -3,7 +3,6 @@
 import json
 import tracemalloc
 
-import letters
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import isouq
+import letters
 from isouq import cli, models
 from isouq.language import generation, scoring
 from isouq.language.chat import Prompting

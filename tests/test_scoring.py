@@ -11,7 +11,6 @@ import sys
 import time
 from typing import get_args
 
-import letters
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import isouq
+import letters
 from isouq import cli, estimate, gradients
 from isouq.language import generation, scoring
 from isouq.use import files, tables

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from architectures import VOCAB, build
 
+from architectures import VOCAB, build
 from isouq.language.examples import TOKENS_PER_BATCH, Batch, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from architectures import build, upcasts_to
-from closeness import assert_close, assert_logs_close
-from reference import squared_norm, token_log_probs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import isouq
+from architectures import build, upcasts_to
+from closeness import assert_close, assert_logs_close
 from isouq.estimate import AGGREGATIONS
+from reference import squared_norm, token_log_probs
 
 PROMPTS = ["Is it é? ", "Is it 葉?", "Who?"]
 ANSWERS = ["yes", " élan 葉!", " n"]

@@ -4,12 +4,12 @@ import json
 import re
 from pathlib import Path
 
-import letters
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
+import letters
 from isouq.pipeline import graph, schemas
 from isouq.use import your_model
 from isouq.use.calibrate import Calibrator

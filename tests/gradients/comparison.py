@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from closeness import RELATIVE, assert_close
 from torch import Tensor, nn
 
+from closeness import RELATIVE, assert_close
 from isouq.gradients import NotCovered, SquaredNorms, squared_norms
 
 Objective = Callable[[slice], Tensor]

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from closeness import assert_close
-from comparison import assert_same, classes, wanted
 from torch import nn
 
+from closeness import assert_close
+from comparison import assert_same, classes, wanted
 from isouq import gradients
 from isouq.gradients import NotCovered, autograd, squared_norms
 

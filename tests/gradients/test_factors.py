@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from closeness import assert_close
 
+from closeness import assert_close
 from isouq.gradients import factors
 from isouq.gradients.factors import Dense, NoRule, Outer, Rows
 

@@ -5,14 +5,14 @@ import functools
 import pytest
 import torch
 import transformers
+
 from architectures import COVERED, HELD_OUT, VOCAB, build, dtype_of, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import is_exact
-from rectangle import score_aggregations
-from reference import Scores, pad, score
-
 from isouq.estimate import AGGREGATIONS
 from isouq.gradients import NotCovered
+from rectangle import score_aggregations
+from reference import Scores, pad, score
 
 EXAMPLES = {
     "even": examples((8, 8, 8), (3, 1, 4)),

@@ -8,16 +8,16 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import COVERED, HELD_OUT, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import assert_same, classes, is_exact, tokens, wanted
-from reference import pad, score
-from torch import nn
-from toy import N_WORDS, Toy, random_ids
-
-import isouq
 from isouq.gradients import NotCovered, isolation, squared_norms
 from isouq.gradients.isolation import DECODERS, STACKED, is_decoder, is_stack
+from reference import pad, score
+from toy import N_WORDS, Toy, random_ids
 
 N = 6
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from architectures import build
-from comparison import classes, wanted
-from rectangle import log_probs, score_aggregations
-from reference import pad
 from torch import nn
 
 import isouq
+from architectures import build
+from comparison import classes, wanted
 from isouq.gradients.model import check_model
+from rectangle import log_probs, score_aggregations
+from reference import pad
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 CASE = [(torch.tensor([3, 4, 5, 6]), 2)]

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import rectangle as scoring
 import torch
-from architectures import COVERED, build, dtype_of, examples, upcasts_to
-from closeness import RELATIVE
-from reference import pad, token_log_probs
 from torch import nn
 
+import rectangle as scoring
+from architectures import COVERED, build, dtype_of, examples, upcasts_to
+from closeness import RELATIVE
 from isouq.gradients import NotCovered, products
 from isouq.gradients.factors import Dense, Outer, Part, Rows
+from reference import pad, token_log_probs
 
 ROWS = examples((9, 5, 7, 8), (3, 1, 2, 5), seed=1)
 OTHERS = examples((6, 9, 4), (2, 4, 1), seed=2)

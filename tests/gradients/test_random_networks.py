@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_same, classes, wanted
 from torch import nn
 
+from comparison import assert_same, classes, wanted
 from isouq.gradients import NotCovered, squared_norms
 
 

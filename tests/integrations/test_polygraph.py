@@ -8,7 +8,6 @@ import isouq
 
 pytest.importorskip("lm_polygraph", reason="make test-polygraph has it")
 
-import letters
 from lm_polygraph.defaults.register_default_stat_calculators import register_default_stat_calculators
 from lm_polygraph.estimators import MaximumSequenceProbability
 from lm_polygraph.generation_metrics import RougeMetric
@@ -18,6 +17,7 @@ from lm_polygraph.utils.dataset import Dataset
 from lm_polygraph.utils.manager import UEManager
 from lm_polygraph.utils.model import WhiteboxModel
 
+import letters
 from isouq.integrations import polygraph
 from isouq.language.scoring import score_tokens
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from architectures import build
 
+from architectures import build
 from isouq.studies.isotropy import language, texts
 from isouq.studies.isotropy.language import Study
 from isouq.studies.qa.sentences import SentenceEncoder

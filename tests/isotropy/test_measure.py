@@ -5,8 +5,8 @@ import sqlite3
 import pandas as pd
 import pytest
 import torch
-from architectures import build, examples, upcasts_to
 
+from architectures import build, examples, upcasts_to
 from isouq.gradients import products
 from isouq.studies.isotropy import language
 from isouq.studies.store import StoreError

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the run as a script
-import conftest
 from test_study import letters, small_set
 
+import conftest
 from isouq.studies.qa import stages, subject
 from isouq.studies.store import Store
 

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from labelled import made_up
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -19,6 +18,7 @@ from isouq.studies import fits
 from isouq.use import commands
 from isouq.use.calibrate import METHODS, Calibrator, _folds, calibrate
 from isouq.use.evaluate import features_of
+from labelled import made_up
 
 QUICK = {"n_resamples": 100}
 ABOUT = {"model": "tiny", "weights": "12", "aggregation": "sequence", "dtype": "float32"}

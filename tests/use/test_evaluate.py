@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from labelled import made_up
 from scipy.special import expit
 
 from isouq import cli
@@ -12,6 +11,7 @@ from isouq.estimate import Estimate
 from isouq.studies import evaluation, fits, rejection
 from isouq.studies.fits import Fit
 from isouq.use.evaluate import Evaluation, evaluate, features_of, score_of
+from labelled import made_up
 
 QUICK = {"n_resamples": 100}
 ENDS, GAIN = ["value", "low", "high"], ["gain", "gain_low", "gain_high"]

@@ -7,16 +7,16 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import classes, is_exact, tokens
-from reference import pad
-from torch import nn
-from toy import N_WORDS, Broadcast, Checkpointed, RawExperts, random_ids
-
-import isouq
 from isouq.gradients import NotCovered, squared_norms
 from isouq.gradients.products import inner_products
+from reference import pad
+from toy import N_WORDS, Broadcast, Checkpointed, RawExperts, random_ids
 
 # ── 8. Padding, batch composition, dtype; examples that meet ───────────────────────────────────────────────────
 

@@ -5,14 +5,14 @@ A score is right, or refused by name.
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import build, examples, upcasts_to
 from closeness import assert_logs_close
 from comparison import classes, is_exact, tokens
 from reference import pad, score
-from torch import nn
 from toy import N_WORDS, Broadcast, Toy, random_ids
-
-import isouq
 
 
 class Positions(Toy):

@@ -7,15 +7,15 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import assert_same, classes, is_exact, tokens, wanted
-from reference import pad, score
-from torch import nn
-from toy import Checkpointed, Toy, random_ids
-
-import isouq
 from isouq.gradients import NotCovered, squared_norms
+from reference import pad, score
+from toy import Checkpointed, Toy, random_ids
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -6,11 +6,11 @@ A score is right, or refused by name.
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_same, classes, is_exact, tokens, wanted
 from torch import nn
-from toy import N_WORDS, Toy, random_ids
 
+from comparison import assert_same, classes, is_exact, tokens, wanted
 from isouq.gradients import NotCovered, squared_norms
+from toy import N_WORDS, Toy, random_ids
 
 
 def test_7_frozen_parameters_count():

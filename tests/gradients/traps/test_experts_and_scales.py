@@ -5,15 +5,15 @@ A score is right, or refused by name.
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import build, dtype_of, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import classes, is_exact, tokens
-from reference import pad, score
-from torch import nn
-from toy import N_WORDS, RawExperts, Toy, random_ids
-
-import isouq
 from isouq.gradients import squared_norms
+from reference import pad, score
+from toy import N_WORDS, RawExperts, Toy, random_ids
 
 # ── 5. Experts ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,16 +7,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+import isouq
 from architectures import COVERED, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import is_exact, tokens
+from isouq.estimate import AGGREGATIONS
 from rectangle import score_aggregations
 from reference import pad, score
-from torch import nn
 from toy import N_WORDS, Toy, random_ids
-
-import isouq
-from isouq.estimate import AGGREGATIONS
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ A score is right, or refused by name.
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import isouq
 from architectures import VOCAB, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import is_exact, tokens
 from reference import pad, score
-from torch import nn
 from toy import N_WORDS, Toy, random_ids
-
-import isouq
 
 
 def test_the_toy_itself_is_covered():
