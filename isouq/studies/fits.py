@@ -7,7 +7,6 @@ rivals are fitted on the same resamples and the same folds.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -47,10 +46,20 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Weights) -
 
     Raises RuntimeError if a fit does not converge.
     """
-    return by_blocks(functools.partial(_newton, features, wrong), weights)
+    origin = np.zeros(1 + features.shape[1])
+    whole = _newton(features, wrong, origin, np.ones((1, len(wrong))))[0]
+
+    def of(weights: Weights) -> Column:
+        try:  # most fits are close to that of all examples
+            with np.errstate(all="ignore"):
+                return _newton(features, wrong, np.nan_to_num(whole), weights)
+        except (RuntimeError, np.linalg.LinAlgError):  # a few examples may be fitted far from there
+            return _newton(features, wrong, origin, weights)
+
+    return by_blocks(of, weights)
 
 
-def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Column:
+def _newton(features: Column, wrong: NDArray[np.bool_], start: Column, weights: Weights) -> Column:
     x = np.column_stack([np.ones(len(features)), features])
     products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
     n_fits, size = len(weights), x.shape[1]
@@ -61,7 +70,7 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Col
     # β of a standardised feature is β·s of the plain one, so the penalty β² becomes s²β². A constant one is left alone.
     constant = variance <= (CONSTANT * np.abs(features).max(axis=0)) ** 2
     penalty = np.column_stack([np.zeros(n_fits), np.where(constant, 1.0, variance)])
-    beta = np.zeros((n_fits, size))
+    beta = np.tile(start, (n_fits, 1))
     of_wrong = (used * wrong) @ x
     for _ in range(50):
         p = special.expit(beta @ x.T)
@@ -72,7 +81,9 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights) -> Col
         hessian[:, range(size), range(size)] += penalty
         step = np.linalg.solve(hessian + 1e-12 * np.eye(size), gradient[..., None])[..., 0]
         beta += step
-        if np.abs(step * np.sqrt(np.maximum(penalty, 1e-300) + (penalty == 0))).max() < 1e-9:
+        if (
+            np.abs(step * np.sqrt(np.maximum(penalty, 1e-300) + (penalty == 0))).max() < 1e-7
+        ):  # its square is what is left
             beta[~defined] = np.nan
             return beta
     raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after 50 steps")
@@ -212,7 +223,8 @@ class Fit:
         spread = features.std(axis=0)
         beta = fit_logistic(features, wrong, plan.counts)
         whole = fit_logistic(features, wrong, np.ones((1, len(wrong))))[0, 1:]
-        scores = beta[:, :1] + beta[:, 1:] @ features.T
+        scores = beta[:, 1:] @ features.T
+        scores += beta[:, :1]
         return cls(held_out, scores, beta[:, 1:] * spread, whole * spread, wrong, plan)
 
     def ranking(self, statistic: Statistic = weighted_auroc) -> Ranking:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 try:
     from scipy import special as special
+    from threadpoolctl import threadpool_limits
 
     from isouq.studies import evaluation, fits, rejection, require
     from isouq.studies.evaluation import Column, Ranking, Resamples, UndefinedStatisticError
@@ -140,23 +142,18 @@ def evaluate(
     used, wrong, warnings = labelled(table, right)
     plan = resamples(wrong, n_resamples, seed, clusters_of(used, clusters))
     names = list(dict.fromkeys([*SCORES, "combined"] if scores is None else scores))
-    ranked, curves = {}, {}
-    for name in dict.fromkeys([CONTROL, *names]):
-        if name != "combined":
-            score = score_of(used, name)
-            ranked[name] = {
-                metric: evaluation.ranking(score, wrong, plan, how, out_of_bag=name == CONTROL)
-                for metric, how in RANKED.items()
-            }
-            curves[name] = rejection.accuracies(score, wrong)
-    if "combined" in names and min(wrong.sum(), (~wrong).sum()) < N_FOLDS:
+    fitted = ["combined", FITTED_CONTROL] if "combined" in names else []
+    if fitted and min(wrong.sum(), (~wrong).sum()) < N_FOLDS:
         warnings.append(f"combined: not fitted; that takes {N_FOLDS} right and {N_FOLDS} wrong answers at least")
-    elif "combined" in names:
-        for name, metrics in {"combined": RANKED | OF_PROBABILITY, FITTED_CONTROL: OF_PROBABILITY}.items():
-            fit = fits.Fit.of(features_of(used, name.removesuffix("_fitted")), wrong, plan, n_folds=N_FOLDS)
-            ranked[name] = {metric: fit.ranking(how) for metric, how in metrics.items()}
-            if name == "combined":
-                curves[name] = np.mean([rejection.accuracies(row, wrong) for row in fit.out_of_fold], axis=0)
+        fitted = []
+    raw = [name for name in dict.fromkeys([CONTROL, *names]) if name not in ("combined", *fitted)]
+    # NumPy computes without Python's lock. Threads of its BLAS wait for each other more than they compute.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
+        jobs = {name: pool.submit(_fitted, used, name, wrong, plan) for name in fitted}
+        jobs |= {name: pool.submit(_raw, used, name, wrong, plan) for name in raw}
+        ranked, curves = {}, {}
+        for name in (*raw, *fitted):
+            ranked[name], curves[name] = jobs[name].result()
     shown = [*names, FITTED_CONTROL]
     rows = [_row(name, metric, ranked) for name in shown if name in ranked for metric in ranked[name]]
     found = pd.DataFrame(rows, columns=COLUMNS)
@@ -172,6 +169,23 @@ def resamples(wrong: NDArray[np.bool_], n_resamples: int, seed: int, clusters: N
             f"n_resamples: {n_resamples} of {len(wrong)} rows given, more than memory takes; {ways} wanted"
         )
     return Resamples.of(wrong, clusters=clusters, n_resamples=n_resamples, seed=seed)
+
+
+def _raw(used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples) -> tuple[dict[str, Ranking], Column]:
+    """Return a raw score's rankings by metric, and its curve."""
+    score = score_of(used, name)
+    of = functools.partial(evaluation.ranking, score, wrong, plan, out_of_bag=name == CONTROL)
+    return {metric: of(how) for metric, how in RANKED.items()}, rejection.accuracies(score, wrong)
+
+
+def _fitted(
+    used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples
+) -> tuple[dict[str, Ranking], Column]:
+    """Return a fitted score's rankings by metric, and its curve, the mean over repeats of the folds."""
+    fit = fits.Fit.of(features_of(used, name.removesuffix("_fitted")), wrong, plan, n_folds=N_FOLDS)
+    metrics = OF_PROBABILITY if name == FITTED_CONTROL else RANKED | OF_PROBABILITY
+    curve = np.mean([rejection.accuracies(row, wrong) for row in fit.out_of_fold], axis=0)
+    return {metric: fit.ranking(how) for metric, how in metrics.items()}, curve
 
 
 def _row(name: str, metric: str, ranked: Mapping[str, Mapping[str, Ranking]]) -> dict[str, Any]:
