@@ -44,6 +44,7 @@ site: $(READY) ## build the pages from the run kept in results/PROFILE, in build
 keep: $(READY) ## keep a run, or its CHAPTERS="01_derivation …", in results/PROFILE, and quote it in the README
 	@$(PY) -m isouq.pipeline.jobs keep --profile "$$PROFILE" $(CHAPTERS)
 	@name=$${PROFILE##*/}; $(PY) book/readme.py "results/$${name%.y*ml}/results.json"
+	@$(PY) -m isouq.pipeline.jobs describe --profile "$$PROFILE"
 
 pdf: book ## the book as one PDF, build/PROFILE/html/isouq.pdf, which the first page then offers (needs Chromium)
 epub: book ## the same for e-readers, build/PROFILE/html/isouq.epub (needs Chromium, which sets the formulas)

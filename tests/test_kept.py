@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rocrate.rocrate import ROCrate
 
-from isouq.pipeline import kept
+from isouq.pipeline import jobs, kept
 from isouq.studies.results import Result, ResultError, save_results, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,10 @@ def run(build: Path, chapter: str, *, value: float = 0.5, commit: str = "a" * 40
     }
     own = {"notebook": chapter, "started": f"2026-01-0{1 + int(value)}T00:00:00+00:00", "parameters": {"seed": 7}}
     around = {"commit": commit, "dirty": dirty, "versions": {"isouq": "0.1.0"}, "hardware": {"cores": 2}}
-    write_json({**own, **around, "inputs": {}, "models": {}, "outputs": outputs}, build / "records" / f"{chapter}.json")
+    inputs = {f"notebooks/{chapter}.ipynb": "c" * 64}
+    write_json(
+        {**own, **around, "inputs": inputs, "models": {}, "outputs": outputs}, build / "records" / f"{chapter}.json"
+    )
     (build / "timings").mkdir(exist_ok=True)
     for job in (chapter, f"{kept.prefix(chapter)[:-1]}-part"):
         (build / "timings" / f"{job}.tsv").write_text(f"s\tmax_rss\n{10 + value}\t100\n")
@@ -169,3 +173,36 @@ def test_the_projects_own_kept_runs_are_whole_and_small(file):
     for path in paths:
         recorded = next(value for name, value in runs[path.stem]["outputs"].items() if name.endswith(path.name))
         assert hashlib.sha256(path.read_bytes()).hexdigest() == recorded, path
+
+
+def check_crate(place: Path) -> ROCrate:
+    """Read a kept run's RO-Crate back, and hold it to the run: every chapter an action, every file its hash."""
+    read, meta = ROCrate(place), kept.read(place / "results.json")["meta"]
+    actions = {action.id.removeprefix("#"): action for action in read.root_dataset["mentions"]}
+    assert actions.keys() == meta["runs"].keys()
+    for chapter, action in actions.items():
+        assert meta["runs"][chapter].get("commit", meta["commit"]) in action["instrument"]["name"]
+        made = action["result"] if isinstance(action["result"], list) else [action["result"]]
+        assert {entity.id for entity in made} - {"results.json"} <= {f"notebooks/{chapter}.ipynb"}
+    files = [entity for entity in read.data_entities if entity.type == "File"]
+    assert {"results.json", *(f"notebooks/{p.name}" for p in place.glob("notebooks/*"))} <= {file.id for file in files}
+    for file in files:
+        assert hashlib.sha256((place / file.id).read_bytes()).hexdigest() == file["sha256"], file.id
+    return read
+
+
+def test_a_kept_run_is_described_for_archives(folder):
+    shutil.copy(ROOT / "CITATION.cff", folder)
+    assert jobs.main(["describe", "--profile", "tiny"]) == 0
+    read = check_crate(Path("results/tiny"))
+    assert read.license.id == "https://spdx.org/licenses/MIT"
+    action = read.get("#04_llm_qa")
+    assert (action["startTime"], action["endTime"]) == ("2026-01-01T00:00:00+00:00", "2026-01-01T00:00:10+00:00")
+    assert {entity["name"]: entity["value"] for entity in action["object"] if "value" in entity} == {"seed": 7}
+    Path("results/tiny/results.json").write_text("{}")
+    assert jobs.main(["describe", "--profile", "tiny"]) == 1
+
+
+@pytest.mark.parametrize("place", sorted((ROOT / "results").iterdir()), ids=lambda place: place.name)
+def test_the_projects_own_kept_runs_are_described_as_they_are(place):
+    check_crate(place)

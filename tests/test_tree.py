@@ -40,7 +40,8 @@ PIPELINE = (
     ("profiles",),
     ("runner", "graph", "budget"),
     ("kept", "compare"),
-    ("slices", "jobs"),
+    ("slices", "crate"),
+    ("jobs",),
     ("verify",),
 )
 STEPS = (
@@ -57,6 +58,7 @@ ONLY_IN = {
     "numpyro": {"studies.synthetic"},
     "pydantic": {"pipeline.schemas", "pipeline.profiles"},
     "papermill": {"pipeline.runner"},
+    "rocrate": {"pipeline.crate"},
     "sklearn": {"studies.fits", "studies.synthetic", "studies.qa", "studies.isotropy", "use"},
 }
 FILE_LINES = 400

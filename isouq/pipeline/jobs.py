@@ -1,4 +1,4 @@
-"""The commands behind the Snakefile's rules: score, sample, run a notebook, join results; keep a run; estimate."""
+"""The commands behind the Snakefile's rules: score, sample, run a notebook, join results; keep a run, estimate one."""
 
 import argparse
 import json
@@ -74,6 +74,13 @@ def budget(profile: str, out: Path | None) -> str:
     return f"{counts.as_text(counts.by_model(loaded)).to_string(index=False)}\n{counts.basis(loaded)}"
 
 
+def describe(profile: str) -> str:
+    """Write the RO-Crate metadata of a kept run, for archives; return a line."""
+    from isouq.pipeline import crate
+
+    return crate.describe(profile)
+
+
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")  # in one piece, since other processes write here, too
     sys.stderr.flush()
@@ -84,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m isouq.pipeline.jobs", description=main.__doc__)
     commands = parser.add_subparsers(required=True)
     add = {}
-    for job in (score, sample, notebook, budget, runner.collect, kept.keep):
+    for job in (score, sample, notebook, budget, describe, runner.collect, kept.keep):
         command = commands.add_parser(job.__name__, help=(job.__doc__ or "").partition("\n")[0])
         command.set_defaults(job=job)
         command.add_argument("--profile", default="embedded", help="name or path of a profile")

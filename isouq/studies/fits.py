@@ -7,6 +7,7 @@ rivals are fitted on the same resamples and the same folds.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,21 +17,16 @@ from scipy import special, stats
 from sklearn.model_selection import StratifiedKFold
 
 from isouq.studies import require
-from isouq.studies.evaluation import (
-    CONSTANT,
+from isouq.studies.evaluation import CONSTANT, Interval, Ranking, defined, moderate, on_all, weighted_auroc
+from isouq.studies.resamples import (
     Column,
-    Interval,
-    Ranking,
     Resamples,
     Statistic,
     UndefinedStatisticError,
     Weights,
-    defined,
-    moderate,
-    on_all,
-    weighted_auroc,
+    by_blocks,
+    one_by_one,
 )
-from isouq.studies.resamples import by_blocks, one_by_one
 
 N_BINS = 5  # of the calibration error
 N_REPEATS = 20  # of the folds behind a fitted score's own value
@@ -46,20 +42,12 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Weights) -
 
     Raises RuntimeError if a fit does not converge.
     """
-    origin = np.zeros(1 + features.shape[1])
-    whole = _newton(features, wrong, origin, np.ones((1, len(wrong))))[0]
-
-    def of(weights: Weights) -> Column:
-        try:  # most fits are close to that of all examples
-            with np.errstate(all="ignore"):
-                return _newton(features, wrong, np.nan_to_num(whole), weights)
-        except (RuntimeError, np.linalg.LinAlgError):  # a few examples may be fitted far from there
-            return _newton(features, wrong, origin, weights)
-
-    return by_blocks(of, weights)
+    whole = _newton(features, wrong, np.ones((1, len(wrong))))[0]
+    return by_blocks(functools.partial(_newton, features, wrong, start=np.nan_to_num(whole)), weights)
 
 
-def _newton(features: Column, wrong: NDArray[np.bool_], start: Column, weights: Weights) -> Column:
+@np.errstate(all="ignore")
+def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights, start: float | Column = 0.0) -> Column:
     x = np.column_stack([np.ones(len(features)), features])
     products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
     n_fits, size = len(weights), x.shape[1]
@@ -70,9 +58,12 @@ def _newton(features: Column, wrong: NDArray[np.bool_], start: Column, weights: 
     # β of a standardised feature is β·s of the plain one, so the penalty β² becomes s²β². A constant one is left alone.
     constant = variance <= (CONSTANT * np.abs(features).max(axis=0)) ** 2
     penalty = np.column_stack([np.zeros(n_fits), np.where(constant, 1.0, variance)])
-    beta = np.tile(start, (n_fits, 1))
+    units = np.sqrt(np.where(penalty > 0, penalty, 1.0))
+    beta = np.zeros((n_fits, size)) + start
     of_wrong = (used * wrong) @ x
-    for _ in range(50):
+    for n_steps in range(50):
+        if n_steps == 25:  # a resample of few examples may have its fit far from the start
+            beta[:] = 0
         p = special.expit(beta @ x.T)
         expected = used * p
         gradient = of_wrong - expected @ x - penalty * beta
@@ -81,9 +72,7 @@ def _newton(features: Column, wrong: NDArray[np.bool_], start: Column, weights: 
         hessian[:, range(size), range(size)] += penalty
         step = np.linalg.solve(hessian + 1e-12 * np.eye(size), gradient[..., None])[..., 0]
         beta += step
-        if (
-            np.abs(step * np.sqrt(np.maximum(penalty, 1e-300) + (penalty == 0))).max() < 1e-7
-        ):  # its square is what is left
+        if np.abs(step * units).max() < 1e-7:  # its square is what is left
             beta[~defined] = np.nan
             return beta
     raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after 50 steps")
@@ -107,10 +96,8 @@ def out_of_fold_scores(
     if min(wrong.sum(), (~wrong).sum()) < n_folds:
         counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
         raise UndefinedStatisticError(f"wrong: {counts} given, of each as many as the {n_folds} folds wanted")
-    splits = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(features, wrong)
-    tests = [test for _, test in splits]
     folds = np.empty(len(wrong), dtype=int)
-    for fold, test in enumerate(tests):
+    for fold, (_, test) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(features, wrong)):
         folds[test] = fold
     beta = fit_logistic(features, wrong, (folds != np.arange(n_folds)[:, None]).astype(float))
     return beta[folds, 0] + np.sum(beta[folds, 1:] * features, axis=1)
@@ -223,8 +210,7 @@ class Fit:
         spread = features.std(axis=0)
         beta = fit_logistic(features, wrong, plan.counts)
         whole = fit_logistic(features, wrong, np.ones((1, len(wrong))))[0, 1:]
-        scores = beta[:, 1:] @ features.T
-        scores += beta[:, :1]
+        scores = beta @ np.column_stack([np.ones(len(features)), features]).T
         return cls(held_out, scores, beta[:, 1:] * spread, whole * spread, wrong, plan)
 
     def ranking(self, statistic: Statistic = weighted_auroc) -> Ranking:

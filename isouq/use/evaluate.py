@@ -12,24 +12,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 try:
+    from matplotlib.figure import Figure
     from scipy import special as special
     from threadpoolctl import threadpool_limits
 
-    from isouq.studies import evaluation, fits, rejection, require
+    from isouq.studies import evaluation, fits, plotting, rejection, require
     from isouq.studies.evaluation import Column, Ranking, Resamples, UndefinedStatisticError
 except ImportError as missing:
     package = str(missing.name).partition(".")[0]
     raise ImportError(f"{package} is not installed; pip install 'isouq[evaluate]'") from missing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CONTROL, FITTED_CONTROL = "likelihood", "likelihood_fitted"
 N_FOLDS = 5  # of a fitted score
@@ -40,6 +38,7 @@ OF_PROBABILITY = {
     "ece": fits.of_probability(fits.weighted_ece),
 }
 LOW_IS_GOOD = ("aurc", "brier", "ece")
+Ranked = tuple[dict[str, Ranking], Column]  # by metric, and the curve
 COLUMNS = ["score", "metric", "value", "low", "high", "n", "gain", "gain_low", "gain_high"]
 
 
@@ -59,14 +58,8 @@ class Evaluation:
     def figure(self) -> Figure:
         """Draw the share of right answers among those given against the share given, a line for each score.
 
-        Dashed: at random. Dotted: a score that knows which answers are wrong. Raises ImportError without matplotlib.
+        Dashed: at random. Dotted: a score that knows which answers are wrong.
         """
-        try:
-            from matplotlib.figure import Figure
-
-            from isouq.studies import plotting
-        except ImportError as missing:
-            raise ImportError(f"{missing.name} is not installed; pip install 'isouq[evaluate]'") from missing
         figure = Figure(figsize=(plotting.WIDTH, 0.6 * plotting.WIDTH), layout="constrained")
         right = float(next(iter(self.curves.values()))[-1])
         ax = plotting.accuracy_by_share(self.curves, figure.subplots(), right=right)
@@ -171,16 +164,14 @@ def resamples(wrong: NDArray[np.bool_], n_resamples: int, seed: int, clusters: N
     return Resamples.of(wrong, clusters=clusters, n_resamples=n_resamples, seed=seed)
 
 
-def _raw(used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples) -> tuple[dict[str, Ranking], Column]:
+def _raw(used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples) -> Ranked:
     """Return a raw score's rankings by metric, and its curve."""
     score = score_of(used, name)
     of = functools.partial(evaluation.ranking, score, wrong, plan, out_of_bag=name == CONTROL)
     return {metric: of(how) for metric, how in RANKED.items()}, rejection.accuracies(score, wrong)
 
 
-def _fitted(
-    used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples
-) -> tuple[dict[str, Ranking], Column]:
+def _fitted(used: pd.DataFrame, name: str, wrong: NDArray[np.bool_], plan: Resamples) -> Ranked:
     """Return a fitted score's rankings by metric, and its curve, the mean over repeats of the folds."""
     fit = fits.Fit.of(features_of(used, name.removesuffix("_fitted")), wrong, plan, n_folds=N_FOLDS)
     metrics = OF_PROBABILITY if name == FITTED_CONTROL else RANKED | OF_PROBABILITY
