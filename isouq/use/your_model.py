@@ -1,4 +1,4 @@
-"""What chapter 06 does beside the public functions: questions from a file, a verdict."""
+"""What chapter 06 does beside the public functions: questions from a file, two answers to look at, a verdict."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def questions(file: str, *, prompt: str, answer: str | None = None) -> pd.DataFr
             raise ValueError(f"{file}: columns {', '.join(map(str, table))} given, {name!r} wanted among them")
     taken = [name for name in ("prompt", "answer") if name in table and name not in renamed]
     return table.drop(columns=taken).rename(columns=renamed)
+
+
+def extremes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the answers that are least and most likely to be wrong, by p_wrong; `example` names them."""
+    scored = table.dropna(subset="p_wrong")
+    rows = scored.loc[[scored["p_wrong"].idxmin(), scored["p_wrong"].idxmax()]]
+    return rows.assign(example=["most certain", "least certain"])
 
 
 def by_layer(model: nn.Module, tokenizer: Any, table: pd.DataFrame, *, chat: bool = False) -> pd.DataFrame:
