@@ -100,11 +100,10 @@ def _bytes(text: str) -> float:
 
 def _list(_: argparse.Namespace) -> int:
     for asset in assets.list_assets():
-        state = "in the cache" if assets.is_cached(asset.name) else "not in the cache"
+        state = "in" if assets.is_cached(asset.name) else "not in"
         size = f"{tqdm.format_sizeof(asset.size)}B"
-        print(f"{asset.name:25}{asset.kind:11}{size:>7}  {asset.licence:19} {state}")
-        print(f"    {asset.title}")
-        print(f"    for {asset.used_for}")
+        print(f"{asset.name:25}{asset.kind:11}{size:>7}  {asset.licence:19} {state} the cache")
+        print(f"    {asset.title}\n    for {asset.used_for}")
         print(f"    from {asset.version}" + (f"; on the Hub: {asset.hub}" if asset.hub else ""))
         if asset.notice:
             print(f"    {asset.notice}")

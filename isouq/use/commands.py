@@ -43,9 +43,7 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--right", metavar="COLUMN", help="true or false, 1 or 0, yes or no")
     labels.add_argument("--reference", metavar="COLUMN", help="accepted answers, a text or a list (JSON); see --judge")
     parser.add_argument("--judge", choices=JUDGES, help="how an answer has to agree with a reference; default exact")
-    parser.add_argument(
-        "--clusters", metavar="COLUMN", help="equal cells mark questions that err alike, drawn together"
-    )
+    parser.add_argument("--clusters", metavar="COLUMN", help="equal cells: questions that err alike, drawn together")
     parser.add_argument("--resamples", default=2000, type=int, metavar="N", help="of the bootstrap behind intervals")
 
 

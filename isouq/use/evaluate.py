@@ -147,8 +147,7 @@ def evaluate(
         ranked, curves = {}, {}
         for name in (*raw, *fitted):
             ranked[name], curves[name] = jobs[name].result()
-    shown = [*names, FITTED_CONTROL]
-    rows = [_row(name, metric, ranked) for name in shown if name in ranked for metric in ranked[name]]
+    rows = [_row(name, metric, ranked) for name in (*names, *fitted[1:]) for metric in ranked.get(name, ())]
     found = pd.DataFrame(rows, columns=COLUMNS)
     return Evaluation(found, (*warnings, *_warnings(found)), {name: curves[name] for name in names if name in curves})
 
@@ -158,9 +157,7 @@ def resamples(wrong: NDArray[np.bool_], n_resamples: int, seed: int, clusters: N
     n_resamples = require.count("n_resamples", n_resamples, 40)
     if len(wrong) * n_resamples > MOST:
         ways = f"n_resamples of at most {MOST // len(wrong)}, or a sample of the rows"
-        raise ValueError(
-            f"n_resamples: {n_resamples} of {len(wrong)} rows given, more than memory takes; {ways} wanted"
-        )
+        raise ValueError(f"n_resamples: {n_resamples} of {len(wrong)} rows given, beyond memory; {ways} wanted")
     return Resamples.of(wrong, clusters=clusters, n_resamples=n_resamples, seed=seed)
 
 
