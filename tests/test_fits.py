@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
@@ -37,6 +38,20 @@ def test_many_fits_at_once_equal_scikit_learn() -> None:
         rows = np.repeat(np.arange(N), weights.astype(int))
         model = sklearn_fit().fit(features[rows], wrong[rows])
         assert row[0] + features @ row[1:] == pytest.approx(model.decision_function(features), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [59, 136, 311])  # Newton's method runs away from the fit to all examples in these
+def test_a_fit_far_from_that_of_all_examples_is_found(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.standard_t(2, size=(30, 2))
+    wrong = features[:, 0] + np.abs(features[:, 0]).mean() * rng.uniform(0, 3) * rng.normal(size=30) > 0
+    counts = np.stack([np.bincount(rng.integers(0, 30, 30), minlength=30) for _ in range(200)])
+    for beta, count in zip(fits.fit_logistic(features, wrong, counts), counts, strict=True):
+        if not np.isnan(beta).any():
+            variance = np.average(features**2, axis=0, weights=count) - np.average(features, axis=0, weights=count) ** 2
+            left = count * (wrong - special.expit(beta[0] + features @ beta[1:]))
+            slope = np.append(left.sum(), (left @ features - variance * beta[1:]) / np.sqrt(variance))
+            assert np.abs(slope).max() < 1e-9, "the penalised likelihood is largest where its slope is 0"
 
 
 @pytest.mark.parametrize("separable", [False, True])
