@@ -47,6 +47,7 @@ EFFECTS = {
 METHODS = {
     "p_true": "P(True)",
     "semantic_entropy": "semantic entropy",
+    "naive_entropy": "naive entropy",
     "likelihood": "negative log-likelihood (the control)",
     "epistemic": "epistemic U_E",
     "aleatoric": "aleatoric U_A",
@@ -83,7 +84,7 @@ def measured(folder: str) -> str:
         "| --- |" + " --- |" * len(asked),
         "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked) + " |",
     ]
-    lines += [*_aurocs(entries, model, asked), "", *_mean(entries, asked), *_committed(entries, model)]
+    lines += [*_aurocs(entries, model, asked), "", *_committed(entries, model), *_mean(entries, asked)]
     lines += [*_cost(entries), *_isotropy(entries)]
     posteriors = _posteriors(study)
     runs = [line for meta in (run.meta, *([study.meta] if posteriors else [])) for line in _runs(meta)]
