@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ EFFECTS = {
 METHODS = {
     "p_true": "P(True)",
     "semantic_entropy": "semantic entropy",
+    "naive_entropy": "naive entropy",
     "likelihood": "negative log-likelihood (the control)",
     "epistemic": "epistemic U_E",
     "aleatoric": "aleatoric U_A",
@@ -83,14 +84,36 @@ def measured(folder: str) -> str:
         "| --- |" + " --- |" * len(asked),
         "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked) + " |",
     ]
+    lines += [*_aurocs(entries, model, asked), "", *_committed(entries, model), *_mean(entries, asked)]
+    lines += [*_cost(entries), *_isotropy(entries)]
+    posteriors = _posteriors(study)
+    runs = [line for meta in (run.meta, *([study.meta] if posteriors else [])) for line in _runs(meta)]
+    return "\n".join([*lines, *posteriors, *(f"- {line}" for line in dict.fromkeys(runs))])
+
+
+def _aurocs(entries: Mapping[str, Entry], model: str, asked: Iterable[str]) -> list[str]:
+    """A line of the table for each score that has a number."""
+    lines = []
     for method, label in METHODS.items():
         keys = [f"qa.{model}.{d}.{method}.auroc" for d in asked]
         if any(key in entries for key in keys):
             lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
-    lines += ["", *_committed(entries, model), *_cost(entries), *_isotropy(entries)]
-    posteriors = _posteriors(study)
-    runs = [line for meta in (run.meta, *([study.meta] if posteriors else [])) for line in _runs(meta)]
-    return "\n".join([*lines, *posteriors, *(f"- {line}" for line in dict.fromkeys(runs))])
+    return lines
+
+
+def _mean(entries: Mapping[str, Entry], asked: Mapping[str, str]) -> list[str]:
+    """The same over the models, where more than one was asked."""
+    counts = {d: entries[key] for d in asked if (key := f"qa.mean.{d}.models.count") in entries}
+    if not counts:
+        return []
+    return [
+        f"Mean over {max(int(entry.value) for entry in counts.values())} models:",
+        "",
+        "| | " + " | ".join(asked[d] for d in counts) + " |",
+        "| --- |" + " --- |" * len(counts),
+        *_aurocs(entries, "mean", counts),
+        "",
+    ]
 
 
 def model_of(run: Results) -> str:

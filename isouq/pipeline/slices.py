@@ -6,6 +6,7 @@
 - 03_isotropy: where the error enters (`isotropy.chain.…`), from the kept posteriors.
 - 04_llm_qa: N_QUESTIONS questions of Wikidata asked again of SmolLM2, with every score beside the kept record's.
 - 05_cost: exactness of the norms and their time beside a forward pass, for SmolLM2.
+- 06_your_model: the whole chapter, as its notebook runs.
 
 The notebooks' own numbers have the tolerances of `compare`; what is compared beside them has one here.
 """
@@ -127,12 +128,18 @@ def cost(kept: Numbers, scratch: Path) -> list[Row]:
     return compare.compare({key: kept[key] for key in run}, run)
 
 
+def your_model(kept: Numbers, scratch: Path) -> list[Row]:
+    """Run the whole notebook."""
+    return _notebook("06_your_model", kept, scratch)
+
+
 SLICES: dict[str, Callable[[Numbers, Path], list[Row]]] = {
     "01_derivation": derivation,
     "02_mcmc": mcmc,
     "03_isotropy": isotropy,
     "04_llm_qa": llm_qa,
     "05_cost": cost,
+    "06_your_model": your_model,
 }
 
 

@@ -26,7 +26,7 @@ Outcome = Literal["holds", "partly", "does not hold", "undecided", "not run"]
 INTERVALS = ("bootstrap", "t", "fisher", "exact")
 OUTCOMES: tuple[Outcome, ...] = ("holds", "partly", "does not hold", "undecided")  # of a claim that was run
 _CLAIM_FIELDS = {"id", "claim", "short", "finding", "chapter", "paper", "note", "written", "joint", "each", "checks"}
-_CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "planned", "paper", "once"}
+_CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "paper", "once"}
 WRITTEN = {
     "before": "Its rules were written before any of these numbers was seen.",
     "look": "Its rules were written after a first look at another model, before any number for a core check was seen.",
@@ -108,7 +108,6 @@ class Check:
 
     `interval` says how the result's interval was made: by a bootstrap, from Student's t over n units, from the same for
     Fisher's z of correlations (`fisher`), or not at all (`exact`, for a deviation that has no sampling error).
-    `planned` marks a result that no chapter computes yet.
     """
 
     label: str
@@ -116,7 +115,6 @@ class Check:
     region: Region
     core: bool = False
     interval: str = "bootstrap"
-    planned: bool = False
     paper: Printed | None = None
 
     def paper_outcome(self) -> Outcome | None:
@@ -216,7 +214,7 @@ def _check(name: str, entry: Mapping[str, Any], values: Mapping[str, tuple[str, 
     label, key = entry["label"].format(**_parts(values, 1)), entry["key"].format(**_parts(values, 0))
     check_key(key)
     require.one_of(f"{name}: {label}: interval", entry.get("interval", "bootstrap"), INTERVALS)
-    plain = {key: entry[key] for key in ("core", "interval", "planned") if key in entry}
+    plain = {key: entry[key] for key in ("core", "interval") if key in entry}
     number = printed(entry["paper"].format(**_parts(values, 0))) if "paper" in entry else None
     region = Region.of(entry["rule"], f"{name}: {label}: rule", number)
     return Check(label, key, region, paper=number, **plain)
