@@ -166,13 +166,14 @@ def layers(table: pd.DataFrame, analysed: Analysis) -> tuple[pd.DataFrame, Inter
 def costs(table: pd.DataFrame, rankings: Mapping[str, Ranking]) -> pd.DataFrame:
     """Return what a question's score costs and how well it ranks: method, seconds, value, low, high.
 
-    seconds: the mean over questions of the stages that the score needs after the answer, as they ran in batches.
+    seconds: the sum over the stages that the score needs after the answer of each one's median over questions, as they
+    ran in batches. A mean would count every pause of a machine that did other work, too.
     """
     rows = []
     for name, stages in STAGES.items():
         if name in rankings:
             interval = rankings[name].interval()
-            seconds = sum(float(table[f"seconds_{stage}"].mean()) for stage in stages)
+            seconds = sum(float(table[f"seconds_{stage}"].median()) for stage in stages)
             ends = {"value": interval.value, "low": interval.low, "high": interval.high}
             rows.append({"method": name, "seconds": seconds, **ends})
     return pd.DataFrame(rows)
@@ -222,7 +223,7 @@ def named_results(table: pd.DataFrame, subject: str, analysed: Analysis) -> dict
         if gap is not None:
             results[f"{prefix}.last_layers.auroc_of_u_e_over_all"] = result_of(gap, "paired")
     for stage in ("estimate", "sample", "p_true"):
-        seconds = table[f"seconds_{stage}"].mean()
+        seconds = table[f"seconds_{stage}"].median()
         if not np.isnan(seconds):
             results[f"{prefix}.{stage}.seconds"] = Result(value=float(seconds), unit="s", n=len(table))
     return results
