@@ -90,8 +90,10 @@ def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
     section: Any = profiles.load("published").parameters("04_llm_qa")
     how = section.scoring(MODEL, DATA_SET) | {"n_questions": N_QUESTIONS, "n_token_mean": 1, "records_dir": None}
     new = study.run(MODEL, DATA_SET, study.Settings(**how | {"store_dir": str(scratch)}), progress=False)
-    (file,) = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
-    identity = json.loads(pq.read_schema(file).metadata[b"identity"])
+    files = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
+    identities = {path: json.loads(pq.read_schema(path).metadata[b"identity"]) for path in files}
+    # Of the same questions asked bare, too, there are other records.
+    file, identity = next(pair for pair in identities.items() if pair[1]["settings"]["n_shots"] == how["n_shots"])
     with Store(scratch / "kept.sqlite", identity) as store:
         store.restore(file)
         asked = store.get("question")

@@ -44,7 +44,7 @@ def draw(
     figure, axes = plotting.panels(len(panels), aspect=height, sharex=True, sharey=True)
     for ax, (title, panel) in zip(axes[0], panels.items(), strict=True):
         plotting.intervals(_table(panel, shown), ax, xlabel=xlabel, reference=reference)
-        ax.set_title(title)
+        ax.set_title(title.replace(" (", "\n("))
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return "; ".join(f"{title}: {_words(panel)}" for title, panel in panels.items())
