@@ -37,7 +37,7 @@ book: $(READY) ## run what has changed and build the book in build/PROFILE/html
 	@$(SNAKEMAKE) $(CONFIG)
 	@name=$${PROFILE##*/}; echo "The book: build/$${name%.y*ml}/html/index.html"
 
-site: PROFILE := published
+site: PROFILE := $(if $(filter file,$(origin PROFILE)),published,$(PROFILE))
 site: $(READY) ## build the pages from the run kept in results/published, in build/site/html; runs nothing
 	@$(PY) book/build.py build/site/html --kept "results/$$PROFILE"
 	@echo "The site: build/site/html/index.html"

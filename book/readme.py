@@ -125,14 +125,15 @@ def model_of(run: Results) -> str:
 
 
 def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
-    """What is left on TruthfulQA once the answer that its official prompt shows is set aside."""
-    keys = [f"qa.{model}.truthfulqa_choose.{method}_committed.auroc" for method in ("combined", "likelihood")]
+    """The scores on TruthfulQA with and without the answer that its official prompt shows."""
+    names = [f"{method}{end}" for method in ("combined", "likelihood") for end in ("_committed", "")]
+    keys = [f"qa.{model}.truthfulqa_choose.{name}.auroc" for name in names]
     if not all(key in entries for key in keys):
         return []
-    both, control = (format_interval(entries[key]) for key in keys)
+    both, both_all, control, control_all = (format_interval(entries[key]) for key in keys)
     return [
-        "On TruthfulQA much of this is one answer: without “I have no comment.”, which its official prompt shows and",
-        f"which counts as true, both fitted have {both}, and the control {control}.",
+        "On TruthfulQA (choosing) one answer, “I have no comment.”, stands in the official prompt and counts as true.",
+        f"Without it both fitted have {both} (with it: {both_all}), and the control {control} (with it: {control_all}).",
         "",
     ]
 

@@ -110,6 +110,13 @@ def test_every_published_chapter_has_a_slice_that_its_list_describes():
         slices.recompute({"results": {}}, ["07_x"])
 
 
+@pytest.mark.parametrize("n_shots", [0, 5])
+def test_the_slice_of_answers_finds_those_of_its_own_prompt(n_shots):
+    file, identity = slices.kept_answers(n_shots)
+    assert file.name.startswith(f"{slices.MODEL}--{slices.DATA_SET}-")
+    assert identity["settings"]["n_shots"] == n_shots
+
+
 @pytest.mark.assets
 def test_a_slice_agrees_and_finds_a_planted_number():
     content, key = kept.read(PUBLISHED), f"cost.{slices.MODEL}.ghost.relative_to_forward"

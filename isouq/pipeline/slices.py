@@ -82,18 +82,13 @@ def isotropy(kept: Numbers, scratch: Path) -> list[Row]:
 
 def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
     """Ask the first questions again, and compare every score of every answer with the record that is kept."""
-    import pyarrow.parquet as pq
-
     from isouq.studies.qa import data, study
     from isouq.studies.store import Store
 
     section: Any = profiles.load("published").parameters("04_llm_qa")
     how = section.scoring(MODEL, DATA_SET) | {"n_questions": N_QUESTIONS, "n_token_mean": 1, "records_dir": None}
     new = study.run(MODEL, DATA_SET, study.Settings(**how | {"store_dir": str(scratch)}), progress=False)
-    files = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
-    identities = {path: json.loads(pq.read_schema(path).metadata[b"identity"]) for path in files}
-    # Of the same questions asked bare, too, there are other records.
-    file, identity = next(pair for pair in identities.items() if pair[1]["settings"]["n_shots"] == how["n_shots"])
+    file, identity = kept_answers(how["n_shots"])
     with Store(scratch / "kept.sqlite", identity) as store:
         store.restore(file)
         asked = store.get("question")
@@ -108,6 +103,16 @@ def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
         if worst[1] == worst[1]:
             rows.append(_row(f"qa: {name}, question {worst[0]}", worst[1], worst[2], relative=SAME_SCORE))
     return rows
+
+
+def kept_answers(n_shots: int) -> tuple[Path, dict[str, Any]]:
+    """Return the kept records of the questions asked with so many examples, and their identity."""
+    import pyarrow.parquet as pq
+
+    files = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
+    pairs = [(path, json.loads(pq.read_schema(path).metadata[b"identity"])) for path in files]
+    [pair] = [pair for pair in pairs if pair[1]["settings"]["n_shots"] == n_shots]
+    return pair
 
 
 def cost(kept: Numbers, scratch: Path) -> list[Row]:
