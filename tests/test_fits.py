@@ -6,7 +6,7 @@ from scipy import special
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -60,6 +60,26 @@ def test_scores_out_of_fold_equal_scikit_learn(separable: bool) -> None:
     folds = StratifiedKFold(5, shuffle=True, random_state=3)
     wanted = cross_val_predict(sklearn_fit(), features, wrong, cv=folds, method="decision_function")
     assert fits.out_of_fold_scores(features, wrong, seed=3) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_folds_keep_the_clusters_of_the_resamples_whole() -> None:
+    features, wrong = made_up()
+    clusters = np.arange(N) // 4
+    plan = Resamples.of(wrong, clusters=clusters, n_resamples=40, seed=3)
+    wanted = [
+        cross_val_predict(
+            sklearn_fit(),
+            features,
+            wrong,
+            groups=clusters,
+            cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
+            method="decision_function",
+        )
+        for seed in range(3, 3 + fits.N_REPEATS)
+    ]
+    assert Fit.of(features, wrong, plan).out_of_fold == pytest.approx(np.stack(wanted), abs=1e-5)
+    apart = Resamples.of(wrong, clusters=[f"its own {i}" for i in range(N)], n_resamples=40, seed=3)
+    assert (Fit.of(features, wrong, apart).out_of_fold[0] == fits.out_of_fold_scores(features, wrong, seed=3)).all()
 
 
 def test_a_resample_of_one_class_has_no_fit_and_a_constant_feature_no_slope() -> None:

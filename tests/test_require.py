@@ -91,11 +91,16 @@ ROWS_OF = {
     fits.questions_needed: {"gap": (0.1, "positive"), "spread": (1.0, "number")},
     fits.auroc_spread: {"value": (0.6, "level"), "share_wrong": (0.5, "level")},
     fits.residual_ranks: {"score": (SCORE, "score"), "given": (ROWS, "array")},
+    fits.draw_folds: {
+        "wrong": (WRONG, "labels"), "clusters": (GROUP, "groups"), "n_folds": (3, "count"), "seed": (0, "seed")
+    },
     fits.out_of_fold_scores: {
-        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
+        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "clusters": (GROUP, "groups"), "n_folds": (3, "count"),
+        "seed": (0, "seed"),
     },
     fits.cross_fitted: {
-        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "n_folds": (3, "count"), "seed": (0, "seed")
+        "features": (ROWS, "array"), "wrong": (WRONG, "labels"), "clusters": (GROUP, "groups"), "n_folds": (3, "count"),
+        "seed": (0, "seed"),
     },
     fits.brier: {"probability": (VARIANCE / 2, "array"), "wrong": (WRONG, "labels")},
     fits.ece: {"probability": (VARIANCE / 2, "array"), "wrong": (WRONG, "labels")},

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from isouq.studies import require
 from isouq.studies.evaluation import CONSTANT, Interval, Ranking, defined, moderate, on_all, weighted_auroc
@@ -78,35 +79,58 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights, start:
     raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after 50 steps")
 
 
-def out_of_fold_scores(
-    features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0
-) -> NDArray[np.float64]:
-    """Return each example's log-odds of being wrong from a logistic regression that never saw it.
+def draw_folds(
+    wrong: ArrayLike, *, clusters: ArrayLike | None = None, n_folds: int = 5, seed: int = 0
+) -> NDArray[np.int64]:
+    """Return each example's fold, (example,), stratified by `wrong`; `clusters` (example,) stay whole.
 
-    `features`: (example, feature). Folds are stratified and shuffled by `seed`; see `fit_logistic` for the fit. Without
-    any signal the pooled AUROC of such scores lies a little BELOW one half: a fold with more wrong answers in training
-    has fewer in its test part.
-
-    Raises ValueError on a feature that is not finite or has a value far beyond all others, and when a class has
-    fewer examples than folds.
+    A fit that saw a question's sisters has seen something of the question. Raises UndefinedStatisticError when a class
+    has fewer examples than folds, and when clusters leave a fit without one of the classes.
     """
-    require.same_rows(features=features, wrong=wrong)
-    features, wrong = _features("features", features), require.labels("wrong", wrong)
-    n_folds, seed = require.count("n_folds", n_folds, 2), require.seed("seed", seed)
+    wrong, n_folds = require.labels("wrong", wrong), require.count("n_folds", n_folds, 2)
     if min(wrong.sum(), (~wrong).sum()) < n_folds:
         counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
         raise UndefinedStatisticError(f"wrong: {counts} given, of each as many as the {n_folds} folds wanted")
-    folds = np.empty(len(wrong), dtype=int)
-    for fold, (_, test) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(features, wrong)):
+    if clusters is not None:
+        require.same_rows(wrong=wrong, clusters=clusters)
+        clusters = require.groups("clusters", clusters)
+        clusters = clusters if clusters.max() < len(wrong) - 1 else None  # each example is its own
+    kind: Any = StratifiedKFold if clusters is None else StratifiedGroupKFold
+    splitter = kind(n_folds, shuffle=True, random_state=require.seed("seed", seed))
+    folds = np.empty(len(wrong), dtype=np.int64)
+    for fold, (train, test) in enumerate(splitter.split(wrong, wrong, clusters)):
+        if len(np.unique(wrong[train])) < 2:
+            given = "one that holds nearly all right or all wrong answers given"
+            raise UndefinedStatisticError(f"clusters: {given}, both kinds in several of them wanted")
         folds[test] = fold
+    return folds
+
+
+def out_of_fold_scores(
+    features: ArrayLike, wrong: ArrayLike, *, clusters: ArrayLike | None = None, n_folds: int = 5, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return each example's log-odds of being wrong from a logistic regression that never saw it, nor its cluster.
+
+    `features`: (example, feature). Folds are those of `draw_folds`; see `fit_logistic` for the fit. Without any signal
+    the pooled AUROC of such scores lies a little BELOW one half: a fold with more wrong answers in training has fewer
+    in its test part.
+
+    Raises ValueError on a feature that is not finite or has a value far beyond all others, and as `draw_folds`.
+    """
+    require.same_rows(features=features, wrong=wrong)
+    features, wrong = _features("features", features), require.labels("wrong", wrong)
+    folds = draw_folds(wrong, clusters=clusters, n_folds=n_folds, seed=seed)
     beta = fit_logistic(features, wrong, (folds != np.arange(n_folds)[:, None]).astype(float))
     return beta[folds, 0] + np.sum(beta[folds, 1:] * features, axis=1)
 
 
-def cross_fitted(features: ArrayLike, wrong: ArrayLike, *, n_folds: int = 5, seed: int = 0) -> Column:
+def cross_fitted(
+    features: ArrayLike, wrong: ArrayLike, *, clusters: ArrayLike | None = None, n_folds: int = 5, seed: int = 0
+) -> Column:
     """Return `out_of_fold_scores` for N_REPEATS draws of the folds, (repeat, example). Raises as these."""
+    how: Any = {"clusters": clusters, "n_folds": n_folds}
     seeds = range(require.seed("seed", seed), seed + N_REPEATS)
-    return np.stack([out_of_fold_scores(features, wrong, n_folds=n_folds, seed=one % 2**32) for one in seeds])
+    return np.stack([out_of_fold_scores(features, wrong, seed=one % 2**32, **how) for one in seeds])
 
 
 def brier(probability: ArrayLike, wrong: ArrayLike) -> float:
@@ -204,8 +228,11 @@ class Fit:
 
     @classmethod
     def of(cls, features: ArrayLike, wrong: ArrayLike, plan: Resamples, *, n_folds: int = 5) -> Fit:
-        """Fit once for each resample of `plan`, and on N_REPEATS draws of the folds. Raises as `out_of_fold_scores`."""
-        held_out = cross_fitted(features, wrong, n_folds=n_folds, seed=plan.seed)
+        """Fit once for each resample of `plan`, and on N_REPEATS draws of the folds, which keep its clusters whole.
+
+        Raises as `out_of_fold_scores`.
+        """
+        held_out = cross_fitted(features, wrong, clusters=plan.clusters, n_folds=n_folds, seed=plan.seed)
         features, wrong = _features("features", features), require.labels("wrong", wrong)
         spread = features.std(axis=0)
         beta = fit_logistic(features, wrong, plan.counts)

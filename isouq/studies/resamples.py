@@ -31,11 +31,13 @@ class Resamples:
 
     counts: (resample, row), how often each row was drawn. left_out: (cluster, row), ones but for one cluster's rows,
     for the jackknife; with more than MOST_LEFT_OUT clusters, but for one of so many sets of them, which tell the same
-    acceleration. Both int32: half the memory, and cumulated several times as fast as floats.
+    acceleration. Both int32: half the memory, and cumulated several times as fast as floats. clusters: (row,), the
+    number of each row's cluster, which folds keep whole, too.
     """
 
     counts: NDArray[np.int32]
     left_out: NDArray[np.int32]
+    clusters: NDArray[np.int64]
     seed: int
 
     @property
@@ -85,7 +87,7 @@ class Resamples:
                 row[:] = np.bincount(rng.integers(0, n_clusters, n_clusters), minlength=n_clusters)
         n_parts = min(n_clusters, MOST_LEFT_OUT)
         left_out = (codes % n_parts != np.arange(n_parts)[:, None]).astype(np.int32)
-        return cls(counts if clusters is None else counts[:, codes], left_out, seed)
+        return cls(counts if clusters is None else counts[:, codes], left_out, codes, seed)
 
 
 class Pooled(NamedTuple):

@@ -32,7 +32,6 @@ from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes 
 )
 
 METHODS = ("logistic", "isotonic")
-N_REPEATS = 20  # of the folds
 Ends = tuple[float, float, float]  # a value and its 95 % interval
 
 
@@ -186,17 +185,16 @@ def calibrate(
     if abstain is not None:
         abstain = require.number("abstain", abstain, 0.0, 1.0)
     used, wrong, _ = labelled(table, right)
-    if min(wrong.sum(), (~wrong).sum()) < N_FOLDS:
-        given = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
-        raise ValueError(f"{right}: {given} given, of each as many as the {N_FOLDS} folds wanted; label more")
     features = features_of(used, score)
     groups = clusters_of(used, clusters)
     plan = resamples(wrong, n_resamples, seed, groups)
-    folds = _folds(wrong, seed, groups)
+    draws: Any = [{"n_folds": N_FOLDS, "seed": (seed + repeat) % 2**32} for repeat in range(fits.N_REPEATS)]
+    try:
+        folds = np.stack([fits.draw_folds(wrong, clusters=plan.clusters, **draw) for draw in draws])
+    except evaluation.UndefinedStatisticError as error:
+        what, _, text = str(error).partition(": ")
+        raise ValueError(f"{right if what == 'wrong' else clusters}: {text}; label more") from error
     held_out = _held_out(features, wrong, folds, method)
-    if np.isnan(held_out).any():
-        given = "clusters that hold nearly all right or all wrong answers given"
-        raise ValueError(f"{clusters}: {given}, both in several of them wanted; label more")
     errors = _errors(features, wrong, held_out, plan, method)
     [fitted] = _fit(features, wrong, np.ones((1, len(wrong))), method)
     found = Calibrator(
@@ -245,19 +243,6 @@ def _steps(line: _Map, weights: Any, features: Column, wrong: NDArray[np.bool_])
     return replace(line, knots=(tuple(steps.X_thresholds_.tolist()), tuple(steps.y_thresholds_.tolist())))
 
 
-def _folds(wrong: NDArray[np.bool_], seed: int, groups: NDArray[Any] | None) -> NDArray[np.int64]:
-    """Each answer's fold in every repeat, (repeat, row); one for all answers of a group."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    folds = np.empty((N_REPEATS, len(wrong)), dtype=np.int64)
-    for repeat, row in enumerate(folds):
-        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-        splitter = kind(N_FOLDS, shuffle=True, random_state=(seed + repeat) % 2**32)
-        for fold, (_, test) in enumerate(splitter.split(wrong, wrong, groups)):
-            row[test] = fold
-    return folds
-
-
 def _held_out(features: Column, wrong: NDArray[np.bool_], folds: NDArray[np.int64], method: str) -> Column:
     """p_wrong by maps that have not seen the answer, (repeat, row)."""
     kept = (folds[:, None] != np.arange(N_FOLDS)[:, None]).astype(float)
@@ -297,12 +282,12 @@ def _with_threshold(
     groups: NDArray[Any] | None,
 ) -> Calibrator:
     labels = np.broadcast_to(wrong, held_out.shape)
-    threshold, best = _threshold(held_out.ravel(), labels.ravel(), abstain, N_REPEATS)
+    threshold, best = _threshold(held_out.ravel(), labels.ravel(), abstain, fits.N_REPEATS)
     if threshold is None:
         least = f"no threshold keeps it among {evaluation.MIN_PER_CLASS} answers or more; the best one has {best:.3f}"
         raise ValueError(f"abstain: {abstain:g} given, but {least}; ask for less, or find a better score")
     decided = np.zeros(held_out.shape)
-    for repeat, fold in np.ndindex(N_REPEATS, N_FOLDS):
+    for repeat, fold in np.ndindex(fits.N_REPEATS, N_FOLDS):
         test = folds[repeat] == fold
         limit, _ = _threshold(held_out[repeat, ~test], wrong[~test], abstain, 1)
         decided[repeat, test] = 0 if limit is None else held_out[repeat, test] <= limit

@@ -23,9 +23,9 @@ from isouq.studies.store import Store
 FILE = Path(__file__).parents[1] / "data" / "golden_answers.json"
 
 
-def records(choose: bool) -> dict[str, Any]:
+def records(choose: bool, device: str = "cpu") -> dict[str, Any]:
     """The records of a small study by stage and question, without times."""
-    model, tokenizer = conftest.llama.__wrapped__(), conftest.tokenizer.__wrapped__()
+    model, tokenizer = conftest.llama.__wrapped__().to(device), conftest.tokenizer.__wrapped__()
     settings = subject.Settings(n_questions=6, n_shots=2, batch_size=4, max_new_tokens=5, n_samples=3, n_token_mean=2)
     asked = subject.prepare(model, tokenizer, small_set(30, choose), settings, choose=choose, encoder=letters)
     names = ("answer", "verdict", "estimate", "token_mean", "cheap", "choice", "shot", "sample", "meaning", "p_true")

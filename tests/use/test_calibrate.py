@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from isouq import cli
 from isouq.studies import fits
 from isouq.use import commands
-from isouq.use.calibrate import METHODS, Calibrator, _folds, calibrate
+from isouq.use.calibrate import METHODS, Calibrator, calibrate
 from isouq.use.evaluate import features_of
 from labelled import made_up
 
@@ -114,15 +114,15 @@ def test_the_threshold_is_the_largest_that_held_out_labels_allow(table) -> None:
 def test_a_cluster_shares_its_fold_and_is_drawn_whole(table) -> None:
     five = pd.concat([table[:60]] * 5, ignore_index=True).assign(document=[*range(60)] * 5)
     wrong, documents = ~five["right"].to_numpy(), five["document"].astype(str).to_numpy()
-    folds = _folds(wrong, 0, documents)
-    assert all(len({*row[documents == name]}) == 1 for row in folds for name in documents)
+    folds = fits.draw_folds(wrong, clusters=np.array([*range(60)] * 5))
+    assert all(len({*folds[documents == name]}) == 1 for name in documents)
     options = {"score": "likelihood", "abstain": 0.7, **QUICK}
     found, alone = calibrate(five, clusters="document", **options), calibrate(five, **options)
     for name in ("brier", "answered"):
         (_, low, high), (_, narrow_low, narrow_high) = getattr(found, name), getattr(alone, name)
         assert high - low > 1.3 * (narrow_high - narrow_low), name
     sides = five.assign(document=np.where(wrong, "all that are wrong", documents))
-    with pytest.raises(ValueError, match="document: clusters that hold nearly all right or all wrong"):
+    with pytest.raises(ValueError, match="document: one that holds nearly all right or all wrong answers"):
         calibrate(sides, clusters="document", **options)
 
 

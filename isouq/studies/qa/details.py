@@ -70,7 +70,8 @@ def curves(table: pd.DataFrame, analysed: Analysis) -> dict[str, Column]:
     if not evaluation.enough_of_both(used["wrong"]):
         return {}
     raw, features = analysis.scores(used)
-    held_out = fits.cross_fitted(features["combined"], used["wrong"], n_folds=analysed.n_folds, seed=analysed.seed)
+    how: Any = {"clusters": used.get("cluster"), "n_folds": analysed.n_folds, "seed": analysed.seed}
+    held_out = fits.cross_fitted(features["combined"], used["wrong"], **how)
     found = {name: rejection.accuracies(raw[name], used["wrong"]) for name in REJECTED if name in raw}
     return found | {"combined": np.mean([rejection.accuracies(row, used["wrong"]) for row in held_out], axis=0)}
 
