@@ -216,6 +216,7 @@ def test_a_notebooks_assets_are_its_models_and_data_sets_of_the_manifest():
 
 BASE = {"name": "mine", "description": "for a test", "minutes": 1.5, "memory_gb": 1.5, "seed": 1}
 VALID = {schema: schemas.defaults(chapter) for chapter, schema in schemas.SCHEMAS.items()}
+VALID[schemas.LlmQa] |= {"n_choice": {VALID[schemas.LlmQa]["models"][0]: 3}}
 VALID[profiles.Profile] = BASE | {"notebooks": {}}
 FIELDS = [(schema, name) for schema, values in VALID.items() for name in values if name != "notebooks"]
 

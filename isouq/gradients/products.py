@@ -110,11 +110,13 @@ class Sums:
 
     def add_gradients(self, matrix: Tensor) -> None:
         """Add the products of explicit gradients (example, number); no float32 sum is over more than 65,536 numbers."""
-        n = self.n_rows
-        for part in matrix.split(1 << 16, dim=1):
-            self.block += (part[:n] @ part.T).double()
-            norms = torch.linalg.vector_norm(part[n:], dim=1, dtype=torch.promote_types(part.dtype, torch.float32))
-            self.squares += norms.double().square()
+        n, most = self.n_rows, 1 << 16
+        even = matrix.shape[1] // most * most
+        for part in (matrix[:, :even].reshape(len(matrix), even // most, most), matrix[:, None, even:]):
+            pieces = part.transpose(0, 1)  # (piece, example, number)
+            self.block += (pieces[:, :n] @ pieces.mT).double().sum(0).cpu()
+            norms = torch.linalg.vector_norm(part[n:], dim=2, dtype=torch.promote_types(part.dtype, torch.float32))
+            self.squares += norms.double().square().sum(1).cpu()
 
     def add_pair(self, p: Piece, q: Piece) -> None:
         """Add the products of all examples of p with all of q, and of q with p, by token×token products.
@@ -123,22 +125,23 @@ class Sums:
         """
         n = self.n_rows
         if p.rows.start < n or q.rows.start < n:
-            block = p.factor.across(q.factor)
+            block = p.factor.across(q.factor).cpu()
             if p.rows.start < n:
                 self.block[p.rows, q.rows] += block
             if q.rows.start < n and p is not q:
                 self.block[q.rows, p.rows] += block.T
         elif p.rows == q.rows:
-            self.squares[p.rows.start - n : p.rows.stop - n] += p.factor.inner(q.factor) * (1 if p is q else 2)
+            self.squares[p.rows.start - n : p.rows.stop - n] += p.factor.inner(q.factor).cpu() * (1 if p is q else 2)
 
     def add_explicit(self, pieces: list[Piece]) -> None:
         """Add explicit gradients: as many of the weight's rows at a time as the buffer holds for all examples."""
         n_rows, width = pieces[0].factor.size
-        dtype = torch.promote_types(pieces[0].factor.left.dtype, torch.float32)
+        left = pieces[0].factor.left
+        dtype = torch.promote_types(left.dtype, torch.float32)
         row_size = self.n_examples * width
         step = min(n_rows, max(1, int(self.n_bytes / (row_size * dtype.itemsize))))
-        if self.buffer.numel() < step * row_size or self.buffer.dtype != dtype:  # one allocation serves a whole group
-            self.buffer = torch.empty(step * row_size, dtype=dtype)
+        if (self.buffer.dtype, self.buffer.device) != (dtype, left.device) or self.buffer.numel() < step * row_size:
+            self.buffer = torch.empty(step * row_size, dtype=dtype, device=left.device)  # serves a whole group
         starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
         once = len(starts) == len(pieces) and n_held == self.n_examples  # every example has one piece
         for low in range(0, n_rows, step):
@@ -286,8 +289,8 @@ def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
         def visit(use: Use, factors: list[Factor], rows: slice = slice(end - examples.n, end)) -> None:
             for factor in factors:
                 part = factor.cut(group.part, chosen[use.parameter].shape)
-                # A copy on the CPU, without autograd's graph and the rest of the storage that the part is a view of.
-                piece = Piece(rows, part.mapped(lambda x: x.detach().to("cpu", copy=True)))
+                # A copy, without autograd's graph and the rest of the storage that the part is a view of.
+                piece = Piece(rows, part.mapped(lambda x: x.detach().clone()))
                 kept[use.parameter, getattr(factor, "slot", None)].append(piece)
 
         work.visit(examples, chosen, visit)

@@ -247,8 +247,9 @@ class LlmQa(Parameters):
 
     Each model is asked `n_questions` of each data set, and no more than `at_most` says of the model, of the data set or
     of both ("MODEL DATA_SET"); 0 leaves a pair out. `n_token_mean`: of how many of a data set's questions the answers
-    are also scored by "token_mean", which costs a backward pass per token. `bare`: of how many questions a pair
-    ("MODEL DATA_SET") of those asked is also asked without examples. `nli` and `judge`: classifiers for natural
+    are also scored by "token_mean", which costs a backward pass per token. `n_choice`: how many choices of a model are
+    also read as one class among the references, all of a model that it does not name. `bare`: of how many questions a
+    pair ("MODEL DATA_SET") of those asked is also asked without examples. `nli` and `judge`: classifiers for natural
     language inference, by which samples are grouped and free answers are judged, too. `device_map`: "auto" fills the
     GPUs, None is the CPU.
     """
@@ -269,6 +270,7 @@ class LlmQa(Parameters):
     dtype: Literal["float32", "bfloat16"]
     device_map: Literal["auto"] | None
     n_token_mean: dict[DataSet, Count]
+    n_choice: dict[str, Annotated[int, Field(ge=0)]]
     engine: Engine
     batch_size: Count
     max_new_tokens: Count
@@ -288,6 +290,9 @@ class LlmQa(Parameters):
                 raise ValueError(f"at_most: {name!r} is no model, data set or pair of these{nearest(name, known)}")
             if 0 < most < 4:
                 raise ValueError(f"at_most: {name!r} has {most}; wanted at least 4, or 0 to leave it out")
+        for name in self.n_choice:
+            if name not in self.models:
+                raise ValueError(f"n_choice: {name!r} is no model of these{nearest(name, self.models)}")
         for model, _, data_set in (name.partition(" ") for name in self.bare):
             _known_models([model])
             if _known_data_set(data_set).startswith("truthfulqa"):
@@ -329,7 +334,7 @@ class LlmQa(Parameters):
         if bare:
             sizes = {"n_questions": min(sizes["n_questions"], self.bare[f"{model} {data_set}"]), "n_token_mean": 0}
             sizes["n_shots"] = 0
-        return self.model_dump(exclude=left_out) | sizes
+        return self.model_dump(exclude=left_out) | sizes | {"n_choice": self.n_choice.get(model)}
 
 
 class Cost(Parameters):

@@ -107,10 +107,10 @@ def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
 
 def kept_answers(n_shots: int) -> tuple[Path, dict[str, Any]]:
     """Return the kept records of the questions asked with so many examples, and their identity."""
-    import pyarrow.parquet as pq
+    from isouq.studies.store import identity_of
 
     files = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
-    pairs = [(path, json.loads(pq.read_schema(path).metadata[b"identity"])) for path in files]
+    pairs = [(path, identity_of(path)) for path in files]
     [pair] = [pair for pair in pairs if pair[1]["settings"]["n_shots"] == n_shots]
     return pair
 

@@ -129,15 +129,10 @@ class Store:
 
         Raises StoreError for the records of another run, and for a file that is damaged.
         """
-        try:
-            table = pq.read_table(path, columns=["stage", "item_id", "record"])
-            there = json.loads((table.schema.metadata or {}).get(b"identity", b"null"))
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{path} cannot be read ({error}); remove it, and what it held is computed anew"
-            ) from error
-        if there != self.identity:
+        if identity_of(path) != self.identity:
             raise StoreError(f"{path} holds the records of another run; move it away")
+        with _readable(path):
+            table = pq.read_table(path, columns=["stage", "item_id", "record"])
         with self._transaction("IMMEDIATE"):
             before = self._connection.total_changes
             for row in table.to_pylist():
@@ -180,6 +175,20 @@ class Store:
             if code == sqlite3.SQLITE_CANTOPEN and self.path.is_dir():
                 cause = "is a folder, a file is wanted; remove it or use another folder"
             raise StoreError(f"{self.path} {cause} (SQLite: {error})") from error
+
+
+def identity_of(path: Path) -> Any:
+    """Return the identity of the run whose records a file has. Raises StoreError for a file that cannot be read."""
+    with _readable(path):
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"identity", b"null"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}); remove it, and what it held is computed anew") from error
 
 
 def _checksum(item_id: str, row: str | bytes) -> str:

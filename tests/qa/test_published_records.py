@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_golden_answers import close
 
 from isouq.studies.qa import study
+from isouq.studies.store import identity_of
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "qa"
+TWICE = "smollm2-135m-instruct--triviaqa-*.parquet"
 N = 6
 
 
@@ -20,6 +23,23 @@ def records(file: Path) -> dict[tuple[str, str], dict]:
     for record in parsed.values():
         record.pop("seconds", None)
     return parsed
+
+
+def test_a_processor_and_a_card_give_the_same_answers_and_numbers() -> None:
+    """The same questions to the same model with another torch on another device; samples may part at a near tie."""
+    made = {identity_of(file)["settings"].get("device_map"): records(file) for file in PUBLISHED.glob(TWICE)}
+    here, there = made[None], made["auto"]
+    asked = [item_id for stage, item_id in here if stage == "answer"]
+    assert len(asked) == 300
+    answers = [(here["answer", i], there["answer", i]) for i in asked]
+    assert all(one["token_ids"] == other["token_ids"] for one, other in answers)
+    scores = np.array([[of["estimate", i]["sequence"]["log_epistemic"] for i in asked] for of in (here, there)])
+    assert np.abs(scores[0] - scores[1]).max() < 1e-3
+    assert np.ptp(scores) > 10, "a range in which 1e-3 says something"
+    samples = [
+        (a, b) for i in asked for a, b in zip(*(of["sample", i]["token_ids"] for of in (here, there)), strict=True)
+    ]
+    assert np.mean([a == b for a, b in samples]) > 0.95
 
 
 @pytest.mark.assets

@@ -145,3 +145,42 @@ def test_a_question_longer_than_the_context_fails_alone(tokenizer, llama, tmp_pa
     assert list(table.attrs["failed"]) == ["3"]
     assert "at most the model's context of 60 wanted" in table.attrs["failed"]["3"]
     assert len(table) == 7
+
+
+def test_records_made_elsewhere_are_served_whole_or_not_at_all(
+    model, questions, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "SentenceEncoder", lambda: letters)
+    records = tmp_path / "records"
+    how = HOW | {"records_dir": str(records)}
+    made = study.run(model, questions, Settings(**how, store_dir=str(tmp_path / "a")), progress=False)
+    monkeypatch.setattr(study.identity, "versions", lambda *names: dict.fromkeys(names, "0.1"))
+    here = str(tmp_path / "b")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "answer", refuse)
+        patch.setattr(stages, "_estimate", refuse)
+        served = study.run(model, questions, Settings(**how, store_dir=here, device_map="auto"), progress=False)
+        pd.testing.assert_frame_equal(served, made)
+        assert served.attrs["made"] == made.attrs["made"] != "CPU, torch 0.1"
+    (before,) = records.iterdir()
+    content = before.read_bytes()
+    more = study.run(model, questions, Settings(**how | {"n_questions": 8}, store_dir=here), progress=False)
+    assert (len(more), more.attrs["made"]) == (8, "CPU, torch 0.1")
+    assert before.read_bytes() == content
+    assert len(list(records.iterdir())) == 2
+    # Of other settings they are another run's:
+    other = study.run(model, questions, Settings(**how | {"seed": 1}, store_dir=here), progress=False)
+    assert other.attrs["made"] == "CPU, torch 0.1"
+
+
+def test_a_choice_is_read_as_one_among_the_references_as_often_as_asked(model, questions, tmp_path) -> None:
+    lm, tokenizer, _ = study._load_model(model, "float32", None)
+    settings = Settings(**HOW | {"n_samples": 0, "n_choice": 2})
+    asked = study.prepare(lm, tokenizer, study.load_questions(questions), settings, choose=True, encoder=letters)
+    with Store(tmp_path / "s.sqlite", {}) as store:
+        stages.complete(store, asked, settings, progress=False)
+        assert set(store.get("choice")) == {question.item_id for question in asked.questions[:2]}

@@ -226,5 +226,6 @@ def named_results(table: pd.DataFrame, subject: str, analysed: Analysis) -> dict
     for stage in ("estimate", "sample", "p_true"):
         seconds = table[f"seconds_{stage}"].median()
         if not np.isnan(seconds):
-            results[f"{prefix}.{stage}.seconds"] = Result(value=float(seconds), unit="s", n=len(table))
+            note = f"{table.attrs['made']}, perhaps beside other work"
+            results[f"{prefix}.{stage}.seconds"] = Result(value=float(seconds), unit="s", n=len(table), note=note)
     return results

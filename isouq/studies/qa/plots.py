@@ -93,7 +93,7 @@ def worth(answers: Mapping[Pair, pd.DataFrame], ranked: Mapping[Pair, Mapping[st
 
     def draw(ax: Axes, pair: Pair) -> None:
         costs = details.costs(answers[pair], ranked[pair].get(HEADLINE, {}))
-        plotting.worth(costs, ax, xlabel="seconds", ylabel="AUROC")
+        plotting.worth(costs, ax, xlabel=f"seconds ({answers[pair].attrs['made']})", ylabel="AUROC")
 
     return _each(answers, draw, aspect=0.9)
 

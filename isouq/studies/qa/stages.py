@@ -21,7 +21,7 @@ from isouq.language.examples import each, from_pairs
 from isouq.studies.qa import rivals, sampling
 from isouq.studies.qa.answers import answer, choice, verdict
 from isouq.studies.qa.subject import Settings, Subject
-from isouq.studies.store import Store
+from isouq.studies.store import Store, identity_of
 
 VERSION = 1
 EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are written out again
@@ -29,12 +29,20 @@ EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are
 Record = dict[str, Any]
 
 
-def complete(store: Store, subject: Subject, settings: Settings, *, progress: bool | None = None) -> None:
-    """Compute every record that the store lacks."""
+class LackingError(Exception):
+    """A store lacks records that were not to be computed."""
+
+
+def complete(
+    store: Store, subject: Subject, settings: Settings, *, progress: bool | None = None, compute: bool = True
+) -> None:
+    """Compute every record that the store lacks. Raises LackingError instead where `compute` is False."""
     questions = {question.item_id: question for question in subject.questions}
     for item_id in store.missing("question", questions):
+        if not compute:
+            raise LackingError
         store.put(item_id, {"question": asdict(questions[item_id])})
-    fill = _Batches(store, subject, settings, progress).fill
+    fill = _Batches(store, subject, settings, progress, compute).fill
     most = settings.max_new_tokens * (2 if subject.data_set.sentences else 1)
     read = [len(prompt) for prompt in subject.prompts]
     fill("answer", lambda rows: answer(subject, rows, most), read)
@@ -51,19 +59,29 @@ def complete(store: Store, subject: Subject, settings: Settings, *, progress: bo
     prompts = subject.prompts
     fill("cheap", lambda rows: rivals.answer_scores(subject.model, *_take(rows, prompts, ids)), lengths)
     if subject.choose:
-        fill("choice", lambda rows: [choice(subject, row, settings.engine) for row in rows], lengths)
+        most_read = len(ids) if settings.n_choice is None else settings.n_choice
+        read_so = [length if row < most_read else 0 for row, length in enumerate(lengths)]
+        fill("choice", lambda rows: [choice(subject, row, settings.engine) for row in rows], read_so)
     if settings.n_samples:
-        _sample_all(store, subject, settings, fill, lengths, most)
+        _sample_all(store, subject, settings, fill, lengths, most, compute)
 
 
 def _sample_all(
-    store: Store, subject: Subject, settings: Settings, fill: Callable[..., None], lengths: Sequence[int], most: int
+    store: Store,
+    subject: Subject,
+    settings: Settings,
+    fill: Callable[..., None],
+    lengths: Sequence[int],
+    most: int,
+    compute: bool,
 ) -> None:
     """The stages that need samples. Those of the solved examples of P(True) are kept under `shot`."""
     asked = list(zip(subject.questions, subject.prompts, strict=True))
     how = {"n_samples": settings.n_samples, "max_new_tokens": most, "seed": settings.seed}
     for shot in subject.shots:
         if store.missing("shot", [shot[0].item_id]):
+            if not compute:
+                raise LackingError
             [samples] = sampling.sample(subject, [shot], **how)
             store.put(shot[0].item_id, {"shot": {**asdict(shot[0]), **samples}})
     fill("sample", lambda rows: sampling.sample(subject, [asked[row] for row in rows], **how), lengths)
@@ -80,6 +98,24 @@ def _sample_all(
 def records_path(store: Store, records_dir: str) -> Path:
     """Return where the records of a store are committed: a file of its name in `records_dir`."""
     return Path(records_dir) / store.path.with_suffix(".parquet").name
+
+
+def kept(path: Path, wanted: Record, records_dir: str | None) -> list[tuple[Path, Record]]:
+    """Return the committed records of the run whose store is at `path`, each with its identity, the run's own first.
+
+    Others were made with other versions of the libraries, or on a GPU: the same numbers but for the last digits of a
+    float32, which now and then decide a token.
+    """
+    name = path.stem.rpartition("-")[0]
+    files = sorted(Path(records_dir).glob(f"{name}-*.parquet")) if records_dir else []
+    found = [(file, identity_of(file)) for file in files]
+    return sorted([pair for pair in found if _asked(pair[1]) == _asked(wanted)], key=lambda pair: pair[1] != wanted)
+
+
+def _asked(identity: Record) -> Record:
+    """An identity without what a run was made with."""
+    settings = {name: value for name, value in identity["settings"].items() if name != "device_map"}
+    return identity | {"settings": settings, "versions": None}
 
 
 def _take(rows: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
@@ -135,6 +171,7 @@ class _Batches:
     subject: Subject
     settings: Settings
     progress: bool | None
+    compute: bool
     failed: set[str] = field(default_factory=set)
 
     def fill(self, stage: str, work: Callable[[list[int]], list[Record]], lengths: Sequence[int]) -> None:
@@ -142,6 +179,8 @@ class _Batches:
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids)) - self.failed
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
+        if rows and not self.compute:
+            raise LackingError
         rows.sort(key=lambda row: -lengths[row])
         n_all, size = sum(map(bool, lengths)), self.settings.batch_size
         hide = True if not n_all else None if self.progress is None else not self.progress

@@ -40,8 +40,10 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     `progress`: True or False, None shows bars at a terminal only.
 
     The store serves only what agrees in the model's content (and commit, of a Hub id), the data's, settings, libraries
-    and the version of the study's code. Raises ValueError on an unknown data set, on too few questions in it, and
-    StoreError as `Store` does.
+    and the version of the study's code. Committed records (`records_dir`) of other libraries or of a GPU are served
+    where they have all that is asked for, and never mixed with new ones; `attrs["made"]` says what made a table.
+
+    Raises ValueError on an unknown data set, on too few questions in it, and StoreError as `Store` does.
     """
     if data_set not in DATA_SETS and not data.is_file(data_set):
         raise ValueError(f"data_set must be a file or one of {', '.join(DATA_SETS)}, got {data_set!r}")
@@ -67,10 +69,14 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
         "versions": identity.versions("tokenizers", "torch", "transformers"),
         **{f"{name}_content": one.content for name, one in entailment.items()},
     }
-    path = store_path(Path(settings.store_dir), f"{model}--{data.key_part(data_set)}", wanted)
-    with Store(path, wanted) as store:
-        if settings.records_dir and (kept := stages.records_path(store, settings.records_dir)).exists():
+    folder, stem = Path(settings.store_dir), f"{model}--{data.key_part(data_set)}"
+    path = store_path(folder, stem, wanted)
+    for kept, made in stages.kept(path, wanted, settings.records_dir):
+        with Store(store_path(folder, stem, made), made) as store, contextlib.suppress(stages.LackingError):
             store.restore(kept)
+            complete(store, subject, settings, compute=False)
+            return tabulate(store, subject.questions)
+    with Store(path, wanted) as store:
         if source == "truthfulqa" and settings.n_samples:
             _take_samples(store, model, subject.questions, settings)
         complete(store, subject, settings, progress=progress)
@@ -149,8 +155,14 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows).copy()  # in one piece: a column by itself for each layer would be slow
-    table.attrs["failed"] = failed
+    table.attrs |= {"failed": failed, "made": _made(store.identity)}
     return table
+
+
+def _made(identity: Mapping[str, Any]) -> str:
+    """Say what records were made with: "GPU, torch 2.11.0"."""
+    device = "GPU" if identity.get("settings", {}).get("device_map") else "CPU"
+    return f"{device}, torch {identity.get('versions', {}).get('torch', '?').partition('+')[0]}"
 
 
 def _rival_columns(

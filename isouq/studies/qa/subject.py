@@ -45,6 +45,7 @@ class Settings:
     dtype: str = "float32"
     device_map: str | None = None
     n_questions: int = 120
+    n_choice: int | None = None  # choices also read as one among the references, under p_c; None for all
     n_token_mean: int = 40  # questions also scored by `token_mean`, which costs a backward pass per token
     batch_size: int = 8
     store_dir: str = "build/store"
@@ -55,6 +56,7 @@ class Settings:
         require.one_of("engine", self.engine, get_args(Engine))
         require.one_of("dtype", self.dtype, DTYPES)
         least = {"n_shots": 0, "n_token_mean": 0, "max_new_tokens": 1, "n_questions": 1, "batch_size": 1}
+        least |= {"n_choice": 0} if self.n_choice is not None else {}
         for name, bound in (least | ({"n_samples": 2} if self.n_samples else {})).items():
             require.count(name, getattr(self, name), bound)
 

@@ -87,6 +87,7 @@ def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:
     for pair, table in answers.items():
         row = {"questions": len(table), "right": str(analysis.accuracy(table)), "empty": int(table["empty"].sum())}
         row |= {"failed": len(table.attrs["failed"]), "tokens per answer": f"{table['n_tokens'].mean():.1f}"}
+        row["made with"] = table.attrs["made"]
         if "right_by_mean" in table:
             row["right by mean"] = str(analysis.accuracy(table, "right_by_mean"))
             row["by chance"] = f"{table['right_by_chance'].mean():.2f}"
