@@ -52,6 +52,7 @@ METHODS = {
     "epistemic": "epistemic U_E",
     "aleatoric": "aleatoric U_A",
     "combined": "both, fitted",
+    "combined_curved": "both, fitted with squares",
     "log_gradient": "log G, the variance of log p",
 }
 
@@ -133,7 +134,7 @@ def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
     both, both_all, control, control_all = (format_interval(entries[key]) for key in keys)
     return [
         "On TruthfulQA (choosing) one answer, “I have no comment.”, stands in the official prompt and counts as true.",
-        f"Without it both have {both} (with it: {both_all}), and the control {control} (with it: {control_all}).",
+        f"Without it the fitted pair has {both} (with it: {both_all}), the control {control} (with it: {control_all}).",
         "",
     ]
 

@@ -136,12 +136,11 @@ class Sums:
     def add_explicit(self, pieces: list[Piece]) -> None:
         """Add explicit gradients: as many of the weight's rows at a time as the buffer holds for all examples."""
         n_rows, width = pieces[0].factor.size
-        left = pieces[0].factor.left
-        dtype = torch.promote_types(left.dtype, torch.float32)
+        device, dtype = (left := pieces[0].factor.left).device, torch.promote_types(left.dtype, torch.float32)
         row_size = self.n_examples * width
         step = min(n_rows, max(1, int(self.n_bytes / (row_size * dtype.itemsize))))
-        if (self.buffer.dtype, self.buffer.device) != (dtype, left.device) or self.buffer.numel() < step * row_size:
-            self.buffer = torch.empty(step * row_size, dtype=dtype, device=left.device)  # serves a whole group
+        if (self.buffer.dtype, self.buffer.device) != (dtype, device) or self.buffer.numel() < step * row_size:
+            self.buffer = torch.empty(step * row_size, dtype=dtype, device=device)  # one serves a whole group
         starts, n_held = {piece.rows.start for piece in pieces}, sum(len(piece.factor) for piece in pieces)
         once = len(starts) == len(pieces) and n_held == self.n_examples  # every example has one piece
         for low in range(0, n_rows, step):
@@ -287,10 +286,12 @@ def _gather(work: Work, group: Group) -> dict[Key, list[Piece]]:
         end += examples.n
 
         def visit(use: Use, factors: list[Factor], rows: slice = slice(end - examples.n, end)) -> None:
+            weight = chosen[use.parameter]
+            home = torch.device("cpu") if weight.is_meta else weight.device
             for factor in factors:
-                part = factor.cut(group.part, chosen[use.parameter].shape)
-                # A copy, without autograd's graph and the rest of the storage that the part is a view of.
-                piece = Piece(rows, part.mapped(lambda x: x.detach().clone()))
+                part = factor.cut(group.part, weight.shape)
+                # A copy where the weight is, without the graph and the rest of the storage that it is a view of.
+                piece = Piece(rows, part.mapped(lambda x: x.detach().to(home, copy=True)))
                 kept[use.parameter, getattr(factor, "slot", None)].append(piece)
 
         work.visit(examples, chosen, visit)

@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "aleatoric": Method("#D55E00", "s", "aleatoric"),
     "epistemic": Method("#0072B2", "o", "epistemic"),
     "combined": Method("#7B3294", "D", "epistemic & aleatoric"),
+    "combined_curved": Method("#9C4F96", "$c$", "epistemic & aleatoric, curved"),
     "likelihood": Method("#555555", "X", "negative log-likelihood"),
     "likelihood_per_token": Method("#6B6B47", (3, 2, 0), "negative log-likelihood per token"),
     "log_gradient": Method("#3B93C9", "<", "log G"),

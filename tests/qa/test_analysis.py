@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from isouq.studies.fits import Fit
 from isouq.studies.qa import analysis, tables
 from isouq.studies.qa.analysis import Analysis
+from isouq.studies.resamples import Resamples
 from isouq.studies.results import Result
 
 QUICK = Analysis(n_resamples=40)
@@ -47,10 +49,21 @@ def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
         assert value_of(aurocs, method)["value"] < 0.25
         assert value_of(aurocs, f"{method}_fitted")["value"] > 0.7
     assert value_of(aurocs, "combined")["value"] > 0.7
+    assert value_of(aurocs, "combined_curved")["value"] > 0.7
     assert value_of(aurocs, "log_gradient")["value"] == pytest.approx(0.5, abs=0.1)
     assert value_of(aurocs, "combined", "token_mean")["n"] == 120
     assert (aurocs["low"] <= aurocs["value"]).all()
     assert (aurocs["value"] <= aurocs["high"]).all()
+
+
+def test_a_curved_fit_follows_a_score_that_falls_on_both_sides() -> None:
+    features = np.random.default_rng(0).normal(size=(400, 2))
+    wrong = np.abs(features[:, 0]) > 0.7
+    plan = Resamples.of(wrong, n_resamples=40)
+    plane, bent = (Fit.of(x, wrong, plan).ranking().value for x in (features, analysis.curved(features)))
+    assert plane < 0.6
+    assert bent > 0.95
+    assert analysis.curved(features).shape == (400, 5)
 
 
 def test_the_gain_is_the_difference_to_the_likelihood_on_the_same_questions() -> None:

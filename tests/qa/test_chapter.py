@@ -22,7 +22,7 @@ PAIRS = ((SMOL, "triviaqa"), (SMOL, "truthfulqa_choose"), ("owner/Other-1", "tri
 def with_texts(table: pd.DataFrame) -> pd.DataFrame:
     texts = {"question": "Why?", "answer": "Because.", "reference": "because", "ended_by": "newline"}
     table = table.assign(**texts)
-    table.attrs["failed"] = {}
+    table.attrs |= {"failed": {}, "made": "CPU, torch 2.13.0"}
     return table
 
 

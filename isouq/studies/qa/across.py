@@ -33,10 +33,10 @@ def mean(rankings: Sequence[Ranking]) -> Ranking:
     return Ranking(float(np.mean([one.value for one in rankings])), draws, draws, None, n, n_units)
 
 
-def advantage(ranked: Mapping[str, Rankings]) -> dict[str, Ranking]:
-    """Return, for each of RIVALS that all models have, the mean over models of combined minus rival, paired."""
+def advantage(ranked: Mapping[str, Rankings], score: str = "combined") -> dict[str, Ranking]:
+    """Return, for each of RIVALS that all models have, the mean over models of `score` minus rival, paired."""
     names = [name for name in RIVALS if all(name in of_model for of_model in ranked.values())]
-    return {name: mean([of_model["combined"].minus(of_model[name]) for of_model in ranked.values()]) for name in names}
+    return {name: mean([of_model[score].minus(of_model[name]) for of_model in ranked.values()]) for name in names}
 
 
 def preference(ranked: Mapping[str, Rankings]) -> dict[str, Interval]:
@@ -123,8 +123,9 @@ def named_results(
         if name != "minus_log_prob":
             results[f"{prefix}.{name}.auroc"] = result_of(mean([of[name] for of in headline.values()]), models)
     gaps = advantage(headline)
-    for name, gap in gaps.items():
-        results[f"{prefix}.combined.auroc_over_{name}"] = result_of(gap, f"paired; {models}")
+    for score, of_score in {"combined": gaps, "combined_curved": advantage(headline, "combined_curved")}.items():
+        for name, gap in of_score.items():
+            results[f"{prefix}.{score}.auroc_over_{name}"] = result_of(gap, f"paired; {models}")
     if gaps:
         critical = evaluation.max_t(list(gaps.values()))
         results[f"{prefix}.combined.max_t"] = Result(value=critical, note=models)

@@ -94,10 +94,10 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
     """Return the ranking of every score of an aggregation by name, all on the same resamples and folds.
 
     Raw: aleatoric, epistemic, and minus_log_prob (−S), which raw scores are compared with. Fitted: aleatoric_fitted,
-    epistemic_fitted, combined, and the control likelihood_fitted (log p). With the headline also what has no
-    aggregation: likelihood (−S), likelihood_per_token (−S/L), log_gradient (log G), length (L), those of RIVALS and
-    CHEAP that the table has, last_layers (log G over the last five blocks alone), and the controls on (log p, log L)
-    and (log p, log L, log G).
+    epistemic_fitted, combined, and the control likelihood_fitted (log p). With the headline also combined_curved (the
+    pair with squares and product) and what has no aggregation: likelihood (−S), likelihood_per_token (−S/L),
+    log_gradient (log G), length (L), those of RIVALS and CHEAP that the table has, last_layers (log G over the last
+    five blocks alone), and the controls on (log p, log L) and (log p, log L, log G).
 
     Raises ValueError as `scores`.
     """
@@ -121,7 +121,7 @@ def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, 
     fitted = {"aleatoric_fitted": log_u[:, :1], "epistemic_fitted": log_u[:, 1:], "combined": log_u}
     fitted[CONTROLS[0]] = control[:, :1]
     if aggregation == HEADLINE:
-        fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control}
+        fitted |= {CONTROLS[1]: control[:, :2], CONTROLS[2]: control, "combined_curved": curved(log_u)}
         raw |= {"likelihood": table["likelihood"], "likelihood_per_token": table["likelihood"] / table["n_tokens"]}
         raw |= {"log_gradient": table["log_gradient"], "length": table["n_tokens"]}
         raw |= {name: table[name] for name in (*RIVALS, *CHEAP) if name in table}
@@ -133,6 +133,16 @@ def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, 
             where = f"{len(lacking)} of {len(table)} questions, the first {lacking.iloc[0]!r}"
             raise ValueError(f"{name}: NaN or infinite at {where}; a score for each wanted")
     return columns, fitted
+
+
+def curved(features: Column) -> Column:
+    """Return features (question, feature) with their squares and products, all of the standardised ones.
+
+    A plane through log U_E and log U_A cannot follow p beyond one half, where both fall again; this can.
+    """
+    centred = (features - features.mean(axis=0)) / features.std(axis=0)
+    pairs = zip(*np.triu_indices(features.shape[1]), strict=True)
+    return np.column_stack([centred, *(centred[:, i] * centred[:, j] for i, j in pairs)])
 
 
 def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:

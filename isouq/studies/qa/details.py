@@ -36,6 +36,7 @@ STAGES = {  # what has to be computed for each score, after the answer itself
     "aleatoric": ("cheap",),
     "epistemic": ("estimate",),
     "combined": ("estimate",),
+    "combined_curved": ("estimate",),
     "last_layers": ("estimate",),
     "naive_entropy": ("sample",),
     "semantic_entropy": ("sample", "meaning"),

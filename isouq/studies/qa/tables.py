@@ -26,7 +26,7 @@ from isouq.studies.results import Result, key_of
 
 SHOWN = (
     *("p_true", "semantic_entropy", "naive_entropy", "aleatoric", "epistemic", "combined"),  # the paper's Table 2
-    *("likelihood", "log_gradient", "length"),
+    *("combined_curved", "likelihood", "log_gradient", "length"),
 )
 MODELS = {
     "smollm2-135m-instruct": "SmolLM2",
