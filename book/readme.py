@@ -27,7 +27,7 @@ from isouq.studies import claims, plotting, verdicts  # noqa: E402
 from isouq.studies.synthetic import findings as atlas  # noqa: E402
 from isouq.studies.synthetic import plots, problems  # noqa: E402
 
-FIRST = ("C1", "C4", "C6")  # of which the first page, too, says what was found
+FIRST = ("C1", "C2", "C4", "C6", "C7")  # of which the first page, too, says what was found
 BLOCKS = ("found", "measured")  # in the order of the page
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
 DATA_SETS = {
@@ -58,7 +58,7 @@ METHODS = {
 
 
 def found(folder: str) -> str:
-    """The README's findings: three sentences chosen by verdicts on that run, and how many claims hold."""
+    """The README's findings: five sentences chosen by verdicts on that run, and how many claims hold."""
     entries = results.load(ROOT / folder / "results.json").entries
     stated = claims.load(ROOT / "book" / "claims.yml")
     judged = verdicts.judge(stated, entries)

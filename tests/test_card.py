@@ -1,8 +1,5 @@
-"""A card computes what the processor does: every promised architecture, a classifier, and a small study's answers."""
+"""A card computes what the processor does: every promised architecture, and a classifier."""
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +11,6 @@ from architectures import COVERED, FLOAT32, build, upcasts_to
 from isouq.estimate import AGGREGATIONS
 from isouq.language.examples import from_pairs
 from isouq.language.scoring import Scoring, gram, score
-
-sys.path.insert(0, str(Path(__file__).parent / "qa"))
-import test_golden_answers as golden
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
 PAIRS = [([5, 6, 7], [8, 9]), ([10, 11], [12]), ([13, 14, 15, 16], [17, 18, 19])]
@@ -52,11 +46,3 @@ def test_classifiers_score_as_on_the_processor() -> None:
     there = isouq.score_classes(model.cuda(), images.cuda())
     assert there.engine == here.engine == "ghost"
     assert close(there.log_epistemic, here.log_epistemic, 1e-8)
-
-
-@pytest.mark.parametrize("choose", [False, True], ids=golden.whole)
-def test_a_study_has_the_answers_and_numbers_of_the_processor(choose: bool) -> None:
-    wanted = json.loads(golden.FILE.read_text(encoding="utf-8"))[golden.whole(choose)]
-    found = json.loads(json.dumps(golden.records(choose, "cuda")))
-    for stage, records in wanted.items():
-        assert golden.close(found[stage], records), stage

@@ -160,7 +160,8 @@ def _batch_norm(use: Use, grads: Grads) -> Dense:
     grad = wide(grads[0])
     if use.slot == 1:
         x, mean, variance = (wide(use.saved(name)) for name in ("input", "running_mean", "running_var"))
-        grad = grad * F.batch_norm(x, mean, variance, eps=use.saved("eps"))
+        eps = use.saved("epsilon" if operation(use.node) == "CudnnBatchNorm" else "eps")
+        grad = grad * F.batch_norm(x, mean, variance, eps=eps)
     return _per_channel_sum(grad)
 
 
@@ -206,11 +207,13 @@ RULES: dict[str, Rule] = {
     "Expand": _add,
     "NativeLayerNorm": _layer_norm,
     "FusedRmsNorm": _rms_norm,
-    "NativeBatchNorm": _batch_norm,
+    **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm"), _batch_norm),
     "NativeGroupNorm": _group_norm,
     "Convolution": _convolution,
 }
-INPUT_FIRST = frozenset(["NativeLayerNorm", "FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "Convolution"])
+INPUT_FIRST = frozenset(
+    "NativeLayerNorm FusedRmsNorm NativeBatchNorm CudnnBatchNorm NativeGroupNorm Convolution".split()
+)
 """Operations whose first input is the activation; a parameter there has no rule."""
 
 

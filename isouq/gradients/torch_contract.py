@@ -28,6 +28,7 @@ SAVED: dict[str, tuple[str, ...]] = {  # operation → the attributes of its nod
     "NativeLayerNorm": ("input", "result1", "result2"),  # results: mean, 1 / standard deviation
     "FusedRmsNorm": ("input", "result1"),  # result: 1 / root mean square
     "NativeBatchNorm": ("input", "running_mean", "running_var", "eps", "training"),
+    "CudnnBatchNorm": ("input", "running_mean", "running_var", "epsilon", "training"),  # of images on a card
     "NativeGroupNorm": ("input", "result1", "result2", "group"),  # results: mean, 1 / standard deviation, by group
     "Convolution": ("input", "stride", "padding", "dilation", "transposed", "groups"),
     "Transpose": ("dim0", "dim1"),

@@ -20,6 +20,8 @@ STACK, ENDS = torch.randn(2, 8, 8).requires_grad_(), torch.tensor([3, 8], dtype=
 ROWS = torch.randn(8, 8).requires_grad_()
 NORM = nn.BatchNorm1d(6).eval()
 NORM.running_mean.normal_()
+CHANNELS = nn.BatchNorm2d(4).eval()
+CHANNELS.running_mean.normal_()
 
 
 def rstd(x, axes, eps=1e-5):
@@ -55,6 +57,16 @@ CASES = {  # operation → the value, and what its node keeps under each name
             "running_mean": NORM.running_mean,
             "running_var": NORM.running_var,
             "eps": NORM.eps,
+            "training": False,
+        },
+    ),
+    "CudnnBatchNorm": (
+        lambda: CHANNELS.cuda()(IMAGE.cuda()),
+        {
+            "input": IMAGE,
+            "running_mean": CHANNELS.running_mean,
+            "running_var": CHANNELS.running_var,
+            "epsilon": CHANNELS.eps,
             "training": False,
         },
     ),
@@ -98,8 +110,8 @@ def same(kept, wanted) -> bool:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_an_operation_keeps_what_is_read_of_it(name):
-    if name == "FusedRmsNorm" and not torch.cuda.is_available():
-        pytest.skip("torch fuses an RMSNorm on an accelerator only")
+    if name in ("FusedRmsNorm", "CudnnBatchNorm") and not torch.cuda.is_available():
+        pytest.skip("torch has this operation on a card only")
     value, wanted = CASES[name]
     out = value()
     assert operation(out.grad_fn) == name
