@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the run as a script
 from test_study import letters, small_set
@@ -20,6 +21,7 @@ import conftest
 from isouq.studies.qa import stages, subject
 from isouq.studies.store import Store
 
+ON_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
 FILE = Path(__file__).parents[1] / "data" / "golden_answers.json"
 
 
@@ -54,10 +56,11 @@ def close(found: Any, golden: Any) -> bool:
 
 
 @pytest.mark.parametrize("choose", [False, True], ids=whole)
-def test_the_numbers_of_this_version_have_not_changed(choose: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CARD)])
+def test_the_numbers_of_this_version_have_not_changed(choose: bool, device: str) -> None:
     golden = json.loads(FILE.read_text(encoding="utf-8"))
     assert golden["version"] == stages.VERSION
-    found = json.loads(json.dumps(records(choose)))
+    found = json.loads(json.dumps(records(choose, device)))
     for stage, of_questions in golden[whole(choose)].items():
         for item_id, record in of_questions.items():
             assert close(found[stage][item_id], record), f"{stage} of {item_id}: raise stages.VERSION if this is meant"
