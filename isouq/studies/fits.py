@@ -62,8 +62,8 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights, start:
     units = np.sqrt(np.where(penalty > 0, penalty, 1.0))
     beta = np.zeros((n_fits, size)) + start
     of_wrong = (used * wrong) @ x
-    for n_steps in range(50):
-        if n_steps == 25:  # a resample of few examples may have its fit far from the start
+    for n_steps in range(100):
+        if n_steps == 25:  # a resample of few examples may have its fit far from the start, or steps may overshoot
             beta[:] = 0
         p = special.expit(beta @ x.T)
         expected = used * p
@@ -72,11 +72,12 @@ def _newton(features: Column, wrong: NDArray[np.bool_], weights: Weights, start:
         hessian = ((expected - p) @ products).reshape(n_fits, size, size)
         hessian[:, range(size), range(size)] += penalty
         step = np.linalg.solve(hessian + 1e-12 * np.eye(size), gradient[..., None])[..., 0]
-        beta += step
-        if np.abs(step * units).max() < 1e-7:  # its square is what is left
+        longest = np.abs(step * units).max(axis=1, keepdims=True)
+        beta += step / np.maximum(longest, 1) if n_steps >= 25 else step
+        if longest.max() < 1e-7:  # its square is what is left
             beta[~defined] = np.nan
             return beta
-    raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after 50 steps")
+    raise RuntimeError(f"logistic regression: {n_fits} fits, not all converged after {n_steps + 1} steps")
 
 
 def draw_folds(

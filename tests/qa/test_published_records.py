@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from test_golden_answers import close
 
-from isouq.studies.qa import study
+from isouq.studies.fits import fit_logistic
+from isouq.studies.qa import analysis, study
+from isouq.studies.resamples import Resamples
 from isouq.studies.store import identity_of
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "qa"
@@ -40,6 +42,22 @@ def test_a_processor_and_a_card_give_the_same_answers_and_numbers() -> None:
         (a, b) for i in asked for a, b in zip(*(of["sample", i]["token_ids"] for of in (here, there)), strict=True)
     ]
     assert np.mean([a == b for a, b in samples]) > 0.95
+
+
+@pytest.mark.parametrize("file", sorted(PUBLISHED.glob("*--wikidata-*.parquet")), ids=lambda file: file.name)
+def test_every_resample_of_relations_has_its_curved_fit(file: Path) -> None:
+    """Newton's plain steps ran away in some: a few relations can be nearly all right or all wrong."""
+    kept = records(file)
+    rows = [
+        {"question": kept["question", i]["question"], "wrong": not kept["verdict", i]["right"], **record["sequence"]}
+        for (stage, i), record in kept.items()
+        if stage == "estimate"
+    ]
+    table = analysis.clustered(pd.DataFrame(rows), "wikidata")
+    log_u = np.column_stack([table["log_prob"] + np.log(-np.expm1(table["log_prob"])), table["log_epistemic"]])
+    plan = Resamples.of(table["wrong"], clusters=table["cluster"], by_name=True)
+    fits = fit_logistic(analysis.curved(log_u), table["wrong"].to_numpy(), plan.counts)
+    assert np.isfinite(fits).all()
 
 
 @pytest.mark.assets
