@@ -151,7 +151,9 @@ def test_a_private_folder_would_be_found(text):
 
 
 def test_no_tracked_file_is_large():
-    assert not [path for path in tracked() if path.stat().st_size > 3_000_000]
+    """Executed notebooks, whose figures grow with the models, have a bound together (`kept.MOST_BYTES`)."""
+    executed = {path for path in tracked() if path.parent.name == "notebooks" and "results" in path.parts}
+    assert not [path for path in tracked() if path.stat().st_size > (5_000_000 if path in executed else 3_000_000)]
 
 
 LIMITS = {"cells": 30, "lines of code": 150, "lines of a cell": 30}

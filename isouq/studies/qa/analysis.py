@@ -141,8 +141,8 @@ def curved(features: Column) -> Column:
     A plane through log U_E and log U_A cannot follow p beyond one half, where both fall again; this can.
     """
     centred = (features - features.mean(axis=0)) / features.std(axis=0)
-    pairs = zip(*np.triu_indices(features.shape[1]), strict=True)
-    return np.column_stack([centred, *(centred[:, i] * centred[:, j] for i, j in pairs)])
+    first, second = np.triu_indices(features.shape[1])
+    return np.column_stack([centred, centred[:, first] * centred[:, second]])
 
 
 def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:

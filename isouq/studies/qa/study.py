@@ -36,8 +36,7 @@ def run(model: str, data_set: str, settings: Settings, *, progress: bool | None 
     """Answer, judge and score what the store does not hold yet, and return one row per question.
 
     `model` is an asset's name, a Hub id or a folder; `data_set` one of DATA_SETS or a file (`data.read_file`). Columns:
-    see `tabulate`.
-    `progress`: True or False, None shows bars at a terminal only.
+    see `tabulate`. `progress`: True or False, None shows bars at a terminal only.
 
     The store serves only what agrees in the model's content (and commit, of a Hub id), the data's, settings, libraries
     and the version of the study's code. Committed records (`records_dir`) of other libraries or of a GPU are served
