@@ -296,6 +296,9 @@ def worth(table: pd.DataFrame, ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
         ax.plot(row["seconds"], row["value"], color=colour, marker=marker, linestyle="none", label=label)
     ax.axhline(0.5, **GUIDE)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    low, high = ax.get_xlim()
+    grow = max(1.0, (10 * low / high) ** 0.5)  # to a decade, which has round numbers
+    ax.set_xlim(low / grow, high * grow)
     _round_numbers(ax.xaxis)
     return ax
 

@@ -42,7 +42,8 @@ def complete(
         if not compute:
             raise LackingError
         store.put(item_id, {"question": asdict(questions[item_id])})
-    fill = _Batches(store, subject, settings, progress, compute).fill
+    batches = _Batches(store, subject, settings, progress, compute)
+    fill = batches.fill
     most = settings.max_new_tokens * (2 if subject.data_set.sentences else 1)
     read = [len(prompt) for prompt in subject.prompts]
     fill("answer", lambda rows: answer(subject, rows, most), read)
@@ -63,24 +64,17 @@ def complete(
         read_so = [length if row < most_read else 0 for row, length in enumerate(lengths)]
         fill("choice", lambda rows: [choice(subject, row, settings.engine) for row in rows], read_so)
     if settings.n_samples:
-        _sample_all(store, subject, settings, fill, lengths, most, compute)
+        _sample_all(batches, lengths, most)
 
 
-def _sample_all(
-    store: Store,
-    subject: Subject,
-    settings: Settings,
-    fill: Callable[..., None],
-    lengths: Sequence[int],
-    most: int,
-    compute: bool,
-) -> None:
+def _sample_all(batches: _Batches, lengths: Sequence[int], most: int) -> None:
     """The stages that need samples. Those of the solved examples of P(True) are kept under `shot`."""
+    store, subject, settings, fill = batches.store, batches.subject, batches.settings, batches.fill
     asked = list(zip(subject.questions, subject.prompts, strict=True))
     how = {"n_samples": settings.n_samples, "max_new_tokens": most, "seed": settings.seed}
     for shot in subject.shots:
         if store.missing("shot", [shot[0].item_id]):
-            if not compute:
+            if not batches.compute:
                 raise LackingError
             [samples] = sampling.sample(subject, [shot], **how)
             store.put(shot[0].item_id, {"shot": {**asdict(shot[0]), **samples}})
