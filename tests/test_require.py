@@ -156,6 +156,7 @@ ROWS_OF = {
     ranks.factored: AT | {"classes": (CLASSES, "classes")},
     ranks.measure: AT | {"weight": (1.0, "positive")},
     tables.compare: {"aurocs": ({}, ""), "column": ("value", "name")},
+    analysis.curved: {"features": (ROWS, "alone")},
     analysis.scored: {"table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name")},
     analysis.rankings: {
         "table": (pd.DataFrame(), ""), "aggregation": ("sequence", "name"), "analysis": (ANALYSIS, "")

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy import special
+from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats
 
 from isouq.studies import evaluation, fits, require
 from isouq.studies.evaluation import Column, Interval, Ranking, Resamples, UndefinedStatisticError
@@ -135,13 +135,13 @@ def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, 
     return columns, fitted
 
 
-def curved(features: Column) -> Column:
+def curved(features: ArrayLike) -> Column:
     """Return features (question, feature) with their squares and products, all of the standardised ones.
 
     A plane through log U_E and log U_A cannot follow p beyond one half, where both fall again; this can.
     """
-    centred = (features - features.mean(axis=0)) / features.std(axis=0)
-    first, second = np.triu_indices(features.shape[1])
+    centred = stats.zscore(require.numbers("features", features, 2), axis=0)
+    first, second = np.triu_indices(centred.shape[1])
     return np.column_stack([centred, centred[:, first] * centred[:, second]])
 
 
