@@ -149,8 +149,9 @@ def evaluate(
             try:
                 ranked[name], curves[name] = jobs[name].result()
             except UndefinedStatisticError as error:  # of folds that cannot keep the clusters whole
-                if name == "combined":
-                    warnings.append(f"combined: not fitted; {error}")
+                if name not in fitted:
+                    raise
+                warnings.append(f"{name}: not fitted; {error}")
     rows = [_row(name, metric, ranked) for name in (*names, *fitted[1:]) for metric in ranked.get(name, ())]
     found = pd.DataFrame(rows, columns=COLUMNS)
     return Evaluation(found, (*warnings, *_warnings(found)), {name: curves[name] for name in names if name in curves})

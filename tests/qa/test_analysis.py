@@ -56,6 +56,13 @@ def test_raw_scores_keep_their_orientation_and_fits_find_it() -> None:
     assert (aurocs["value"] <= aurocs["high"]).all()
 
 
+def test_right_answers_of_one_relation_alone_have_no_number() -> None:
+    table = made_up().assign(cluster=lambda rows: np.where(rows["wrong"], rows["item_id"], "capital"))
+    assert not analysis.has_enough(table)
+    assert aurocs_of(table)["value"].isna().all()
+    assert analysis.has_enough(table.assign(cluster=table["item_id"]))
+
+
 def test_a_curved_fit_follows_a_score_that_falls_on_both_sides() -> None:
     features = np.random.default_rng(0).normal(size=(400, 2))
     wrong = np.abs(features[:, 0]) > 0.7

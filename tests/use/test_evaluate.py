@@ -188,3 +188,11 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest() -> None:
 def test_what_memory_does_not_take_is_refused_with_the_number_that_it_does() -> None:
     with pytest.raises(ValueError, match=r"n_resamples: 10000000 of 20 rows given.*n_resamples of at most 5000000"):
         evaluate(made_up(20), n_resamples=10**7)
+
+
+def test_a_pair_that_whole_clusters_cannot_fit_is_named_and_the_rest_stays() -> None:
+    table = made_up()
+    sides = table.assign(document=np.where(table["right"], "all that are right", table.index.astype(str)))
+    found = evaluate(sides, clusters="document", **QUICK)
+    assert set(found.table["score"]) == set(evaluate(sides, **QUICK).table["score"]) - {"combined", "likelihood_fitted"}
+    assert [text for text in found.warnings if text.startswith("combined: not fitted; clusters: one that holds nearly")]

@@ -90,6 +90,15 @@ def scored(table: pd.DataFrame, aggregation: str = HEADLINE) -> pd.DataFrame:
     return table[table[f"log_epistemic_{aggregation}"].notna()]
 
 
+def has_enough(table: pd.DataFrame) -> bool:
+    """Whether right and wrong answers are enough for a number: each also in two clusters, or no fold could do without.
+
+    A model that knows the capitals and nothing else has right answers in one relation.
+    """
+    alone = "cluster" in table and table.groupby("wrong")["cluster"].nunique().min() < 2
+    return evaluation.enough_of_both(table["wrong"]) and not alone
+
+
 def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[str, Ranking]:
     """Return the ranking of every score of an aggregation by name, all on the same resamples and folds.
 
@@ -162,8 +171,7 @@ def rank(table: pd.DataFrame, analysis: Analysis) -> dict[str, dict[str, Ranking
     for aggregation in AGGREGATIONS:
         used = scored(table, aggregation)
         if len(used):  # token_mean may have been asked of no question
-            enough = evaluation.enough_of_both(used["wrong"])
-            ranked[aggregation] = rankings(used, aggregation, analysis) if enough else {}
+            ranked[aggregation] = rankings(used, aggregation, analysis) if has_enough(used) else {}
     return ranked
 
 
@@ -243,7 +251,7 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     rows = []
     for aggregation in AGGREGATIONS:
         used = scored(table, aggregation)
-        if not evaluation.enough_of_both(used["wrong"]):
+        if not has_enough(used):
             continue
         log_p = np.log(used["probability_token_mean"]) if aggregation == "token_mean" else used["log_prob"]
         log_p = log_p / used["n_tokens"] if aggregation == "geometric" else log_p
@@ -361,7 +369,7 @@ def _committed_results(table: pd.DataFrame, prefix: str, analysis: Analysis) -> 
     committed = table[table["answer"] != NO_COMMENT]
     share = evaluation.wilson_interval(len(table) - len(committed), len(table))
     results = {f"{prefix}.no_comment.share": result_of(share, "Wilson")}
-    enough = evaluation.enough_of_both(scored(committed)["wrong"])
+    enough = has_enough(scored(committed))
     aurocs = auroc_table(committed, {HEADLINE: rankings(scored(committed), HEADLINE, analysis)} if enough else {})
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
         results[f"{prefix}.{row['method']}_committed.auroc"] = _of_row(row)

@@ -50,7 +50,7 @@ def rejections(table: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, R
     Keyed by score and metric, on the resamples of the AUROCs. Empty where too few are right or wrong.
     """
     used = scored(table)
-    if not evaluation.enough_of_both(used["wrong"]):
+    if not analysis.has_enough(used):
         return {}
     wrong, plan = used["wrong"].to_numpy(dtype=bool), analysed.resamples(used)
     raw, features = analysis.scores(used)
@@ -68,7 +68,7 @@ def rejections(table: pd.DataFrame, analysed: Analysis) -> dict[str, dict[str, R
 def curves(table: pd.DataFrame, analysed: Analysis) -> dict[str, Column]:
     """Return the accuracy of the k most certain answers, (k,), by each of REJECTED and by the pair, out of fold."""
     used = scored(table)
-    if not evaluation.enough_of_both(used["wrong"]):
+    if not analysis.has_enough(used):
         return {}
     raw, features = analysis.scores(used)
     how: Any = {"clusters": used.get("cluster"), "n_folds": analysed.n_folds, "seed": analysed.seed}
@@ -89,7 +89,7 @@ def prompts(usual: pd.DataFrame, bare: pd.DataFrame, analysed: Analysis) -> dict
         texts = zip(asked["reference"], asked["answer"], strict=True)
         holding = asked.assign(contained=[reference.lower() in answer.lower() for reference, answer in texts])
         columns[name] = {"accuracy": accuracy(asked), "contained": accuracy(holding, "contained")}
-        if evaluation.enough_of_both(scored(asked)["wrong"]):
+        if analysis.has_enough(scored(asked)):
             ranked = analysis.rankings(scored(asked), HEADLINE, analysed)
             columns[name] |= {score: ranked[score].interval() for score in PROMPTED if score in ranked}
     return columns
