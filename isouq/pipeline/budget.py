@@ -64,7 +64,8 @@ def work(section: LlmQa, model: str, data_set: str) -> Work:
     forward, backward = forward + 2 * whole_texts, 1.5 * whole_texts  # estimate; cheap, which has no norms
     if choose:
         references = [[_tokens(text) for text in (*q.answers, *q.false_answers)] for q in asked]
-        extra = sum(own_of * len(texts) + sum(texts) for own_of, texts in zip(bare, references, strict=True))
+        read_so = [*zip(bare, references, strict=True)][: how["n_choice"]]
+        extra = sum(own_of * len(texts) + sum(texts) for own_of, texts in read_so)
         forward, backward, steps = forward + sum(map(sum, references)) + 2 * extra, backward + extra, 0.0
     each = mean(bare) + shared + longest
     backward += min(n, how["n_token_mean"]) * longest * each

@@ -45,8 +45,12 @@ def section() -> schemas.LlmQa:
     return schemas.LlmQa(**given | {"data_sets": ["wikidata", "truthfulqa_choose"], "models": ["gemma-3-270m"]})
 
 
-@pytest.mark.parametrize("data_set", ["wikidata", "truthfulqa_choose"])
-def test_the_operations_of_a_study_are_those_that_are_counted(questions, tokenizer, tmp_path, data_set) -> None:
+@pytest.mark.parametrize(
+    ("data_set", "n_choice"), [("wikidata", None), ("truthfulqa_choose", None), ("truthfulqa_choose", 2)]
+)
+def test_the_operations_of_a_study_are_those_that_are_counted(
+    questions, tokenizer, tmp_path, data_set, n_choice
+) -> None:
     """The estimate is an upper bound: a head runs at the answers only, and short texts have cheaper norms."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,14 +60,15 @@ def test_the_operations_of_a_study_are_those_that_are_counted(questions, tokeniz
     whole = questions if choose else dataclasses.replace(
         questions, questions=tuple(dataclasses.replace(q, false_answers=()) for q in questions.questions)
     )  # fmt: skip
-    settings = subject.Settings(**SHARED)
+    settings = subject.Settings(**SHARED, n_choice=n_choice)
     asked = subject.prepare(
         model, tokenizer, whole, settings, choose=choose, encoder=lambda texts: torch.eye(len(texts))
     )
     with Store(tmp_path / "s.sqlite", {}) as store, Counter() as counter:
         stages.complete(store, asked, settings, progress=False)
         assert not store.get("failed")
-    estimate = budget.flops(budget.size_of(ARCHITECTURE), budget.work(section(), "gemma-3-270m", data_set))
+    given = section().model_copy(update={"n_choice": {} if n_choice is None else {"gemma-3-270m": n_choice}})
+    estimate = budget.flops(budget.size_of(ARCHITECTURE), budget.work(given, "gemma-3-270m", data_set))
     assert 0.5 < counter.total / estimate < 1
 
 
