@@ -21,7 +21,7 @@ PAIR = b'{"prompt": "a", "answer": "b"}\n'
 
 def written(table: pd.DataFrame, path) -> bytes:
     out = io.BytesIO()
-    tables.write(table, path, out)
+    tables.Sink(path).write([table], out)
     return out.getvalue()
 
 

@@ -1,7 +1,7 @@
 """A file of questions → a file of scores: what `isouq score` does.
 
-The input is read three times: to check it, to score it, and to write its rows beside their scores. Each time it goes by
-frames, so that memory does not grow with the number of rows. Finished rows are appended to `OUTPUT.partial`, one JSON
+The input is read to check it, to score it, and to write its rows beside their scores. Each time it goes by frames, so
+that memory does not grow with the number of rows. Finished rows are appended to `OUTPUT.partial`, one JSON
 line each, so that a killed run resumes where it stopped; the output itself appears whole or not at all. A run resumes
 only with the same texts, options and weights.
 """
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -97,12 +98,12 @@ def score_file(source: tables.Source, target: Path, run: Run) -> Summary:
         if source.stamps() != stamps:
             way_out = "put back the file as it was and resume by the same command, or delete this one to start afresh"
             raise ValueError(f"{source.paths[0]}: changed while it was scored; its scores are in {partial}; {way_out}")
-        tally = dict.fromkeys(Summary._fields, 0)
+        tally: Counter[str] = Counter()
         sink.about = {"model": run.model, **next(_stored(partial), {}).get("isouq score", {})}
         with tables.replacing(path) as out:
             sink.write(_results(source, partial, run, tally), out)
         partial.unlink(missing_ok=True)
-    return Summary(**tally)
+    return Summary(*(tally[name] for name in Summary._fields))
 
 
 class _Asked(NamedTuple):
@@ -115,9 +116,8 @@ class _Asked(NamedTuple):
 
 def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
     """Read all rows once. Raises ValueError for what cannot be read, or not be written by `sink`."""
-    digest, n_rows, n_missing, names = hashlib.sha256(), 0, 0, dict[str, None]()
+    digest, n_rows, n_missing = hashlib.sha256(), 0, 0
     for frame in source.frames():
-        names |= dict.fromkeys(frame.columns.tolist())
         if taken := [name for name in run.columns if name in frame]:
             given = f"{source.paths[0]}: column {taken[0]!r} is there"
             raise ValueError(f"{given}, and a result is written under this name; rename it")
@@ -126,8 +126,7 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
         n_rows += len(frame)
         n_missing += answers.count(None) + answers.count("")
         sink.check(_blank(frame, run))
-    source.names = list(names)
-    if sink.changed:
+    if sink.schema is not None:  # do the cells of all frames fit the types that these have in common?
         with open(os.devnull, "wb") as nowhere:
             sink.write((_blank(frame, run) for frame in source.frames()), nowhere)
     return _Asked(n_rows, n_missing, digest.hexdigest()[:12])
@@ -137,6 +136,10 @@ def _cells(frame: pd.DataFrame) -> tuple[list[Any], list[Any]]:
     """The prompts and answers of a frame, None where it has no such column."""
     prompts, answers = (tables.cells(frame[x]) if x in frame else [None] * len(frame) for x in ("prompt", "answer"))
     return prompts, answers
+
+
+def _questions(frame: pd.DataFrame) -> Iterator[Question]:
+    return itertools.starmap(_question, zip(*_cells(frame), strict=True))
 
 
 def _question(prompt: Any, answer: Any) -> Question:
@@ -157,19 +160,17 @@ def _blank(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
     return frame.assign(**{name: pd.Series(pd.NA, index=frame.index, dtype=kind) for name, kind in kinds.items()})
 
 
-def _results(source: tables.Source, partial: Path, run: Run, tally: Record) -> Iterator[pd.DataFrame]:
+def _results(source: tables.Source, partial: Path, run: Run, tally: Counter[str]) -> Iterator[pd.DataFrame]:
     """The frames with their answers, given or generated, and the results, counted in `tally`; errors go to stderr."""
     kinds, records = run.columns, itertools.islice(_stored(partial), 1, None)
     for frame in source.frames():
         done = list(itertools.islice(records, len(frame)))
-        questions = itertools.starmap(_question, zip(*_cells(frame), strict=True))
-        answers = [row["answer"] or x.answer or None for row, x in zip(done, questions, strict=True)]
+        answers = [row["answer"] or x.answer or None for row, x in zip(done, _questions(frame), strict=True)]
         results = {name: pd.Series([row.get(name) for row in done], dtype=kind) for name, kind in kinds.items()}
         for row in done:
-            counted = {"rows": True, "generated": row["answer"], "straddles": row["straddles"], "errors": row["error"]}
-            for name, value in counted.items():
-                tally[name] += value not in (None, False)
+            tally.update(rows=1, generated=row["answer"] is not None, straddles=row["straddles"] is True)
             if row["error"]:
+                tally["errors"] += 1
                 _say(f"row {row['row'] + 1}: {row['error']}")
         scored = frame.assign(answer=pd.Series(answers, dtype="string"), **results)
         if run.calibrator:
@@ -198,7 +199,8 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
         return
     model, tokenizer = run.load()
     subject = _Subject(model, Prompting(tokenizer, run.chat, run.system), run)
-    placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": _devices(model)}
+    devices = sorted({p.device.type for p in model.parameters()})  # accelerate leaves on "meta" what it keeps elsewhere
+    placed = {"dtype": str(model.dtype).removeprefix("torch."), "device": " and ".join(devices)}
     identity |= {"weights": models.weights(model, tokenizer), **placed}
     if run.calibrator:
         run.calibrator.check({"model": run.model, **identity})
@@ -215,8 +217,9 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
             with tables.replacing(partial) as out:
                 out.write(json.dumps({"isouq score": identity}).encode() + b"\n")
         with partial.open("ab") as out:
-            questions = itertools.islice(_questions(source), n_done, None)
-            for record in tqdm(subject.records(questions, n_done), **bar):
+            questions = itertools.chain.from_iterable(map(_questions, source.frames()))
+            rest = itertools.islice(questions, n_done, None)
+            for record in tqdm(subject.records(rest, n_done), **bar):
                 out.write(json.dumps(record).encode() + b"\n")
                 out.flush()
                 n_done += 1
@@ -256,16 +259,6 @@ def _stored(partial: Path) -> Iterator[Record]:
     if partial.exists():
         with partial.open("rb") as lines:
             yield from map(json.loads, lines)
-
-
-def _questions(source: tables.Source) -> Iterator[Question]:
-    for frame in source.frames():
-        yield from itertools.starmap(_question, zip(*_cells(frame), strict=True))
-
-
-def _devices(model: Any) -> str:
-    """Kinds of devices that hold weights, such as "cuda"; accelerate leaves on "meta" what it keeps elsewhere."""
-    return " and ".join(sorted({p.device.type for p in model.parameters()}))
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------

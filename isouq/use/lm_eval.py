@@ -39,7 +39,6 @@ class Log(tables.Source):
             raise ValueError(f"--from: {' '.join((kind, *paths))} given, lm-eval and its samples_*.jsonl wanted")
         self.paths = [Path(path) for path in paths]
         self.table = _read(self.paths)
-        self.names = self.table.columns.tolist()
 
     def frames(self) -> list[pd.DataFrame]:  # type: ignore[override]
         """The table in frames of at most ROWS rows."""

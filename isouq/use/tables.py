@@ -22,7 +22,6 @@ from typing import Any
 import filelock
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 ROWS = 4096  # of a frame
@@ -32,21 +31,18 @@ FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 kB
 class Source:
     """A file that has a column prompt and, optionally, answer: read frame by frame, as often as wanted.
 
-    `names` are those of all columns. Lines of JSON may bring new ones, so they are known after a first reading.
-
     Raises ValueError naming the file, the line where there is one, what is wrong and the way out.
     """
 
     def __init__(self, path: Path) -> None:
         self.paths: Sequence[Path] = [path]
-        self.names: Sequence[str] = ()
         self.reader = _format("--input", path)[0]
         if not path.is_file():
             raise ValueError(f"--input: there is no file {path}")
 
     def frames(self) -> Iterator[pd.DataFrame]:
         """The rows in order, in frames of at most ROWS; at least one, which has the columns of a file of no rows."""
-        return self.reader(self.paths[0], self.names)
+        return self.reader(self.paths[0])
 
     def stamps(self) -> list[tuple[int, int]]:
         """What tells that a file was changed."""
@@ -56,9 +52,7 @@ class Source:
 
 def read(path: Path) -> pd.DataFrame:
     """A whole file as a table. Raises as `Source`."""
-    source = Source(path)
-    source.names = list(dict.fromkeys(name for frame in source.frames() for name in frame.columns.tolist()))
-    frames = list(source.frames())
+    frames = list(Source(path).frames())
     whole = pd.concat(frames, ignore_index=True)
     whole.attrs = frames[0].attrs
     return whole
@@ -109,7 +103,7 @@ def _check_text(path: Path) -> None:
                 raise ValueError(f"{path}: line {number} is no text in UTF-8 ({kinds}); save it as UTF-8")
 
 
-def _read_csv(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
+def _read_csv(path: Path) -> Iterator[pd.DataFrame]:
     rows = _csv_rows(path)
     header = next(rows, None)
     if header is None:
@@ -138,18 +132,16 @@ def _csv_rows(path: Path) -> Iterator[list[str]]:
         csv.field_size_limit(limit)
 
 
-def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[pd.DataFrame]:
-    every: dict[tuple[str, ...], None] = {}  # the keys of rows, each set of them once
-    for part in _parts(row for _, row in json_lines(path, _object)):
-        here = dict.fromkeys(tuple(row) for row in part)
-        every |= here
-        chosen = names or dict.fromkeys(name for keys in here for name in keys)
-        columns = {name: [row.get(name) for row in part] for name in chosen}
-        yield pd.DataFrame(columns, index=range(len(part)), dtype=object)
-    for keys in every if not names else ():
+def _read_jsonl(path: Path) -> Iterator[pd.DataFrame]:
+    every = dict.fromkeys(tuple(row) for _, row in json_lines(path, _object))  # any line may bring new keys
+    for keys in every:
         if "prompt" in keys:
             _check_names(path, keys)
-    _check_names(path, names or list(dict.fromkeys(name for keys in every for name in keys)))
+    names = list(dict.fromkeys(itertools.chain(*every)))
+    _check_names(path, names)
+    for part in _parts(row for _, row in json_lines(path, _object)):
+        columns = {name: [row.get(name) for row in part] for name in names}
+        yield pd.DataFrame(columns, index=range(len(part)), dtype=object)
 
 
 def json_lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
@@ -181,7 +173,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_parquet(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
+def _read_parquet(path: Path) -> Iterator[pd.DataFrame]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -247,28 +239,23 @@ class Sink:
     """Frames → a file in the format of `path`: all are shown to `check` first, then given to `write`.
 
     `about` is kept as JSON in the metadata of Parquet, under "isouq": the model and all that its scores depend on.
-    `changed`: a later frame gave a column of Parquet another type (1, then 0.5), so that a trial has to show whether
-    the cells before it fit. Raises ValueError for cells that the format cannot hold.
+    `schema`, of Parquet, has the types that all frames shown have in common: of a column with 1 and later 0.5, floats.
+    Raises ValueError for cells that the format cannot hold.
     """
 
     def __init__(self, path: Path) -> None:
         self.suffix, self.encode = path.suffix, _format("--output", path)[1]
-        self.schema: pa.Schema | None = None  # of Parquet
-        self.changed = False
+        self.schema: pa.Schema | None = None
         self.about: dict[str, Any] = {}
 
     def check(self, frame: pd.DataFrame) -> None:
-        """Refuse what cannot be written; only columns that may have such cells are tried."""
+        """Refuse what cannot be written."""
         with self._refusing():
             if self.encode is not None:
-                if risky := [name for name in frame if not _is_plain(frame[name])]:
-                    self.encode(frame[risky], False)
+                self.encode(frame, False)
                 return
             own = pa.Table.from_pandas(frame, preserve_index=False).schema.remove_metadata()
-            known = self.schema or own
-            self.schema = pa.unify_schemas([known, own], promote_options="permissive")
-            types = {field.name: field.type for field in self.schema}
-            self.changed |= any(types[x.name] != x.type and not pa.types.is_null(x.type) for x in (*known, *own))
+            self.schema = pa.unify_schemas([self.schema or own, own], promote_options="permissive")
 
     def write(self, frames: Iterable[pd.DataFrame], out: io.BufferedIOBase) -> None:
         """Write the frames, which all have the same columns."""
@@ -298,23 +285,9 @@ class Sink:
             raise ValueError(f"--output: {self.suffix} cannot hold the table: {error}; write another format") from error
 
 
-def _is_plain(column: pd.Series) -> bool:
-    """Whether every format can hold all cells of a column: no lists, objects, bytes, NaN or infinities among them."""
-    if not isinstance(column.dtype, pd.ArrowDtype):
-        return not pd.api.types.is_object_dtype(column)
-    kind: Any = column.dtype.pyarrow_dtype
-    finite = not pa.types.is_floating(kind) or pc.all(pc.is_finite(pa.array(column))).as_py() is not False
-    return finite and not pa.types.is_nested(kind) and "binary" not in str(kind)
-
-
 def cells(column: pd.Series) -> list[Any]:
     """The cells of a column; `tolist` takes six times as long for Arrow's."""
     return pa.array(column).to_pylist() if isinstance(column.dtype, pd.ArrowDtype) else column.tolist()
-
-
-def write(table: pd.DataFrame, path: Path, out: io.BufferedIOBase) -> None:
-    """Write a whole table to `out` in the format of `path`. Raises as `Sink`."""
-    Sink(path).write([table], out)
 
 
 def _csv(frame: pd.DataFrame, header: bool) -> bytes:
