@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:  # also a package of an extra that is not installed
         print(f"isouq: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -141,6 +141,11 @@ def _score(args: argparse.Namespace) -> int:
     from isouq.language.scoring import Scoring, aggregations_of
     from isouq.use import files, lm_eval, tables
 
+    calibrator = None
+    if args.calibrator:
+        from isouq.use.calibrate import Calibrator
+
+        calibrator = Calibrator.load(args.calibrator)
     if args.log and args.chat:
         raise ValueError("--chat: the prompts of a log are as the model has read them; leave it out")
     source = lm_eval.Log(args.log[0], args.log[1:]) if args.log else tables.Source(args.input)
@@ -158,7 +163,7 @@ def _score(args: argparse.Namespace) -> int:
         chat=args.chat,
         system=args.system,
         max_new_tokens=None if args.log else args.max_new_tokens,
-        calibrator=args.calibrator and use.load_calibrator(args.calibrator),
+        calibrator=calibrator,
     )
     done = files.score_file(source, args.output, run)
     print(f"{args.output}: {done.rows} rows written, {done.errors} without scores; ", end="")

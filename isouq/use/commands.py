@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-    from isouq.use.calibrate import Calibrator
-
 # Repeated here so that --help imports neither scipy nor pandas; a test compares them with what they are copies of.
 JUDGES = ("exact", "f1", "contains")
 METHODS = ("logistic", "isotonic")
@@ -52,9 +50,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     the fitted pair also brier and ece. Gains are over the plain negative log-likelihood on the same resamples, above 0
     where a score is better. Rows with an error are left out.
     """
+    from isouq.use.evaluate import evaluate
+
     _check_suffix("--out", args.out, (".csv", ".json"))
     _check_suffix("--figure", args.figure, (".svg", ".png"))
-    evaluate = _module("evaluate").evaluate
     table, right = _labelled(args)
     found = evaluate(table, right, scores=args.scores, clusters=args.clusters, n_resamples=args.resamples)
     print(found)
@@ -72,33 +71,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     threshold on p_wrong that keeps this accuracy among the answered; exit code 1 if there is none. Rows with an error
     are left out.
     """
-    from isouq.use import about
+    from isouq.use.about import about_of
+    from isouq.use.calibrate import calibrate
 
     _check_suffix("--out", args.out, (".json",))
-    calibrate = _module("calibrate").calibrate
     table, right = _labelled(args)
     options = {"score": args.score, "method": args.method, "abstain": args.abstain, "n_resamples": args.resamples}
-    found = calibrate(table, right, clusters=args.clusters, about=about.about_of(args.file), **options)
+    found = calibrate(table, right, clusters=args.clusters, about=about_of(args.file), **options)
     found.save(args.out)
     print(found)
     if found.about is None:
         print(f"isouq: {args.file}: does not say which model its scores are of (only .parquet can)", file=sys.stderr)
     return 0
-
-
-def load_calibrator(path: Path) -> Calibrator:
-    """Read a calibrator of `isouq calibrate`. Raises ValueError, also for a package that it needs."""
-    return _module("calibrate").Calibrator.load(path)
-
-
-def _module(name: str) -> Any:
-    """A module of this room, or in words which package it lacks."""
-    from importlib import import_module
-
-    try:
-        return import_module(f"isouq.use.{name}")
-    except ImportError as missing:
-        raise ValueError(str(missing)) from missing
 
 
 def _check_suffix(option: str, path: Path | None, allowed: tuple[str, ...]) -> None:
@@ -108,12 +92,12 @@ def _check_suffix(option: str, path: Path | None, allowed: tuple[str, ...]) -> N
 
 def _labelled(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     """The file's table, and the name of its column of labels, which a judge makes where there are references."""
-    from isouq.use import tables
+    from isouq.use import judges, tables
 
     if args.judge and not args.reference:
         raise ValueError("--judge: given without --reference, the column of accepted answers; name it")
     table = tables.read(args.file)
     if not args.reference:
         return table, args.right
-    verdicts = _module("judges").judged(table, args.judge or "exact", args.reference)
+    verdicts = judges.judged(table, args.judge or "exact", args.reference)
     return table.assign(**{"judged right": verdicts}), "judged right"
