@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -50,15 +51,11 @@ def judged(table: pd.DataFrame, judge: str, reference: str) -> pd.Series:
 
 
 def _accepted(name: str, row: int, cell: Any) -> list[str]:
-    texts = json.loads(cell) if isinstance(cell, str) and _is_list(cell) else cell
-    texts = list(texts) if isinstance(texts, list | tuple | np.ndarray) else [texts]
+    read: Any = cell
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # else it is a text that begins with a bracket
+            read = json.loads(cell)
+    texts = list(read) if isinstance(read, list | tuple | np.ndarray) else [read]
     if not texts or any(text is None or text is pd.NA or text != text or text == "" for text in texts):
         raise ValueError(f"{name}: {cell!r} given in row {row + 1}, a text or a list of texts wanted")
     return [str(text) for text in texts]
-
-
-def _is_list(text: str) -> bool:
-    try:
-        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
-    except ValueError:
-        return False
