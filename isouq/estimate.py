@@ -35,11 +35,11 @@ class Estimate:
         log_epistemic: log U_E, where U_E = ‖∇θ p‖² in units of the isotropic parameter variance σ².
             −inf where the gradient is exactly zero.
         epistemic: U_E itself, for display; it underflows to 0 for log U_E below −745. Rank on `log_epistemic`.
+        log_probability: log p under the aggregation in nats, which stays finite where `probability` underflows to 0.
         engine: The engine that computed the gradients, "ghost" or "autograd".
         n_parameters: The number of parameters in the squared norm.
         parameters: Their name patterns, "all" unless a subset was asked for.
         breakdown: log U_E of each parameter, by name; their exponentials add up to `epistemic`. None unless asked for.
-        log_probability: log p under the aggregation in nats, which stays finite where `probability` underflows to 0.
 
     Raises:
         dataclasses.FrozenInstanceError: A field is assigned to.
@@ -55,11 +55,11 @@ class Estimate:
     probability: Float[Tensor, "*example"]
     aleatoric: Float[Tensor, "*example"]
     log_epistemic: Float[Tensor, "*example"]
+    log_probability: Float[Tensor, "*example"]
     engine: str
     n_parameters: int
     parameters: str = "all"
     breakdown: dict[str, Tensor] | None = None
-    log_probability: Float[Tensor, "*example"] | None = None
 
     @property
     def epistemic(self) -> Float[Tensor, "*example"]:
@@ -69,10 +69,7 @@ class Estimate:
     @property
     def log_gradient(self) -> Float[Tensor, "*example"]:
         """The delta method's variance of log p, as a logarithm: log U_E − 2 log p; for `sequence` log G itself."""
-        log_p = self.log_probability
-        if log_p is None:  # only e^S of a long answer leaves float64's range, and its logarithm is S
-            log_p = torch.where(self.probability > 1e-300, self.probability.log(), self.log_prob)
-        return self.log_epistemic - 2 * log_p
+        return self.log_epistemic - 2 * self.log_probability
 
     def by_layer(self) -> pd.DataFrame:
         """log U_E by block and kind of parameter, from `breakdown`: example, layer, kind, log_epistemic.

@@ -119,6 +119,7 @@ def an_estimate(**changes) -> Estimate:
         "probability": p,
         "aleatoric": aleatoric,
         "log_epistemic": log_epistemic,
+        "log_probability": S,
         "engine": "ghost",
         "n_parameters": 7,
     }

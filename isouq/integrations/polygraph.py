@@ -24,15 +24,14 @@ from lm_polygraph.estimators import Estimator
 from lm_polygraph.stat_calculators import StatCalculator
 from lm_polygraph.utils.factory_stat_calculator import StatCalculatorContainer
 from numpy.typing import NDArray
-from torch import Tensor
 
-from isouq.estimate import Aggregation, Estimate
+from isouq.estimate import Aggregation
 from isouq.language import scoring
 from isouq.language.examples import from_pairs
 
 STATISTIC = "isouq_scores"
 AGGREGATIONS: tuple[Aggregation, ...] = ("sequence", "geometric")  # those that one backward pass gives
-NAMES = ("epistemic", "aleatoric", "log_gradient")
+FIELDS = {"epistemic": "log_epistemic", "aleatoric": "aleatoric", "log_gradient": "log_gradient"}  # of an `Estimate`
 Scores = dict[str, list[float]]
 
 
@@ -62,18 +61,12 @@ class GradientNormCalculator(StatCalculator):
         examples = from_pairs((prompts[row], answers[row]) for row in rows)
         how = scoring.Scoring(aggregations=AGGREGATIONS)
         estimates = scoring.score(model.model, examples, how) if rows else {}
-        scores: Scores = {f"{name}_{a}": [math.inf] * len(answers) for name in NAMES for a in AGGREGATIONS}
+        scores: Scores = {f"{name}_{a}": [math.inf] * len(answers) for name in FIELDS for a in AGGREGATIONS}
         for aggregation, estimate in estimates.items():
-            for name, values in _columns(estimate).items():
-                for row, value in zip(rows, values.tolist(), strict=True):
+            for name, field in FIELDS.items():
+                for row, value in zip(rows, getattr(estimate, field).tolist(), strict=True):
                     scores[f"{name}_{aggregation}"][row] = value
         return {STATISTIC: scores}
-
-
-def _columns(estimate: Estimate) -> dict[str, Tensor]:
-    """What the estimators report, (answer,) each."""
-    log_gradient = estimate.log_epistemic - 2 * torch.as_tensor(estimate.log_probability)
-    return {"epistemic": estimate.log_epistemic, "aleatoric": estimate.aleatoric, "log_gradient": log_gradient}
 
 
 class _Score(Estimator):
