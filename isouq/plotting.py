@@ -81,9 +81,8 @@ def tokens(table: pd.DataFrame, path: str | Path | None = None, *, by: str = "lo
         if name not in table:
             raise ValueError(f"table: columns {', '.join(map(str, table))} given, {name!r} wanted among them")
     if table.empty or table[by].isna().any():
-        raise ValueError(
-            f"table: {'no row' if table.empty else f'NaN in {by}'} given, tokens with their numbers wanted"
-        )
+        given = "no row" if table.empty else f"NaN in {by}"
+        raise ValueError(f"table: {given} given, tokens with their numbers wanted")
     share = (-table[by] if by == "log_prob" else table[by]).rank(pct=True)
     levels = np.ceil(LEVELS * share - 1e-9).astype(int)
     marked = pd.Series([_token(row, level) for row, level in zip(table.to_dict("records"), levels, strict=True)])
@@ -142,10 +141,8 @@ def layers(table: pd.DataFrame) -> Figure:
     for kind in [kind for kind in KINDS if kind in set(table["kind"])]:
         rows, (colour, marker) = table["kind"] == kind, KINDS[kind]
         values = table[rows].groupby(places[rows])["log_epistemic"]
-        x, (low, middle, high) = (
-            np.array(list(values.groups)),
-            [values.quantile(q).to_numpy() for q in (0.25, 0.5, 0.75)],
-        )
+        low, middle, high = (values.quantile(q) for q in (0.25, 0.5, 0.75))
+        x = middle.index.to_numpy()
         inside = (x >= 0) & (x <= last)
         ax.plot(x[inside], middle[inside], color=colour)
         ax.fill_between(x[inside], low[inside], high[inside], color=colour, alpha=0.2, linewidth=0)

@@ -27,6 +27,7 @@ from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes 
     labelled,
     require,
     resamples,
+    shown,
     special,
     with_scores,
 )
@@ -125,16 +126,12 @@ class Calibrator:
         """Return what it is and how well it does, in a few lines."""
         lines = [
             f"{self.method} calibrator of {self.score}, fitted on {self.n} answers",
-            f"on answers that the fit has not seen: Brier {_shown(self.brier)}, calibration error {_shown(self.ece)}",
+            f"on answers that the fit has not seen: Brier {shown(self.brier)}, calibration error {shown(self.ece)}",
         ]
         if self.threshold is not None and self.accuracy and self.answered:
-            lines.append(f"answer where p_wrong <= {self.threshold:.4f}: accuracy {_shown(self.accuracy)}")
-            lines[-1] += f" ({self.abstain:g} asked for), share answered {_shown(self.answered)}"
+            lines.append(f"answer where p_wrong <= {self.threshold:.4f}: accuracy {shown(self.accuracy)}")
+            lines[-1] += f" ({self.abstain:g} asked for), share answered {shown(self.answered)}"
         return "\n".join(lines)
-
-
-def _shown(ends: Ends) -> str:
-    return f"{ends[0]:.3f} [{ends[1]:.3f}, {ends[2]:.3f}]"
 
 
 def calibrate(

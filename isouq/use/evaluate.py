@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,8 @@ OF_PROBABILITY = {
 }
 LOW_IS_GOOD = ("aurc", "brier", "ece")
 Ranked = tuple[dict[str, Ranking], Column]  # by metric, and the curve
-COLUMNS = ["score", "metric", "value", "low", "high", "n", "gain", "gain_low", "gain_high"]
+VALUE, GAIN = ["value", "low", "high"], ["gain", "gain_low", "gain_high"]
+COLUMNS = ["score", "metric", *VALUE, "n", *GAIN]
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ class Evaluation:
         return self._shown().to_html(index=False, border=0) + (f"<ul>{items}</ul>" if items else "")
 
     def _shown(self) -> pd.DataFrame:
-        def interval(row: pd.Series, *names: str) -> str:
-            value, low, high = (row[name] for name in names)
-            return "" if np.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-        names = {"value [95 %]": ("value", "low", "high"), "gain [95 %]": ("gain", "gain_low", "gain_high")}
-        texts = {title: [interval(row, *of) for _, row in self.table.iterrows()] for title, of in names.items()}
+        ends = {"value [95 %]": self.table[VALUE], "gain [95 %]": self.table[GAIN]}
+        texts = {title: [shown(row) for row in of.to_numpy()] for title, of in ends.items()}
         return self.table[["score", "metric", "n"]].assign(**texts)
+
+
+def shown(ends: Iterable[float], digits: int = 3) -> str:
+    """Return a value with its interval, such as ``0.612 [0.570, 0.660]``; nothing where it is not defined."""
+    value, low, high = ends
+    return "" if np.isnan(value) else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def evaluate(
@@ -204,17 +207,18 @@ def _warnings(table: pd.DataFrame) -> list[str]:
     texts = []
     for row in table[table["metric"] == "auroc"].to_dict("records"):
         name, low, high = row["score"], row["low"], row["high"]
-        interval = f"AUROC {row['value']:.2f} [{low:.2f}, {high:.2f}]"
-        gain = f"gain in AUROC {row['gain']:.2f} [{row['gain_low']:.2f}, {row['gain_high']:.2f}]"
+        interval, gain = (shown((row[name] for name in names), 2) for names in (VALUE, GAIN))
         if high < 0.5:
-            texts.append(f"{name} points the wrong way: {interval}; it is high where answers are right")
+            texts.append(f"{name} points the wrong way: AUROC {interval}; it is high where answers are right")
             continue
         if low <= 0.5:
-            texts.append(f"{name} is not told from chance: {interval}")
+            texts.append(f"{name} is not told from chance: AUROC {interval}")
         if row["gain_high"] < 0:
-            texts.append(f"{name} is worse than the plain negative log-likelihood: {gain}")
+            texts.append(f"{name} is worse than the plain negative log-likelihood: gain in AUROC {gain}")
         elif row["gain_low"] <= 0:
-            texts.append(f"{name} adds nothing that is shown over the plain negative log-likelihood: {gain}")
+            texts.append(
+                f"{name} adds nothing that is shown over the plain negative log-likelihood: gain in AUROC {gain}"
+            )
     return texts
 
 

@@ -14,7 +14,7 @@ from isouq.language.scoring import Scoring, score, text_pairs
 from isouq.pipeline.schemas import CLONE
 from isouq.studies.results import Result
 from isouq.use.calibrate import Calibrator
-from isouq.use.evaluate import CONTROL, Evaluation, labelled
+from isouq.use.evaluate import CONTROL, GAIN, VALUE, Evaluation, labelled, shown
 
 READERS: dict[str, Any] = {
     ".csv": lambda path: pd.read_csv(path, keep_default_na=False),
@@ -75,18 +75,14 @@ def verdict(found: Evaluation) -> str:
     best: Any = aurocs.loc[chosen(found)]
     control: Any = aurocs.loc[CONTROL]
     where = f"on these {int(control['n'])} answers"
-    plain = f"the plain negative log-likelihood (AUROC {_interval(control)})"
+    plain = f"the plain negative log-likelihood (AUROC {shown(control[VALUE], 2)})"
     if best.name != CONTROL:
-        gain = _interval(best, "gain", "gain_low", "gain_high")
-        return f"Use {best.name}: {where} its AUROC is {_interval(best)}, {gain} above {plain}."
+        auroc, gain = shown(best[VALUE], 2), shown(best[GAIN], 2)
+        return f"Use {best.name}: {where} its AUROC is {auroc}, {gain} above {plain}."
     tried = f"none of {len(aurocs) - 1} other scores is shown to rank them better"
     if control["low"] > 0.5:
         return f"Use {plain}, which costs one forward pass: {where} {tried}."
     return f"None helps: {where} {plain} is not told from chance, and {tried}. Label more answers."
-
-
-def _interval(row: pd.Series, value: str = "value", low: str = "low", high: str = "high") -> str:
-    return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
 
 
 def named_results(found: Evaluation, fitted: Calibrator, table: pd.DataFrame) -> dict[str, Result]:
@@ -94,8 +90,8 @@ def named_results(found: Evaluation, fitted: Calibrator, table: pd.DataFrame) ->
     _, wrong, _ = labelled(table, "right")
     results = {"your_model.accuracy": Result(value=1 - float(wrong.mean()), n=len(wrong))}
     for row in found.table[found.table["metric"].isin(KEPT)].to_dict("records"):
-        for suffix, names in (("", ("value", "low", "high")), ("_gain", ("gain", "gain_low", "gain_high"))):
-            ends = dict(zip(("value", "low", "high"), (row[name] for name in names), strict=True))
+        for suffix, names in (("", VALUE), ("_gain", GAIN)):
+            ends = dict(zip(VALUE, (row[name] for name in names), strict=True))
             if np.isfinite(list(ends.values())).all():
                 results[f"your_model.{row['score']}.{row['metric']}{suffix}"] = Result(**ends, n=int(row["n"]))
     for name in ("brier", "ece"):
