@@ -28,33 +28,20 @@ def squared_norms(
     apart: bool = False,
     rows: Sequence[int] | None = None,
 ) -> SquaredNorms:
-    """‖∇θ objective[i, k]‖² of every example i and column k.
+    """‖∇θ objective[i, k]‖² of every example i and column k; `model` is left as it was.
 
-    Args:
-        model: The model that computes the objective; it is left as it was.
-        objective: A slice of the batch's rows → scalars (example, objective), freshly computed by `model`.
-        n_examples: The number of rows in the batch.
-        engine: "ghost" is exact or raises NotCovered, "autograd" takes one example at a time, "auto" falls back to
-            "autograd" where "ghost" refuses.
-        parameters: Name patterns, such as "layers.2.*", to restrict the norm to; None for all.
-        apart: Whether what `objective` does around the model keeps examples apart. If the model's class is known to
-            do so too, no example has to be compared with itself alone (`isolation`).
-        rows: The examples' places in the caller's order, for error messages.
+    `objective` takes a slice of the batch's `n_examples` rows and gives scalars (example, objective), freshly computed
+    by `model`. `apart`: what it does around the model keeps examples apart; if the model's class is known to do so too,
+    no example has to be compared with itself alone (`isolation`). Engine "ghost" is exact or raises NotCovered,
+    "autograd" takes one example at a time, "auto" falls back to it where "ghost" refuses. `parameters` are name
+    patterns, None for all. `rows`: the examples' places in the caller's order, for errors.
 
-    Returns:
-        Squared norms (example, objective, param) float64, with the values that were differentiated.
+    Raises ValueError for an unknown engine and as `select_parameters`; NotCovered, which names the use of a parameter
+    that has no rule; ExampleError for a gradient that is NaN or infinite.
 
-    Raises:
-        ValueError: The engine is unknown, or `parameters` are wrong as in `select_parameters`.
-        NotCovered: Engine "ghost" has no rule for a use of a parameter; the message names it.
-        ExampleError: A gradient is NaN or infinite.
-
-    Example:
-        >>> import torch
-        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[3.0, 4.0], [1.0, 2.0]])
-        >>> squared_norms(model, lambda rows: model(x[rows]), 2).total  # ∇(w·x) = x
-        tensor([[25.],
-                [ 5.]], dtype=torch.float64)
+    >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+    >>> squared_norms(model, lambda rows: model(x[rows]), 2).total.flatten().tolist()  # ∇(w·x) = x
+    [25.0, 5.0]
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")

@@ -149,7 +149,6 @@ def _accumulate(
 
 def gradient(value: Tensor, tracked: Tracked) -> Tensor:
     """The gradient of one scalar over all parameters, flattened: (param,), at least float32, on the CPU."""
-    check_differentiable(value)
     flat = {name: torch.zeros(p.numel()) for name, p in tracked.parameters.items()}
 
     def add(p: Tensor, grad: Tensor) -> None:

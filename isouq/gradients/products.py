@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,17 +36,6 @@ Key = tuple[str, int | None]  # a parameter, and the slice of it where it is a s
 Sizes = dict[str, tuple[float, float]]  # bytes by parameter, and how many of them no cut makes smaller
 BUFFER_BYTES = 4e8  # of explicit gradients at a time: large enough for the matrix products, small in memory
 MOST_PARTS = 64  # of a parameter; each costs a sweep over all batches
-
-
-@runtime_checkable
-class Checkpoint(Protocol):
-    """Where unfinished sums are stored, such as `isouq.studies.store.Store`: one record per item and stage."""
-
-    def get(self, stage: str) -> dict[str, Any]:
-        """Return the records of a stage by item."""
-
-    def put(self, item_id: str, records: dict[str, Any], *, replace: bool) -> None:
-        """Write one item's records, {stage: plain JSON or bytes}: all of them or none."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Work:
     memory: float
     in_pass: float
     progress: bool
-    checkpoint: Checkpoint | None
+    checkpoint: Any
 
     def singly(self) -> Work:
         """The same in batches of one example."""
@@ -162,14 +151,15 @@ def inner_products(
     memory: float = 4e9,
     in_pass: float = 0.0,
     progress: bool = False,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Any = None,
 ) -> Gram:
     """Inner products ⟨x_i, x_j⟩ of the gradients x of every example's objective (column 0).
 
     `batches` (the rows) and `others` are (objective, n_examples); what an objective does around the model must keep
     examples apart. `memory` bounds the bytes above the model's weights at the peak: what is kept between forward
-    passes, and a pass (`in_pass` bytes, the caller's estimate) or what is multiplied. With a `checkpoint`, this run's
-    store, a run that was killed resumes after the last group of parameters that it finished.
+    passes, and a pass (`in_pass` bytes, the caller's estimate) or what is multiplied. With a `checkpoint`, a store of
+    this run's own such as `isouq.studies.store.Store`, a run that was killed resumes after the last group of parameters
+    that it finished.
 
     Raises ValueError, before the work starts, if `memory` is too small, with the bytes that are needed; NotCovered as
     `squared_norms` for engine "ghost".
@@ -268,10 +258,10 @@ def room(memory: float, taken: float, least: float, what: str) -> float:
     return memory - taken
 
 
-def _resume(checkpoint: Checkpoint | None, plan: list[Group], sums: Sums) -> int:
+def _resume(checkpoint: Any, plan: list[Group], sums: Sums) -> int:
     """The number of groups that an earlier run has finished; loads their products into `sums`."""
     progress = {} if checkpoint is None else checkpoint.get("progress").get("sums", {})
-    if checkpoint is None or progress.get("groups") != str(plan):
+    if progress.get("groups") != str(plan):
         return 0
     sums.numbers.copy_(torch.tensor(np.frombuffer(checkpoint.get("sums")["sums"])))
     return progress["done"]

@@ -20,7 +20,7 @@ from isouq import estimate
 from isouq.estimate import AGGREGATIONS, Aggregation, Estimate
 from isouq.gradients import Engine, Objective, SquaredNorms, squared_norms
 from isouq.gradients.model import check_model, repeatable, select_parameters
-from isouq.gradients.products import Checkpoint, Gram, room
+from isouq.gradients.products import Gram, room
 from isouq.gradients.products import inner_products as gradient_products
 from isouq.language import encoding
 from isouq.language.chat import Prompting
@@ -287,7 +287,7 @@ def gram(
     engine: Engine = "auto",
     memory: float = 4e9,
     progress: bool = False,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Any = None,
 ) -> Gram:
     """All of `inner_products` at once: rows with rows, rows with others, and the others' ‖∇S‖², in the given order.
 
