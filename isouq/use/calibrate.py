@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from isouq.use import about as about_run
 from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes from there, or is imported when used
     N_FOLDS,
     Column,
@@ -33,6 +32,7 @@ from isouq.use.evaluate import (  # all that needs scipy and scikit-learn comes 
 )
 
 METHODS = ("logistic", "isotonic")
+IDENTITY = ("weights", "aggregation", "dtype", "chat", "system")  # what scores depend on; the name is for the reader
 Ends = tuple[float, float, float]  # a value and its 95 % interval
 
 
@@ -94,14 +94,14 @@ class Calibrator:
         return p_wrong.set_axis(table.index)
 
     def check(self, about: Mapping[str, Any]) -> None:
-        """Refuse scores of another model, aggregation or dtype; `about` as `isouq.use.about.about_of` reads it.
+        """Refuse scores of another model, aggregation or dtype; `about` as `isouq.use.tables.about_of` reads it.
 
         Raises ValueError naming what differs. Warns where the calibrator does not say what it is made of.
         """
         if self.about is None:
             text = "calibrator: made of scores that do not say which model they are of; not checked"
             warnings.warn(text, stacklevel=2)
-        elif different := about_run.differences(dict(self.about), dict(about)):
+        elif different := differences(self.about, about):
             raise ValueError(f"calibrator: it is of other scores ({different}); calibrate on scores of this run")
 
     def save(self, path: str | Path) -> None:
@@ -134,6 +134,19 @@ class Calibrator:
         return "\n".join(lines)
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return in words what differs between two runs' scores, "" where they can be compared.
+
+    Of several aggregations the first one counts, whose columns have no suffix.
+    """
+    there, here = ({**run, "aggregation": run.get("aggregation", "").partition(", ")[0]} for run in (there, here))
+    named = {name: [f"{run.get(name)!r}" for run in (there, here)] for name in IDENTITY}
+    names = [f"{run['model']!r}" if run.get("model") else "unnamed" for run in (there, here)]
+    named["weights"] = [f"{digits} of {name}" for digits, name in zip(named["weights"], names, strict=True)]
+    parts = [f"{name} {a} there, {b} here" for name, (a, b) in named.items() if there.get(name) != here.get(name)]
+    return ", ".join(parts)
+
+
 def calibrate(
     table: pd.DataFrame,
     right: str = "right",
@@ -155,7 +168,7 @@ def calibrate(
         method: "logistic", or "isotonic", which bends the logistic log-odds; it takes more labels.
         abstain: An accuracy to keep among the answered, between 0 and 1: finds the threshold on p_wrong for it.
         clusters: As in `evaluate`; a cluster's answers also share their fold.
-        about: What the scores were made with, as `isouq.use.about.about_of` reads it from their file.
+        about: What the scores were made with, as `isouq.use.tables.about_of` reads it from their file.
         n_resamples: Bootstrap resamples behind the intervals, at least 40.
         seed: Of the resamples and folds.
 

@@ -71,13 +71,13 @@ def _calibrate(args: argparse.Namespace) -> int:
     threshold on p_wrong that keeps this accuracy among the answered; exit code 1 if there is none. Rows with an error
     are left out.
     """
-    from isouq.use.about import about_of
+    from isouq.use import tables
     from isouq.use.calibrate import calibrate
 
     _check_suffix("--out", args.out, (".json",))
     table, right = _labelled(args)
     options = {"score": args.score, "method": args.method, "abstain": args.abstain, "n_resamples": args.resamples}
-    found = calibrate(table, right, clusters=args.clusters, about=about_of(args.file), **options)
+    found = calibrate(table, right, clusters=args.clusters, about=tables.about_of(args.file), **options)
     found.save(args.out)
     print(found)
     if found.about is None:

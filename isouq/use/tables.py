@@ -58,6 +58,17 @@ def read(path: Path) -> pd.DataFrame:
     return whole
 
 
+def about_of(path: Path) -> dict[str, Any] | None:
+    """What a file of scores says of the run that made it, as `Sink` wrote it; .csv and .jsonl cannot: None."""
+    if path.suffix.lower() != ".parquet":
+        return None
+    try:
+        kept = (pq.read_schema(path).metadata or {}).get(b"isouq")
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: no Parquet file: {error}") from error
+    return json.loads(kept) if kept else None
+
+
 def _format(option: str, path: Path) -> tuple[Any, Any]:
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{option}: {path} given, a file ending in {', '.join(FORMATS)} wanted")

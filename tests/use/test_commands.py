@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from isouq import cli
-from isouq.use import about, tables
+from isouq.use import tables
 from isouq.use.calibrate import Calibrator
 from isouq.use.evaluate import evaluate
 from labelled import made_up
@@ -63,7 +63,7 @@ def test_calibrate_keeps_the_run_that_a_parquet_file_names_and_says_where_none_i
     command += ["--out", str(tmp_path / "mine.json")]
     assert cli.main(["calibrate", str(scores), *command]) == 0
     found = Calibrator.load(tmp_path / "mine.json")
-    assert (found.about, found.abstain) == (about.about_of(scores), 0.8)
+    assert (found.about, found.abstain) == (tables.about_of(scores), 0.8)
     shown = capsys.readouterr()
     assert f"answer where p_wrong <= {found.threshold:.4f}" in shown.out
     assert not shown.err
@@ -140,6 +140,6 @@ def test_the_readmes_five_commands_lead_from_scores_to_p_wrong(folder, capsys) -
     assert "p_wrong" in shown
     assert "accuracy" in capsys.readouterr().out
     table, mine = pd.read_parquet("new.parquet"), Calibrator.load("mine.json")
-    assert mine.about == about.about_of(folder / "scores.parquet")
+    assert mine.about == tables.about_of(folder / "scores.parquet")
     assert table["p_wrong"].tolist() == pytest.approx(mine.apply(table).tolist())
     assert table["p_wrong"].between(0, 1).all()
