@@ -33,10 +33,7 @@ CONTROL, FITTED_CONTROL = "likelihood", "likelihood_fitted"
 N_FOLDS = 5  # of a fitted score
 MOST = 10**8  # rows times resamples: about 2 GB
 RANKED = {"auroc": evaluation.weighted_auroc, "aurc": rejection.weighted_aurc, "prr": rejection.weighted_prr}
-OF_PROBABILITY = {
-    "brier": fits.of_probability(fits.weighted_brier),
-    "ece": fits.of_probability(fits.weighted_ece),
-}
+OF_PROBABILITY = {"brier": fits.of_probability(fits.weighted_brier), "ece": fits.of_probability(fits.weighted_ece)}
 LOW_IS_GOOD = ("aurc", "brier", "ece")
 Ranked = tuple[dict[str, Ranking], Column]  # by metric, and the curve
 VALUE, GAIN = ["value", "low", "high"], ["gain", "gain_low", "gain_high"]

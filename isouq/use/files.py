@@ -115,7 +115,7 @@ class _Asked(NamedTuple):
 
 
 def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
-    """Read all rows once. Raises ValueError for what cannot be read, or not be written by `sink`."""
+    """Read all rows before any is scored. Raises ValueError for what cannot be read, or not be written by `sink`."""
     digest, n_rows, n_missing = hashlib.sha256(), 0, 0
     for frame in source.frames():
         if taken := [name for name in run.columns if name in frame]:
