@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 from isouq_book import figure, findings, provenance, results  # noqa: E402
-from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
+from isouq_book.results import Results, format_interval, format_number  # noqa: E402
 
 from isouq.studies import claims, plotting, verdicts  # noqa: E402
+from isouq.studies.results import Result  # noqa: E402
 from isouq.studies.synthetic import findings as atlas  # noqa: E402
 from isouq.studies.synthetic import plots, problems  # noqa: E402
 
@@ -92,7 +93,7 @@ def measured(folder: str) -> str:
     return "\n".join([*lines, *posteriors, *(f"- {line}" for line in dict.fromkeys(runs))])
 
 
-def _aurocs(entries: Mapping[str, Entry], model: str, asked: Iterable[str]) -> list[str]:
+def _aurocs(entries: Mapping[str, Result], model: str, asked: Iterable[str]) -> list[str]:
     """A line of the table for each score that has a number."""
     lines = []
     for method, label in METHODS.items():
@@ -102,7 +103,7 @@ def _aurocs(entries: Mapping[str, Entry], model: str, asked: Iterable[str]) -> l
     return lines
 
 
-def _mean(entries: Mapping[str, Entry], asked: Mapping[str, str]) -> list[str]:
+def _mean(entries: Mapping[str, Result], asked: Mapping[str, str]) -> list[str]:
     """The same over the models, where more than one was asked."""
     counts = {d: entries[key] for d in asked if (key := f"qa.mean.{d}.models.count") in entries}
     if not counts:
@@ -125,7 +126,7 @@ def model_of(run: Results) -> str:
     return model
 
 
-def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
+def _committed(entries: Mapping[str, Result], model: str) -> list[str]:
     """The scores on TruthfulQA with and without the answer that its official prompt shows."""
     names = [f"{method}{end}" for method in ("combined", "likelihood") for end in ("_committed", "")]
     keys = [f"qa.{model}.truthfulqa_choose.{name}.auroc" for name in names]
@@ -139,11 +140,11 @@ def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
     ]
 
 
-def _cell(entries: Mapping[str, Entry], key: str) -> str:
+def _cell(entries: Mapping[str, Result], key: str) -> str:
     return format_interval(entries[key]) if key in entries else "too few of a class to say"
 
 
-def _cost(entries: Mapping[str, Entry]) -> list[str]:
+def _cost(entries: Mapping[str, Result]) -> list[str]:
     costs = []
     for model, label in MODELS.items():
         keys = [f"cost.{model}.ghost.relative_to_forward", f"cost.{model}.ghost.speedup_over_autograd"]
@@ -156,7 +157,7 @@ def _cost(entries: Mapping[str, Entry]) -> list[str]:
     return [head + "; ".join(costs) + ".", ""] if costs else []
 
 
-def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
+def _isotropy(entries: Mapping[str, Result]) -> list[str]:
     """What a covariance from other data does (C2), whether ranks survive (C3), and isotropy's part of the error."""
     sources = {
         "control": "new data of the same distribution (control: has to be below 0)",

@@ -11,7 +11,8 @@ from sphinx.config import Config
 
 from . import provenance
 from .directives import Budget, Citation, Claims, ClaimsSummary, Findings, IntervalFigure, Provenance, PublicNames
-from .roles import IntervalRole, ResultRole, load_results
+from .results import format_interval, format_number
+from .roles import ResultRole, load_results
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -22,8 +23,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", _add_footer)
     app.connect("html-page-context", _mend_roles)
     app.connect("html-page-context", _drop_thebe, priority=900)
-    app.add_role("result", ResultRole())
-    app.add_role("interval", IntervalRole())
+    app.add_role("result", ResultRole(lambda entry, spec: format_number(entry.value, spec)))
+    app.add_role("interval", ResultRole(format_interval))
     app.add_directive("claims", Claims)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("findings", Findings)
