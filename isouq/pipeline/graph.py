@@ -69,11 +69,7 @@ class Graph:
         One entry per parameter makes Snakemake's own reason name what changed: `before: n_folds: 5 now: n_folds: 3`.
         """
         names = dict.fromkeys(name for section in self.sections.values() for name in type(section).model_fields)
-
-        def line(name: str, wildcards: Any) -> str:
-            return "".join(lines({name: getattr(self.sections[wildcards.chapter], name, None)}))
-
-        return {name: functools.partial(line, name) for name in names}
+        return _line_of_each(names, lambda wildcards: self.sections[wildcards.chapter].model_dump())
 
     def scoring(self) -> dict[str, Callable[[Any], str]]:
         """Return a function of a rule's wildcards per parameter that a shard of 04_llm_qa depends on, as `parameters`.
@@ -83,15 +79,9 @@ class Graph:
         section: Any = self.sections.get("04_llm_qa")
         if not section:
             return {}
-
-        def line(name: str, wildcards: Any) -> str:
-            return "".join(lines({name: section.scoring(*self.shards[wildcards.shard])[name]}))
-
-        def file(wildcards: Any) -> str:
-            return _digest(self.shards[wildcards.shard][1])
-
         names = section.scoring(*section.pairs()[0])
-        return {name: functools.partial(line, name) for name in names} | {"file": file}
+        own = _line_of_each(names, lambda wildcards: section.scoring(*self.shards[wildcards.shard]))
+        return own | {"file": lambda wildcards: _digest(self.shards[wildcards.shard][1])}
 
     def questions(self, chapter: str) -> list[str]:
         """Return a line with the SHA-256 of a notebook's own file of questions, if it has one."""
@@ -105,6 +95,13 @@ class Graph:
     def contents(self, models: Iterable[str]) -> list[str]:
         """Return what each model's name stands for now, since other bytes or another commit are another model."""
         return lines({model: self.content[model] for model in models})
+
+
+def _line_of_each(names: Iterable[str], values: Callable[[Any], dict[str, Any]]) -> dict[str, Callable[[Any], str]]:
+    def line(name: str, wildcards: Any) -> str:
+        return "".join(lines({name: values(wildcards).get(name)}))
+
+    return {name: functools.partial(line, name) for name in names}
 
 
 def _digest(file: str) -> str:

@@ -59,9 +59,7 @@ def notebook(profile: str, chapter: str) -> None:
     build = Path("build", loaded.name)
     section = loaded.parameters(chapter, results_path=str(build / "results" / f"{chapter}.json"))
     models = {name: assets.content(name) for name in getattr(section, "models", [])}
-    places = {"record": build / "records" / f"{chapter}.json", "failed": build / "failed"}
-    output = build / "notebooks" / source.name
-    runner.run_notebook(source, output, parameters=section.model_dump(), models=models, **places)
+    runner.run_notebook(source, build, parameters=section.model_dump(), models=models)
 
 
 def budget(profile: str, out: Path | None) -> str:

@@ -48,6 +48,12 @@ class Interval:
         if not (np.isfinite([self.value, self.low, self.high]).all() and self.low <= self.high):
             raise ValueError(f"interval: {self.value} [{self.low}, {self.high}] given, finite low <= high wanted")
 
+    @classmethod
+    def of(cls, value: float, draws: Column, n: int, levels: Sequence[float] | Column = (0.025, 0.975)) -> Interval:
+        """Return the interval between two quantiles of `draws`, which `value` widens where it lies outside."""
+        low, high = np.quantile(defined(draws, n), levels)
+        return cls(value, min(float(low), value), max(float(high), value), n)
+
     def __str__(self) -> str:
         """Return for example ``0.63 [0.55, 0.71], n = 120``."""
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
@@ -121,8 +127,7 @@ def bca(value: float, draws: Column, jackknife: Column, n: int, *, n_units: int,
     scale = np.sum(away**2) ** 1.5
     acceleration = np.sum(away**3) / (6 * scale) if scale > 0 else 0.0
     z = bias + special.stdtrit(max(1, n_units - 1), [(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(draws, special.ndtr(bias + z / (1 - acceleration * z)))
-    return Interval(value, min(float(low), value), max(float(high), value), n)
+    return Interval.of(value, draws, n, special.ndtr(bias + z / (1 - acceleration * z)))
 
 
 def defined(draws: Column, n: int) -> Column:
@@ -191,8 +196,7 @@ class Ranking:
         """Return the 95 % interval: BCa for a raw score, out-of-bag percentiles for a fitted one."""
         if self.jackknife is not None:
             return bca(self.value, self.draws, self.jackknife, self.n, n_units=self.n_units)
-        low, high = np.quantile(defined(self.out_of_bag, self.n), [0.025, 0.975])
-        return Interval(self.value, min(float(low), self.value), max(float(high), self.value), self.n)
+        return Interval.of(self.value, self.out_of_bag, self.n)
 
     def as_in_paper(self) -> tuple[float, float]:
         """Return mean and standard deviation over the first N_AS_IN_PAPER resamples, as the paper reports AUROCs."""
