@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isouq.pipeline import runner
-from isouq.studies.results import Result, ResultError, check_key, write_json
+from isouq.studies.results import Result, ResultError, as_json, check_key, write_json
 
 KEPT = Path("results")
 MOST_BYTES = 25_000_000  # of a kept run's executed notebooks together
@@ -57,9 +57,7 @@ def read(path: str | Path) -> dict[str, Any]:
     for chapter, run in runs.items():
         recorded = _recorded(run, f"results/{chapter}.json", f"{name}: {chapter}")
         own = {"results": of_chapter(results, chapter)}
-        # As `write_json` writes it, of which the record has the hash.
-        text = json.dumps(own, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        if _sha256(text.encode()) != recorded:
+        if _sha256(as_json(own).encode()) != recorded:
             n = len(own["results"])
             advice = "a number was changed, added or lost; run the chapter again, or `git checkout` the file"
             raise ResultError(f"{name}: the {n} numbers of {chapter} are not those that its run wrote: {advice}")
