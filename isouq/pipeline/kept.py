@@ -133,7 +133,8 @@ def keep(profile: str, chapters: Sequence[str] = (), *, build: Path = Path("buil
 
 def _chapter(source: Path, chapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a chapter's record and its results, checked against each other."""
-    places = {name: source / name / f"{chapter}.{'ipynb' if name == 'notebooks' else 'json'}" for name in _WRITTEN}
+    places = {name: source / name / f"{chapter}.json" for name in ("records", "results")}
+    places["notebooks"] = source / "notebooks" / f"{chapter}.ipynb"
     if missing := [path.as_posix() for path in places.values() if not path.is_file()]:
         raise ResultError(f"{chapter} has not run: no {missing[0]}; make book PROFILE={source.name}")
     record = json.loads(places["records"].read_text(encoding="utf-8"))
@@ -147,9 +148,6 @@ def _chapter(source: Path, chapter: str) -> tuple[dict[str, Any], dict[str, Any]
     if stray := [key for key in results if not key.startswith(prefix(chapter))]:
         raise ResultError(f"{chapter} wrote {stray[0]}; wanted keys that begin with {prefix(chapter)}")
     return record, results
-
-
-_WRITTEN = ("records", "results", "notebooks")  # by a chapter's run, each in its folder
 
 
 def _join(
