@@ -1,6 +1,5 @@
 """What the Snakefile reads off a profile: its chapters, the jobs before them, and what each job depends on."""
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -8,7 +7,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import filelock
 
 from isouq.pipeline import profiles
 from isouq.pipeline.profiles import ProfileError
@@ -124,19 +125,18 @@ def modules(path: str | Path) -> list[str]:
     return [os.path.relpath(file) for file in module_files(path)]
 
 
-def lock(folder: str | Path) -> TextIO:
+def lock(folder: str | Path) -> filelock.BaseFileLock:
     """Keep other processes off a folder until this one ends; Snakemake's own lock would outlive a kill.
 
     Raises:
         BlockingIOError: another process is building there.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    stream = Path(folder, ".lock").open("w")  # noqa: SIM115  # the lock lasts while it is open
+    held = filelock.FileLock(Path(folder, ".lock"))
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
         raise BlockingIOError(f"another process is building {folder}: wait for it, or end it") from None
-    return stream
+    return held
 
 
 def _profile_argument(config: Mapping[str, Any]) -> str:
