@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 from isouq_book import figure, findings, provenance, results  # noqa: E402
-from isouq_book.results import Entry, Results, format_interval, format_number  # noqa: E402
+from isouq_book.results import Results, format_interval, format_number  # noqa: E402
 
 from isouq.studies import claims, plotting, verdicts  # noqa: E402
+from isouq.studies.results import Result  # noqa: E402
 from isouq.studies.synthetic import findings as atlas  # noqa: E402
 from isouq.studies.synthetic import plots, problems  # noqa: E402
 
@@ -81,28 +82,32 @@ def measured(folder: str) -> str:
         f"AUROC for “the answer is wrong” of {MODELS[model]} (4-bit checkpoint, in float32), high = wrong, with 95 %",
         "bootstrap intervals over questions. ½ is chance; below ½ a score points the wrong way.",
         "",
-        "| | " + " | ".join(asked.values()) + " |",
-        "| --- |" + " --- |" * len(asked),
-        "| right answers | " + " | ".join(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked) + " |",
     ]
-    lines += [*_aurocs(entries, model, asked), "", *_committed(entries, model), *_mean(entries, asked)]
-    lines += [*_cost(entries), *_isotropy(entries)]
+    accuracy = ["right answers", *(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked)]
+    lines += _table(["", *asked.values()], [accuracy, *_aurocs(entries, model, asked)])
+    lines += [*_committed(entries, model), *_mean(entries, asked), *_cost(entries), *_isotropy(entries)]
     posteriors = _posteriors(study)
     runs = [line for meta in (run.meta, *([study.meta] if posteriors else [])) for line in _runs(meta)]
     return "\n".join([*lines, *posteriors, *(f"- {line}" for line in dict.fromkeys(runs))])
 
 
-def _aurocs(entries: Mapping[str, Entry], model: str, asked: Iterable[str]) -> list[str]:
-    """A line of the table for each score that has a number."""
-    lines = []
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table, and an empty one behind it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(" ".join(f"| {cell}".strip() for cell in (*line, "")) for line in lines), ""]
+
+
+def _aurocs(entries: Mapping[str, Result], model: str, asked: Iterable[str]) -> list[list[str]]:
+    """A row of the table for each score that has a number."""
+    rows = []
     for method, label in METHODS.items():
         keys = [f"qa.{model}.{d}.{method}.auroc" for d in asked]
         if any(key in entries for key in keys):
-            lines.append(f"| {label} | " + " | ".join(_cell(entries, key) for key in keys) + " |")
-    return lines
+            rows.append([label, *(_cell(entries, key) for key in keys)])
+    return rows
 
 
-def _mean(entries: Mapping[str, Entry], asked: Mapping[str, str]) -> list[str]:
+def _mean(entries: Mapping[str, Result], asked: Mapping[str, str]) -> list[str]:
     """The same over the models, where more than one was asked."""
     counts = {d: entries[key] for d in asked if (key := f"qa.mean.{d}.models.count") in entries}
     if not counts:
@@ -110,10 +115,7 @@ def _mean(entries: Mapping[str, Entry], asked: Mapping[str, str]) -> list[str]:
     return [
         f"Mean over {max(int(entry.value) for entry in counts.values())} models:",
         "",
-        "| | " + " | ".join(asked[d] for d in counts) + " |",
-        "| --- |" + " --- |" * len(counts),
-        *_aurocs(entries, "mean", counts),
-        "",
+        *_table(["", *(asked[d] for d in counts)], _aurocs(entries, "mean", counts)),
     ]
 
 
@@ -125,7 +127,7 @@ def model_of(run: Results) -> str:
     return model
 
 
-def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
+def _committed(entries: Mapping[str, Result], model: str) -> list[str]:
     """The scores on TruthfulQA with and without the answer that its official prompt shows."""
     names = [f"{method}{end}" for method in ("combined", "likelihood") for end in ("_committed", "")]
     keys = [f"qa.{model}.truthfulqa_choose.{name}.auroc" for name in names]
@@ -139,11 +141,11 @@ def _committed(entries: Mapping[str, Entry], model: str) -> list[str]:
     ]
 
 
-def _cell(entries: Mapping[str, Entry], key: str) -> str:
+def _cell(entries: Mapping[str, Result], key: str) -> str:
     return format_interval(entries[key]) if key in entries else "too few of a class to say"
 
 
-def _cost(entries: Mapping[str, Entry]) -> list[str]:
+def _cost(entries: Mapping[str, Result]) -> list[str]:
     costs = []
     for model, label in MODELS.items():
         keys = [f"cost.{model}.ghost.relative_to_forward", f"cost.{model}.ghost.speedup_over_autograd"]
@@ -156,7 +158,7 @@ def _cost(entries: Mapping[str, Entry]) -> list[str]:
     return [head + "; ".join(costs) + ".", ""] if costs else []
 
 
-def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
+def _isotropy(entries: Mapping[str, Result]) -> list[str]:
     """What a covariance from other data does (C2), whether ranks survive (C3), and isotropy's part of the error."""
     sources = {
         "control": "new data of the same distribution (control: has to be below 0)",
@@ -173,10 +175,7 @@ def _isotropy(entries: Mapping[str, Entry]) -> list[str]:
         "A Fisher made from data instead of isotropy, on small networks with a known posterior: how much more of its",
         "error than of isotropy's nearness to those data explains (share of variance, 95 % intervals over n problems).",
         "",
-        "| Fisher made from | structure, added |",
-        "| --- | --- |",
-        *(f"| {label} | {cell} |" for label, cell in zip(sources.values(), cells, strict=True)),
-        "",
+        *_table(["Fisher made from", "structure, added"], zip(sources.values(), cells, strict=True)),
         "In the widest networks, rank correlation of Laplace's variance of the log odds with isotropy's:",
         f"{rho}; change of its z with each doubling of the width: {slope}.",
         f"Isotropy's share of the squared log error of ‖g‖²: {share}.",
@@ -194,7 +193,7 @@ def _posteriors(run: Results) -> list[str]:
         if check.paper is not None:
             entry = run.entries.get(check.key)
             ours = "failed the gate" if entry is None else format_interval(entry)
-            rows.append(f"| {check.label.removesuffix(', ρ')} | {ours} | {check.paper} |")
+            rows.append([check.label.removesuffix(", ρ"), ours, str(check.paper)])
     changes = {f"mcmc.atlas.effect.{name}": label for name, label in EFFECTS.items()}
     said = [f"- {label}: {format_interval(run.entries[key])}" for key, label in changes.items() if key in run.entries]
     folder = f"results/{run.meta['profile']}"
@@ -205,10 +204,7 @@ def _posteriors(run: Results) -> list[str]:
         f"above it, in this share of settings: {format_interval(run.entries['mcmc.atlas.share'])} (n problems).",
         "In the setting that was declared beforehand, with 95 % intervals over n data seeds:",
         "",
-        "| | here | the paper |",
-        "| --- | --- | --- |",
-        *rows,
-        "",
+        *_table(["", "here", "the paper"], rows),
         "What changes the agreement (Fisher's z of ρ, mean over n problems):",
         "",
         *said,

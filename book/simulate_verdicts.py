@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -28,19 +27,15 @@ sys.path.insert(0, str(ROOT))
 from isouq.studies import evaluation, fits, plotting, verdicts  # noqa: E402
 from isouq.studies.claims import Check, Claim, Region  # noqa: E402
 from isouq.studies.evaluation import Resamples  # noqa: E402
+from isouq.studies.results import Result  # noqa: E402
 
 N = 120  # questions of a study
 N_RESAMPLES = 300  # of each interval; fewer than in the book, which changes an end by little
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A made-up result with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int = N
+def made_up(value: float, error: float = 1.0) -> Result:
+    """Return a result with its 95 % interval."""
+    return Result(value=value, low=value - 1.96 * error, high=value + 1.96 * error, n=N)
 
 
 def excludes(low: float, high: float, value: float) -> bool:
@@ -64,7 +59,7 @@ def eight_checks(rng: np.random.Generator, effect: float, outcome: str) -> tuple
     old = next((place for place in ("does not hold", "undecided") if place in places), "holds")
     checks = tuple(Check(f"{i}", f"c.k{i}", Region(least=0.0), core=i == 0) for i in range(8))
     claim = Claim("C1", "", "", "before", checks)
-    found = {f"c.k{i}": Entry(v, v - 1.96, v + 1.96) for i, v in enumerate(values)}
+    found = {f"c.k{i}": made_up(v) for i, v in enumerate(values)}
     return old == outcome, verdicts.judge([claim], found)["C1"].outcome == outcome
 
 
@@ -132,7 +127,7 @@ def near_chance(rng: np.random.Generator, truth: float, error: float) -> tuple[b
     value = rng.normal(truth, error)
     region = Region.of({"near": {"value": 0.5, "margin": 0.1}})
     claim = Claim("C1", "", "", "before", (Check("x", "c.k0", region, core=True),))
-    entry = Entry(value, value - 1.96 * error, value + 1.96 * error)
+    entry = made_up(value, error)
     old = region.place(entry.low, entry.high) == "holds"
     return old, verdicts.judge([claim], {"c.k0": entry})["C1"].outcome == "holds"
 

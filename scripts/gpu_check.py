@@ -6,7 +6,6 @@
 Prints a line for each check and exits with 1 if one fails. Without a card it runs on the CPU.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils import benchmark
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -59,15 +59,8 @@ def worst(a, b):
 
 
 def seconds(work):
-    """The median of five runs after one that warms up."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        work()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    """The mean of five runs after two that warm up."""
+    return benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(5).mean
 
 
 def check(name, model):

@@ -63,5 +63,5 @@ def test_a_folder_is_built_by_one_process_at_a_time(tmp_path):
     held = graph.lock(tmp_path / "tiny")
     with pytest.raises(BlockingIOError, match=r"another process is building .*tiny: wait for it, or end it"):
         graph.lock(tmp_path / "tiny")
-    held.close()
-    graph.lock(tmp_path / "tiny").close()
+    held.release()
+    graph.lock(tmp_path / "tiny").release()

@@ -223,9 +223,8 @@ def notebook_of(folder: Path, *cells: str) -> Path:
 
 def run(source: Path, folder: Path) -> tuple[Path, Path]:
     parameters = {"seed": 3, "results_path": str(folder / "results" / "09_tiny.json")}
-    output, record = folder / "notebooks" / source.name, folder / "record.json"
-    runner.run_notebook(source, output, parameters=parameters, models={}, record=record, failed=folder / "failed")
-    return output, record
+    runner.run_notebook(source, folder, parameters=parameters, models={})
+    return folder / "notebooks" / source.name, folder / "records" / "09_tiny.json"
 
 
 def test_a_notebook_that_runs_leaves_its_copy_its_results_and_their_hashes(tmp_path):
@@ -257,7 +256,7 @@ def test_a_notebook_that_fails_is_kept_aside_and_its_cause_comes_last(tmp_path, 
     assert (tmp_path / "failed" / "09_tiny.txt").read_text() == f"{caught.value}\n"
     assert "ZeroDivisionError" in (tmp_path / "failed" / source.name).read_text()
     assert list((tmp_path / "notebooks").iterdir()) == []
-    assert not (tmp_path / "record.json").exists()
+    assert not (tmp_path / "records").exists()
     run(notebook_of(tmp_path, SAVING), tmp_path)
     assert list((tmp_path / "failed").iterdir()) == [], (
         "a failure that is mended leaves no trace to be taken for a new one"
@@ -326,11 +325,13 @@ def test_a_foreign_kernel_on_jupyter_path_does_not_run_the_notebook(tmp_path, mo
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, tmp_path / "n.ipynb")
     parameters = {"results_path": str(tmp_path / "r.json"), "models": ["/data/My model", "~/m", "owner/name"]}
-    options = {"parameters": parameters, "record": tmp_path / "record.json", "failed": tmp_path / "failed"}
-    runner.run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", models={"/data/My model": "0a1b"}, **options)
+    runner.run_notebook(tmp_path / "n.ipynb", tmp_path, parameters=parameters, models={"/data/My model": "0a1b"})
     assert not started.exists()
-    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text.strip() == sys.executable
-    record = json.loads((tmp_path / "record.json").read_text())
+    assert (
+        nbformat.read(tmp_path / "notebooks" / "n.ipynb", as_version=4).cells[-1].outputs[0].text.strip()
+        == sys.executable
+    )
+    record = json.loads((tmp_path / "records" / "n.json").read_text())
     assert record["kernel"]["python"].split() == ["CPython", ".".join(map(str, sys.version_info[:3]))]
     assert record["models"] == {"my-model": "0a1b"}
     assert record["parameters"] == {"results_path": ".../r.json", "models": [".../My model", ".../m", "owner/name"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy import stats
 
 from isouq.studies import claims, require, verdicts
 from isouq.studies.claims import Check, Claim, Region
+from isouq.studies.results import Result
 from isouq.studies.verdicts import CheckVerdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,16 +21,12 @@ CLAIMS = claims.load(ROOT / "book" / "claims.yml")
 CHECKS = [pytest.param(check, id=f"{claim.id} {check.label}") for claim in CLAIMS for check in claim.checks]
 
 
-@dataclass(frozen=True)
-class Entry:
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = 100
+def measured(value: float, low: float | None = None, high: float | None = None, n: int = 100) -> Result:
+    return Result(value=value, low=low, high=high, n=n)
 
 
-def normal(value: float, error: float = 1.0) -> Entry:
-    return Entry(value, value - 1.959964 * error, value + 1.959964 * error)
+def normal(value: float, error: float = 1.0) -> Result:
+    return measured(value, value - 1.959964 * error, value + 1.959964 * error)
 
 
 def claim_of(n: int, *, n_core: int = 1, id: str = "C1", **fields) -> Claim:
@@ -61,7 +57,7 @@ def judge_values(values, *, n_core: int = 1, error: float = 1.0) -> verdicts.Ver
 )
 def test_one_check_is_judged_by_where_its_interval_lies(rule, interval, outcome):
     claim = Claim("C1", "", "", "before", (Check("one", "a.b", Region.of(rule), core=True),))
-    entry = Entry(sum(interval) / 2, *interval)
+    entry = measured(sum(interval) / 2, *interval)
     assert Region.of(rule).place(*interval) == outcome
     assert verdicts.judge([claim], {"a.b": entry})["C1"].outcome == outcome
 
@@ -99,7 +95,7 @@ def test_there_is_no_verdict_without_the_core_whatever_the_other_checks_say():
 def test_a_t_interval_keeps_its_degrees_of_freedom_in_a_correction():
     values = np.array([0.5, 0.7, 0.9, 1.1, 0.8])
     reach = stats.t.isf(0.025, 4) * stats.sem(values)
-    entry = Entry(values.mean(), values.mean() - reach, values.mean() + reach, 5)
+    entry = measured(values.mean(), values.mean() - reach, values.mean() + reach, 5)
     claim = claim_of(2, n_core=2, interval="t")
     one, two = verdicts.judge([claim], {"c1.k0": entry, "c1.k1": entry})["C1"].checks
     p = stats.ttest_1samp(values, 0).pvalue
@@ -109,7 +105,7 @@ def test_a_t_interval_keeps_its_degrees_of_freedom_in_a_correction():
 
 def test_a_t_interval_cut_at_one_is_read_from_its_whole_side():
     claim = claim_of(1, interval="t")
-    whole, cut = Entry(0.9, 0.5, 1.3, 4), Entry(0.9, 0.5, 1.0, 4)
+    whole, cut = measured(0.9, 0.5, 1.3, 4), measured(0.9, 0.5, 1.0, 4)
     p_values = [verdicts.judge([claim], {"c1.k0": entry})["C1"].checks[0].p_value for entry in (whole, cut)]
     assert p_values[0] == p_values[1]
 
@@ -118,7 +114,7 @@ def test_a_correlation_is_judged_on_the_scale_of_fishers_z():
     z = np.array([1.2, 1.5, 1.9])
     reach = stats.t.isf(0.025, 2) * stats.sem(z)
     value, low, high = np.tanh([z.mean(), z.mean() - reach, z.mean() + reach])
-    entry, claim = Entry(value, low, high, 3), claim_of(2, n_core=2, interval="fisher")
+    entry, claim = measured(value, low, high, 3), claim_of(2, n_core=2, interval="fisher")
     one, two = verdicts.judge([claim], {"c1.k0": entry, "c1.k1": entry})["C1"].checks
     assert [one.p_value, two.p_value] == pytest.approx([2 * stats.ttest_1samp(z, 0).pvalue] * 2)
     assert one.low == pytest.approx(np.tanh(z.mean() - stats.t.isf(0.025 / 2, 2) * stats.sem(z)))
@@ -153,8 +149,8 @@ def test_a_rule_by_the_papers_number_follows_it(tmp_path):
 
 def test_an_exact_result_is_judged_by_its_value_and_others_need_an_interval():
     exact, sampled = claim_of(1, interval="exact"), claim_of(1)
-    assert str(verdicts.judge([exact], {"c1.k0": Entry(2.4)})["C1"]) == "holds"
-    assert str(verdicts.judge([sampled], {"c1.k0": Entry(2.4)})["C1"]) == "undecided (no interval at this size)"
+    assert str(verdicts.judge([exact], {"c1.k0": measured(2.4)})["C1"]) == "holds"
+    assert str(verdicts.judge([sampled], {"c1.k0": measured(2.4)})["C1"]) == "undecided (no interval at this size)"
 
 
 def test_holm_factors_are_those_of_the_definition():
@@ -177,7 +173,7 @@ def test_max_t_replaces_holm_where_the_claim_names_its_critical_value():
     joint = Claim(**{**vars(claim), "joint": ("c1.max_t",)})
     found = {f"c1.k{i}": normal(2.2) for i in range(3)}
     assert verdicts.judge([claim], found)["C1"].outcome == "undecided"
-    found["c1.max_t"] = Entry(2.1)  # checks that are almost copies of each other
+    found["c1.max_t"] = measured(2.1)  # checks that are almost copies of each other
     verdict = verdicts.judge([joint], found)["C1"]
     assert verdict.outcome == "holds"
     assert verdict.checks[0].low == pytest.approx(2.2 - 2.1, abs=1e-3)
@@ -229,17 +225,9 @@ def test_near_chance_is_seldom_confirmed_at_its_margin():
 # Bad input is refused by name before anything is judged.
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (Entry(math.nan, 0.1, 0.2), "c1.k1: value: nan given"),
-        (Entry(0.2, math.nan, 0.3), "c1.k1: low: nan given"),
-        (Entry(0.5, 0.1, 0.2), r"c1.k1: 0.5 \[0.1, 0.2\] given, a value inside its interval wanted"),
-    ],
-)
-def test_a_result_that_is_no_estimate_is_refused(entry, message):
-    with pytest.raises(ValueError, match=message):
-        verdicts.judge([claim_of(2)], {"c1.k0": normal(3.0), "c1.k1": entry})
+def test_a_result_outside_its_interval_is_refused():
+    with pytest.raises(ValueError, match=r"c1.k1: 0.5 \[0.1, 0.2\] given, a value inside its interval wanted"):
+        verdicts.judge([claim_of(2)], {"c1.k0": normal(3.0), "c1.k1": measured(0.5, 0.1, 0.2)})
 
 
 PLAIN = {"label": "x", "key": "a.b", "rule": {"above": 1}, "core": True}
@@ -349,7 +337,7 @@ def test_the_figure_shows_rules_that_err_in_at_most_six_percent_and_find_more():
 def test_the_committed_results_give_no_verdict_where_the_core_was_not_run():
     for name in ("embedded", "published"):
         stored = json.loads((ROOT / "results" / name / "results.json").read_text())["results"]
-        found = {key: Entry(row["value"], row["low"], row["high"], row["n"]) for key, row in stored.items()}
+        found = {key: Result(**row) for key, row in stored.items()}
         judged = verdicts.judge(CLAIMS, found)
         not_run = {id for id, verdict in judged.items() if verdict.outcome == "not run"}
         lacking = {claim.id for claim in CLAIMS if any(one.core and one.key not in found for one in claim.checks)}

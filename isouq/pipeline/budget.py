@@ -131,30 +131,20 @@ def table(profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_model(profile: Profile) -> pd.DataFrame:
-    """Return `table` with a row per model: hours and operations of its data sets together, and the most memory."""
+def shown(profile: Profile) -> dict[str, Any]:
+    """Return what readers see: `header` and `rows`, one a model and one for all together, and the `basis` in words.
+
+    Hours and operations are those of a model's data sets together, memory is the most of them. Raises as `table`.
+    """
     how = {"parameters": "first", "petaflops": "sum", "hours": "sum", "gigabytes": "max"}
-    return table(profile).groupby("model", sort=False).agg(how).reset_index()
-
-
-def as_text(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return `by_model` as readers see it, with a last row for all models."""
-    total = {"model": "together", "petaflops": rows["petaflops"].sum(), "hours": rows["hours"].sum()}
-    shown = pd.concat([rows, pd.DataFrame([total])], ignore_index=True)
+    models = table(profile).groupby("model", sort=False).agg(how).reset_index()
+    total = {"model": "together", "petaflops": models["petaflops"].sum(), "hours": models["hours"].sum()}
+    text = pd.concat([models, pd.DataFrame([total])], ignore_index=True)
     digits = {"parameters": "{:.1f} billion", "petaflops": "{:,.0f}", "hours": "{:.1f}", "gigabytes": "{:.0f}"}
     for name, form in digits.items():
-        shown[name] = ["" if pd.isna(value) else form.format(value) for value in shown[name]]
-    return shown.rename(columns={"hours": "GPU hours", "gigabytes": "GPU memory, GB"})
-
-
-def as_json(profile: Profile) -> dict[str, Any]:
-    """Return what a page shows: the table of `as_text` as header and rows, and the basis."""
-    shown = as_text(by_model(profile))
-    return {"header": list(shown), "rows": shown.to_numpy().tolist(), "basis": basis(profile)}
-
-
-def basis(profile: Profile) -> str:
-    """Return in a sentence what the estimate rests on."""
+        text[name] = ["" if pd.isna(value) else form.format(value) for value in text[name]]
+    text = text.rename(columns={"hours": "GPU hours", "gigabytes": "GPU memory, GB"})
     gpu = cast(Gpu, profile.gpu)
     peak = f"{gpu.efficiency:.0%} of its {gpu.teraflops:g} teraflop/s and {gpu.terabytes_per_second:g} TB/s"
-    return f"Estimated, not measured: for one {gpu.name}, of which a run is taken to reach {peak}."
+    basis = f"Estimated, not measured: for one {gpu.name}, of which a run is taken to reach {peak}."
+    return {"header": list(text), "rows": text.to_numpy().tolist(), "basis": basis}

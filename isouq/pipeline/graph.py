@@ -1,6 +1,5 @@
 """What the Snakefile reads off a profile: its chapters, the jobs before them, and what each job depends on."""
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -8,7 +7,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import filelock
 
 from isouq.pipeline import profiles
 from isouq.pipeline.profiles import ProfileError
@@ -69,11 +70,7 @@ class Graph:
         One entry per parameter makes Snakemake's own reason name what changed: `before: n_folds: 5 now: n_folds: 3`.
         """
         names = dict.fromkeys(name for section in self.sections.values() for name in type(section).model_fields)
-
-        def line(name: str, wildcards: Any) -> str:
-            return "".join(lines({name: getattr(self.sections[wildcards.chapter], name, None)}))
-
-        return {name: functools.partial(line, name) for name in names}
+        return _line_of_each(names, lambda wildcards: self.sections[wildcards.chapter].model_dump())
 
     def scoring(self) -> dict[str, Callable[[Any], str]]:
         """Return a function of a rule's wildcards per parameter that a shard of 04_llm_qa depends on, as `parameters`.
@@ -83,15 +80,9 @@ class Graph:
         section: Any = self.sections.get("04_llm_qa")
         if not section:
             return {}
-
-        def line(name: str, wildcards: Any) -> str:
-            return "".join(lines({name: section.scoring(*self.shards[wildcards.shard])[name]}))
-
-        def file(wildcards: Any) -> str:
-            return _digest(self.shards[wildcards.shard][1])
-
         names = section.scoring(*section.pairs()[0])
-        return {name: functools.partial(line, name) for name in names} | {"file": file}
+        own = _line_of_each(names, lambda wildcards: section.scoring(*self.shards[wildcards.shard]))
+        return own | {"file": lambda wildcards: _digest(self.shards[wildcards.shard][1])}
 
     def questions(self, chapter: str) -> list[str]:
         """Return a line with the SHA-256 of a notebook's own file of questions, if it has one."""
@@ -105,6 +96,13 @@ class Graph:
     def contents(self, models: Iterable[str]) -> list[str]:
         """Return what each model's name stands for now, since other bytes or another commit are another model."""
         return lines({model: self.content[model] for model in models})
+
+
+def _line_of_each(names: Iterable[str], values: Callable[[Any], dict[str, Any]]) -> dict[str, Callable[[Any], str]]:
+    def line(name: str, wildcards: Any) -> str:
+        return "".join(lines({name: values(wildcards).get(name)}))
+
+    return {name: functools.partial(line, name) for name in names}
 
 
 def _digest(file: str) -> str:
@@ -127,19 +125,18 @@ def modules(path: str | Path) -> list[str]:
     return [os.path.relpath(file) for file in module_files(path)]
 
 
-def lock(folder: str | Path) -> TextIO:
+def lock(folder: str | Path) -> filelock.BaseFileLock:
     """Keep other processes off a folder until this one ends; Snakemake's own lock would outlive a kill.
 
     Raises:
         BlockingIOError: another process is building there.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    stream = Path(folder, ".lock").open("w")  # noqa: SIM115  # the lock lasts while it is open
+    held = filelock.FileLock(Path(folder, ".lock"))
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
         raise BlockingIOError(f"another process is building {folder}: wait for it, or end it") from None
-    return stream
+    return held
 
 
 def _profile_argument(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import pandas as pd
+
 from isouq.pipeline import kept, profiles, runner, schemas
 from isouq.studies import assets
 from isouq.studies.results import ResultError, write_json
@@ -59,19 +61,17 @@ def notebook(profile: str, chapter: str) -> None:
     build = Path("build", loaded.name)
     section = loaded.parameters(chapter, results_path=str(build / "results" / f"{chapter}.json"))
     models = {name: assets.content(name) for name in getattr(section, "models", [])}
-    places = {"record": build / "records" / f"{chapter}.json", "failed": build / "failed"}
-    output = build / "notebooks" / source.name
-    runner.run_notebook(source, output, parameters=section.model_dump(), models=models, **places)
+    runner.run_notebook(source, build, parameters=section.model_dump(), models=models)
 
 
 def budget(profile: str, out: Path | None) -> str:
     """Estimate a profile's GPU hours and memory, and return them as a table; keep it in `out` for a page."""
-    from isouq.pipeline import budget as counts
+    from isouq.pipeline.budget import shown
 
-    loaded = profiles.load(profile)
+    found = shown(profiles.load(profile))
     if out:
-        write_json(counts.as_json(loaded), out)
-    return f"{counts.as_text(counts.by_model(loaded)).to_string(index=False)}\n{counts.basis(loaded)}"
+        write_json(found, out)
+    return f"{pd.DataFrame(found['rows'], columns=found['header']).to_string(index=False)}\n{found['basis']}"
 
 
 def describe(profile: str) -> str:

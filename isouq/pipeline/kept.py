@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isouq.pipeline import runner
-from isouq.studies.results import Result, ResultError, check_key, write_json
+from isouq.studies.results import Result, ResultError, as_json, check_key, write_json
 
 KEPT = Path("results")
 MOST_BYTES = 25_000_000  # of a kept run's executed notebooks together
@@ -57,9 +57,7 @@ def read(path: str | Path) -> dict[str, Any]:
     for chapter, run in runs.items():
         recorded = _recorded(run, f"results/{chapter}.json", f"{name}: {chapter}")
         own = {"results": of_chapter(results, chapter)}
-        # As `write_json` writes it, of which the record has the hash.
-        text = json.dumps(own, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        if _sha256(text.encode()) != recorded:
+        if _sha256(as_json(own).encode()) != recorded:
             n = len(own["results"])
             advice = "a number was changed, added or lost; run the chapter again, or `git checkout` the file"
             raise ResultError(f"{name}: the {n} numbers of {chapter} are not those that its run wrote: {advice}")
@@ -135,7 +133,8 @@ def keep(profile: str, chapters: Sequence[str] = (), *, build: Path = Path("buil
 
 def _chapter(source: Path, chapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a chapter's record and its results, checked against each other."""
-    places = {name: source / name / f"{chapter}.{'ipynb' if name == 'notebooks' else 'json'}" for name in _WRITTEN}
+    places = {name: source / name / f"{chapter}.json" for name in ("records", "results")}
+    places["notebooks"] = source / "notebooks" / f"{chapter}.ipynb"
     if missing := [path.as_posix() for path in places.values() if not path.is_file()]:
         raise ResultError(f"{chapter} has not run: no {missing[0]}; make book PROFILE={source.name}")
     record = json.loads(places["records"].read_text(encoding="utf-8"))
@@ -149,9 +148,6 @@ def _chapter(source: Path, chapter: str) -> tuple[dict[str, Any], dict[str, Any]
     if stray := [key for key in results if not key.startswith(prefix(chapter))]:
         raise ResultError(f"{chapter} wrote {stray[0]}; wanted keys that begin with {prefix(chapter)}")
     return record, results
-
-
-_WRITTEN = ("records", "results", "notebooks")  # by a chapter's run, each in its folder
 
 
 def _join(

@@ -25,28 +25,20 @@ class NotebookError(RuntimeError):
     """A notebook that did not run to its end, with the traceback of its own code and the cause last."""
 
 
-def run_notebook(
-    source: Path,
-    output: Path,
-    *,
-    parameters: Mapping[str, Any],
-    record: Path,
-    failed: Path,
-    models: Mapping[str, str],
-) -> None:
+def run_notebook(source: Path, build: Path, *, parameters: Mapping[str, Any], models: Mapping[str, str]) -> None:
     """Execute a notebook with papermill in this interpreter's own kernel, keep the copy, and record what ran.
 
-    `models`, name to content or commit, goes to the record. A copy that fails never becomes `output`: it goes to the
-    folder `failed`, its traceback beside it as text.
+    The copy goes to `build/notebooks`, the record to `build/records`, with `models`: name to content or commit. A copy
+    that fails goes to `build/failed` instead, its traceback beside it as text.
 
     Raises:
         NotebookError: a cell raised, the kernel died, or the notebook did not write `results_path`.
     """
     import papermill  # of the pipeline's extra, which who only saves results does not need
 
-    for folder in (output.parent, failed):
-        folder.mkdir(parents=True, exist_ok=True)
-    kept = failed / source.name
+    output, kept = (build / folder / source.name for folder in ("notebooks", "failed"))
+    for path in (output, kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for stale in (kept, kept.with_suffix(".txt"), results := Path(parameters["results_path"])):
         stale.unlink(missing_ok=True)
     inputs = [source, *module_files(source), manifest.FILE, PACKAGE.parent / "requirements.lock"]
@@ -69,7 +61,7 @@ def run_notebook(
             os.replace(partial, kept)
         raise NotebookError(message) from None
     os.replace(partial, output)
-    write_json({**run, **hashes, "outputs": _hashes([output, results])}, record)
+    write_json({**run, **hashes, "outputs": _hashes([output, results])}, build / "records" / f"{source.stem}.json")
 
 
 def _own_kernel() -> type:

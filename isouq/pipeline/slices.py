@@ -14,6 +14,7 @@ The notebooks' own numbers have the tolerances of `compare`; what is compared be
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -23,7 +24,9 @@ from typing import Any
 
 from isouq.pipeline import compare, profiles, runner
 from isouq.pipeline.compare import Row
-from isouq.studies.results import ResultError
+from isouq.pipeline.kept import of_chapter
+from isouq.studies.results import ResultError, plain
+from isouq.studies.store import Store, identity_of
 
 MODEL, DATA_SET, N_QUESTIONS = "smollm2-135m-instruct", "wikidata", 6
 SAME_SCORE = 1e-3  # relative: float32 sums in another order, on another processor
@@ -48,11 +51,6 @@ def recompute(kept: Mapping[str, Any], chapters: Sequence[str] = ()) -> list[Row
     return rows
 
 
-def derivation(kept: Numbers, scratch: Path) -> list[Row]:
-    """Run the whole notebook."""
-    return _notebook("01_derivation", kept, scratch)
-
-
 def mcmc(kept: Numbers, scratch: Path) -> list[Row]:
     """Run the notebook on the kept posteriors, and sample the first posterior of the declared setting again."""
     from isouq.studies.synthetic import atlas, plan
@@ -65,25 +63,23 @@ def mcmc(kept: Numbers, scratch: Path) -> list[Row]:
         if before["region"] == "whole" and before["spearman"] == before["spearman"]:
             name = f"mcmc: {job.problem}, seed {job.seed}, {before['point']}, {before['measure']}, ρ"
             rows.append(_row(name, before["spearman"], after["spearman"], absolute=SAME_POSTERIOR))
-    return rows + _notebook("02_mcmc", kept, scratch)
+    return rows + notebook("02_mcmc", kept, scratch)
 
 
 def isotropy(kept: Numbers, scratch: Path) -> list[Row]:
     """Take the steps from variance to estimate again, on every kept posterior of the declared setting."""
     from isouq.studies.isotropy import chain
-    from isouq.studies.results import plain
     from isouq.studies.synthetic import plan
 
     section = profiles.load("published").parameters("03_isotropy")
     steps = chain.table([_kept_record(job) for job in plan.headline(section)])
     run = {key: plain(result) for key, result in chain.named_results(steps).items()}
-    return compare.compare({key: entry for key, entry in kept.items() if key.startswith("isotropy.chain.")}, run)
+    return compare.compare({key: kept[key] for key in kept if key.startswith("isotropy.chain.")}, run)
 
 
 def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
     """Ask the first questions again, and compare every score of every answer with the record that is kept."""
     from isouq.studies.qa import data, study
-    from isouq.studies.store import Store
 
     section: Any = profiles.load("published").parameters("04_llm_qa")
     how = section.scoring(MODEL, DATA_SET) | {"n_questions": N_QUESTIONS, "n_token_mean": 1, "records_dir": None}
@@ -107,8 +103,6 @@ def llm_qa(kept: Numbers, scratch: Path) -> list[Row]:
 
 def kept_answers(n_shots: int) -> tuple[Path, dict[str, Any]]:
     """Return the kept records of the questions asked with so many examples, and their identity."""
-    from isouq.studies.store import identity_of
-
     files = (profiles.CLONE / "results" / "published" / "qa").glob(f"{MODEL}--{DATA_SET}-*.parquet")
     pairs = [(path, identity_of(path)) for path in files]
     [pair] = [pair for pair in pairs if pair[1]["settings"]["n_shots"] == n_shots]
@@ -135,33 +129,24 @@ def cost(kept: Numbers, scratch: Path) -> list[Row]:
     return compare.compare({key: kept[key] for key in run}, run)
 
 
-def your_model(kept: Numbers, scratch: Path) -> list[Row]:
-    """Run the whole notebook."""
-    return _notebook("06_your_model", kept, scratch)
+def notebook(chapter: str, kept: Numbers, scratch: Path) -> list[Row]:
+    """Run a notebook of the published profile in `scratch`, and compare all that it saves."""
+    results = scratch / f"{chapter}.json"
+    section = profiles.load("published").parameters(chapter, results_path=str(results))
+    source = profiles.CLONE / "notebooks" / f"{chapter}.ipynb"
+    runner.run_notebook(source, scratch, parameters=section.model_dump(), models={})
+    run = json.loads(results.read_text(encoding="utf-8"))["results"]
+    return compare.compare(of_chapter(kept, chapter), run)
 
 
 SLICES: dict[str, Callable[[Numbers, Path], list[Row]]] = {
-    "01_derivation": derivation,
+    "01_derivation": functools.partial(notebook, "01_derivation"),
     "02_mcmc": mcmc,
     "03_isotropy": isotropy,
     "04_llm_qa": llm_qa,
     "05_cost": cost,
-    "06_your_model": your_model,
+    "06_your_model": functools.partial(notebook, "06_your_model"),
 }
-
-
-def _notebook(chapter: str, kept: Numbers, scratch: Path) -> list[Row]:
-    """Run a notebook of the published profile in `scratch`, and compare all that it saves."""
-    from isouq.pipeline.kept import of_chapter
-
-    results = scratch / f"{chapter}.json"
-    section = profiles.load("published").parameters(chapter, results_path=str(results))
-    source = profiles.CLONE / "notebooks" / f"{chapter}.ipynb"
-    places: Any = {"record": scratch / "record.json", "failed": scratch / "failed"}
-    output = scratch / "executed" / source.name
-    runner.run_notebook(source, output, parameters=section.model_dump(), models={}, **places)
-    run = json.loads(results.read_text(encoding="utf-8"))["results"]
-    return compare.compare(of_chapter(kept, chapter), run)
 
 
 def _kept_record(job: Any) -> Any:

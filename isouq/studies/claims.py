@@ -25,7 +25,6 @@ from isouq.studies.results import check_key
 Outcome = Literal["holds", "partly", "does not hold", "undecided", "not run"]
 INTERVALS = ("bootstrap", "t", "fisher", "exact")
 OUTCOMES: tuple[Outcome, ...] = ("holds", "partly", "does not hold", "undecided")  # of a claim that was run
-_CLAIM_FIELDS = {"id", "claim", "short", "finding", "chapter", "paper", "note", "written", "joint", "each", "checks"}
 _CHECK_FIELDS = {"label", "key", "rule", "core", "interval", "paper", "once"}
 WRITTEN = {
     "before": "Its rules were written before any of these numbers was seen.",
@@ -188,7 +187,7 @@ def load(path: str | Path) -> list[Claim]:
 def _claim(entry: Mapping[str, Any]) -> Claim:
     name = str(entry.get("id", "a claim without id"))
     for key in entry:
-        require.one_of(f"{name}: field", key, _CLAIM_FIELDS)
+        require.one_of(f"{name}: field", key, [*Claim.__dataclass_fields__, "each"])
     require.one_of(f"{name}: written", entry.get("written"), WRITTEN)
     axes = [[(axis, pair) for pair in names.items()] for axis, names in entry.get("each", {}).items()]
     products = [dict(product) for product in itertools.product(*axes)]
@@ -202,10 +201,9 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     finding = entry.get("finding", dict.fromkeys(OUTCOMES, ""))
     if set(finding) != set(OUTCOMES):
         raise ValueError(f"{name}: finding: {', '.join(finding)} given, a sentence for each of {OUTCOMES} wanted")
-    names = ("id", "claim", "short", "finding", "paper", "written", "chapter", "note")
-    plain = {key: entry[key] for key in names if key in entry}
-    plain["paper"] = re.sub(r"\{([\w.]+)\}", lambda path: str(printed(path[1])), entry["paper"])
-    return Claim(**plain, checks=tuple(checks), joint=tuple(dict.fromkeys(joint)))
+    made: dict[str, Any] = {"checks": tuple(checks), "joint": tuple(dict.fromkeys(joint))}
+    made["paper"] = re.sub(r"\{([\w.]+)\}", lambda path: str(printed(path[1])), entry["paper"])
+    return Claim(**{key: value for key, value in entry.items() if key != "each"} | made)
 
 
 def _check(name: str, entry: Mapping[str, Any], values: Mapping[str, tuple[str, str]]) -> Check:

@@ -48,6 +48,12 @@ class Interval:
         if not (np.isfinite([self.value, self.low, self.high]).all() and self.low <= self.high):
             raise ValueError(f"interval: {self.value} [{self.low}, {self.high}] given, finite low <= high wanted")
 
+    @classmethod
+    def of(cls, value: float, draws: Column, n: int, levels: Sequence[float] | Column = (0.025, 0.975)) -> Interval:
+        """Return the interval between two quantiles of `draws`, which `value` widens where it lies outside."""
+        low, high = np.quantile(defined(draws, n), levels)
+        return cls(value, min(float(low), value), max(float(high), value), n)
+
     def __str__(self) -> str:
         """Return for example ``0.63 [0.55, 0.71], n = 120``."""
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
@@ -121,8 +127,7 @@ def bca(value: float, draws: Column, jackknife: Column, n: int, *, n_units: int,
     scale = np.sum(away**2) ** 1.5
     acceleration = np.sum(away**3) / (6 * scale) if scale > 0 else 0.0
     z = bias + special.stdtrit(max(1, n_units - 1), [(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(draws, special.ndtr(bias + z / (1 - acceleration * z)))
-    return Interval(value, min(float(low), value), max(float(high), value), n)
+    return Interval.of(value, draws, n, special.ndtr(bias + z / (1 - acceleration * z)))
 
 
 def defined(draws: Column, n: int) -> Column:
@@ -191,8 +196,7 @@ class Ranking:
         """Return the 95 % interval: BCa for a raw score, out-of-bag percentiles for a fitted one."""
         if self.jackknife is not None:
             return bca(self.value, self.draws, self.jackknife, self.n, n_units=self.n_units)
-        low, high = np.quantile(defined(self.out_of_bag, self.n), [0.025, 0.975])
-        return Interval(self.value, min(float(low), self.value), max(float(high), self.value), self.n)
+        return Interval.of(self.value, self.out_of_bag, self.n)
 
     def as_in_paper(self) -> tuple[float, float]:
         """Return mean and standard deviation over the first N_AS_IN_PAPER resamples, as the paper reports AUROCs."""
@@ -281,46 +285,29 @@ def weighted_auroc(
 ) -> Column:
     """Return the AUROC of every row of `weights` (resample, example), by ranks; NaN where a class has no weight.
 
-    score: (example,) or, where it differs between resamples, (resample, example). codes: (example,) strata; only pairs
-    within one count.
+    score: (example,) or, where it differs between resamples, (resample, example). codes: (example,) strata, of a score
+    (example,); only pairs within one count.
     """
-    if codes is None and score.ndim == 1:
-        return by_blocks(functools.partial(_auroc, Pooled.of(score, wrong)), weights)
-    if codes is None and score.size > 2000 * 500:
+    if score.ndim > 1:
         return one_by_one(weighted_auroc, score, wrong, weights)
-    codes = np.zeros(len(wrong), dtype=int) if codes is None else codes
-    score = np.broadcast_to(score, weights.shape)
-    order = np.lexsort((score, np.broadcast_to(codes, score.shape)), axis=1)
-    score, w = np.take_along_axis(score, order, 1), np.take_along_axis(weights, order, 1)
-    is_wrong, codes = wrong[order], codes[order]
-    right, wrong_weight = np.where(is_wrong, 0.0, w), np.where(is_wrong, w, 0.0)
-    # A run is a group of tied scores in one stratum. A wrong answer wins against the right ones of its stratum before
-    # its run, and half of those in it. Cumulated weights never fall, so a running maximum carries the weight at the
-    # start of a run through it, and a running minimum from behind the weight at its end.
-    total = np.cumsum(right, axis=1)
-    before = total - right
-    first = np.ones(score.shape, dtype=bool)
-    first[:, 1:] = (score[:, 1:] != score[:, :-1]) | (codes[:, 1:] != codes[:, :-1])
-    opens = np.ones(score.shape, dtype=bool)
-    opens[:, 1:] = codes[:, 1:] != codes[:, :-1]
-    last, closes = np.roll(first, -1, axis=1), np.roll(opens, -1, axis=1)
-    run_start = np.maximum.accumulate(np.where(first, before, 0), axis=1)
-    run_end = np.minimum.accumulate(np.where(last, total, np.inf)[:, ::-1], axis=1)[:, ::-1]
-    stratum_start = np.maximum.accumulate(np.where(opens, before, 0), axis=1)
-    stratum_end = np.minimum.accumulate(np.where(closes, total, np.inf)[:, ::-1], axis=1)[:, ::-1]
-    concordant = np.sum(wrong_weight * ((run_start + run_end) / 2 - stratum_start), axis=1)
-    pairs = np.sum(wrong_weight * (stratum_end - stratum_start), axis=1)
-    return np.divide(concordant, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
+    strata = [np.ones(len(wrong), dtype=bool)] if codes is None else [codes == code for code in np.unique(codes)]
+    of_each = [
+        by_blocks(functools.partial(_won, Pooled.of(score[rows], wrong[rows])), weights[:, rows]) for rows in strata
+    ]
+    won, pairs = np.sum(of_each, axis=0).T
+    return np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
 
 
-def _auroc(pools: Pooled, weights: Weights) -> Column:
-    """Return the AUROC by the rank sum of wrong answers: the sum of ranks up to r is r²/2, but for the half of ties."""
+def _won(pools: Pooled, weights: Weights) -> Column:
+    """Return pairs that the wrong answer wins, and all pairs, (resample, 2).
+
+    By the rank sum of wrong answers: the sum of ranks up to r is r²/2, but for the half of ties.
+    """
     ranks = pools.cumulated(weights).astype(float)
     n_wrong = pools.total(ranks)
     ties = np.sum(pools.sizes(ranks, pools.tied) * pools.sizes(ranks, pools.tied + 1), axis=1)
-    pairs = n_wrong * (ranks[:, -1] - n_wrong)
-    concordant = (pools.total(ranks**2) - n_wrong**2 - ties) / 2
-    return np.divide(concordant, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    won = (pools.total(ranks**2) - n_wrong**2 - ties) / 2
+    return np.column_stack([won, n_wrong * (ranks[:, -1] - n_wrong)])
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:

@@ -18,7 +18,7 @@ from scipy import special, stats
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from isouq.studies import require
-from isouq.studies.evaluation import CONSTANT, Interval, Ranking, defined, moderate, on_all, weighted_auroc
+from isouq.studies.evaluation import CONSTANT, Interval, Ranking, moderate, on_all, weighted_auroc
 from isouq.studies.resamples import (
     Column,
     Resamples,
@@ -251,9 +251,7 @@ class Fit:
 
     def coefficient(self, feature: int) -> Interval:
         """Return one feature's coefficient per standard deviation, with its 95 % interval over refits."""
-        value, n = float(self.coefficients[feature]), len(self.wrong)
-        low, high = np.quantile(defined(self.beta[:, feature], n), [0.025, 0.975])
-        return Interval(value, min(float(low), value), max(float(high), value), n)
+        return Interval.of(float(self.coefficients[feature]), self.beta[:, feature], len(self.wrong))
 
 
 def residual_ranks(score: ArrayLike, given: ArrayLike) -> Column:

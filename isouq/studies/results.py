@@ -88,9 +88,14 @@ def save_results(results: Mapping[str, Result], path: str | Path) -> None:
         write_json({"results": content}, Path(path))
 
 
+def as_json(content: Any) -> str:
+    """Return JSON as this project writes it; NaN and infinity, which JSON does not know, are refused."""
+    return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON whole or not at all; NaN and infinity, which JSON does not know, are refused."""
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """Write JSON whole or not at all, as `as_json` has it."""
+    text = as_json(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,19 +18,10 @@ from scipy import special, stats
 
 from isouq.studies import require
 from isouq.studies.claims import Check, Claim, Outcome
+from isouq.studies.results import Result
 
 LARGEST_RHO = 0.9999  # a correlation of one would be infinitely far from all others
 LEVEL = 0.05  # of the intervals within a claim (familywise) and of the false discovery rate over the book
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """A result: a value and, where one is meant, its 95 % interval and the number of examples."""
-
-    value: Any
-    low: Any
-    high: Any
-    n: Any
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Verdict:
         return f"{self.outcome} ({self.reason})" if self.reason else self.outcome
 
 
-def judge(claims: Sequence[Claim], results: Mapping[str, Measured]) -> dict[str, Verdict]:
+def judge(claims: Sequence[Claim], results: Mapping[str, Result]) -> dict[str, Verdict]:
     """Return the verdict on every claim by its id.
 
     A claim of which a core check has no result is not run, whatever its other checks say. The others are corrected
@@ -65,12 +56,12 @@ def judge(claims: Sequence[Claim], results: Mapping[str, Measured]) -> dict[str,
     else by Holm; then over all checks of all claims by Benjamini and Hochberg. Both at `LEVEL`.
 
     Raises:
-        ValueError: a result that is not finite or whose interval does not contain its value, named, before any
-            claim is judged.
+        ValueError: a result whose interval does not contain its value, named, before any claim is judged.
     """
-    wanted = {check.key for claim in claims for check in claim.checks} & set(results)
-    for key in sorted(wanted):
-        _require_interval(key, results[key])
+    for key in sorted({check.key for claim in claims for check in claim.checks} & set(results)):
+        value, low, high = results[key].value, results[key].low, results[key].high
+        if low is not None and high is not None and not low <= value <= high:
+            raise ValueError(f"{key}: {value} [{low}, {high}] given, a value inside its interval wanted")
     judged = {claim.id: _judge_checks(claim, results) for claim in claims}
     flat = [verdict for verdicts in judged.values() for verdict in verdicts if verdict.p_value is not None]
     q_values = stats.false_discovery_control([verdict.p_value for verdict in flat]) if flat else []
@@ -78,7 +69,7 @@ def judge(claims: Sequence[Claim], results: Mapping[str, Measured]) -> dict[str,
     verdicts = {}
     for claim in claims:
         checks = tuple(_after_discovery(one, rate.get(id(one))) for one in judged[claim.id])
-        missing = _missing_core(claim, results)
+        missing = [check for check in claim.checks if check.core and check.key not in results]
         reason = f"no result for {len(missing)} core check{'s' * (len(missing) > 1)}"
         verdicts[claim.id] = Verdict("not run", reason, checks) if missing else combine(checks)
     return verdicts
@@ -158,25 +149,13 @@ def fisher_z(correlations: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(np.arctanh(np.clip(rho, -LARGEST_RHO, LARGEST_RHO)))
 
 
-def _missing_core(claim: Claim, results: Mapping[str, Measured]) -> list[str]:
-    return [check.label for check in claim.checks if check.core and check.key not in results]
-
-
-def _require_interval(key: str, result: Measured) -> None:
-    value = require.number(f"{key}: value", result.value)
-    if result.low is not None:
-        low, high = require.number(f"{key}: low", result.low), require.number(f"{key}: high", result.high)
-        if not low <= value <= high:
-            raise ValueError(f"{key}: {value} [{low}, {high}] given, a value inside its interval wanted")
-
-
-def _judge_checks(claim: Claim, results: Mapping[str, Measured]) -> list[CheckVerdict]:
+def _judge_checks(claim: Claim, results: Mapping[str, Result]) -> list[CheckVerdict]:
     """Return the checks' outcomes after the correction within the claim."""
     estimates = [_Estimate.of(check, results[check.key]) for check in claim.checks if check.key in results]
     sampled = [one for one in estimates if one.p_value is not None]
     p = np.array([one.p_value for one in sampled])
     if claim.joint and set(claim.joint) <= set(results):
-        count = sum(effective_number(results[key].value) for key in claim.joint)
+        count = sum(effective_number(float(results[key].value)) for key in claim.joint)
         factors = np.full(len(p), LEVEL / -math.expm1(math.log1p(-LEVEL) / count))
         adjusted = -np.expm1(count * np.log1p(-np.minimum(p, 1 - 1e-16)))
     else:
@@ -214,16 +193,16 @@ class _Estimate:
     p_value: float | None
 
     @classmethod
-    def of(cls, check: Check, result: Measured) -> _Estimate:
+    def of(cls, check: Check, result: Result) -> _Estimate:
         """Read the standard errors off the 95 % interval; a bootstrap's two sides may differ, a t-interval's do not."""
-        by_t = check.interval in ("t", "fisher")
-        if result.low is None or (by_t and (result.n is None or result.n < 2)):
+        by_t, n = check.interval in ("t", "fisher"), result.n or 0
+        if result.low is None or (by_t and n < 2):
             return cls(check, float(result.value), (0.0, 0.0), math.inf, None)
         value, low, high, least, most = (
             _scaled(check, edge)
             for edge in (result.value, result.low, result.high, check.region.least, check.region.most)
         )
-        df = float(result.n - 1) if by_t else math.inf
+        df = float(n - 1) if by_t else math.inf
         below, above = value - low, high - value
         if by_t:
             below = above = max(below, above)

@@ -94,10 +94,11 @@ def test_the_paper_profile_fits_one_gpu_and_its_own_wall_time() -> None:
     assert len(table) == len(paper.parameters("04_llm_qa").pairs()) == 16
     assert table["gigabytes"].max() < 80
     assert table["hours"].max() < paper.minutes / 60
-    shown = budget.as_text(budget.by_model(paper))
-    assert list(shown["model"]) == [*paper.parameters("04_llm_qa").models, "together"]
-    assert float(shown["GPU hours"].iloc[-1]) == pytest.approx(table["hours"].sum(), abs=0.06)
-    assert "NVIDIA H100 SXM" in budget.basis(paper)
+    shown = budget.shown(paper)
+    rows = [dict(zip(shown["header"], row, strict=True)) for row in shown["rows"]]
+    assert [row["model"] for row in rows] == [*paper.parameters("04_llm_qa").models, "together"]
+    assert float(rows[-1]["GPU hours"]) == pytest.approx(table["hours"].sum(), abs=0.06)
+    assert "NVIDIA H100 SXM" in shown["basis"]
 
 
 def test_a_profile_that_names_no_gpu_or_not_each_model_is_refused() -> None:

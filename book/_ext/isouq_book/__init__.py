@@ -11,7 +11,8 @@ from sphinx.config import Config
 
 from . import provenance
 from .directives import Budget, Citation, Claims, ClaimsSummary, Findings, IntervalFigure, Provenance, PublicNames
-from .roles import IntervalRole, ResultRole, load_results
+from .results import format_interval, format_number
+from .roles import ResultRole, load_results
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -19,11 +20,9 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("isouq_results_digest", "", "env")
     app.connect("config-inited", load_results)
     app.connect("config-inited", _name_the_book)
-    app.connect("html-page-context", _add_footer)
-    app.connect("html-page-context", _mend_roles)
-    app.connect("html-page-context", _drop_thebe, priority=900)
-    app.add_role("result", ResultRole())
-    app.add_role("interval", IntervalRole())
+    app.connect("html-page-context", _finish_page, priority=900)  # after Jupyter Book
+    app.add_role("result", ResultRole(lambda entry, spec: format_number(entry.value, spec)))
+    app.add_role("interval", ResultRole(format_interval))
     app.add_directive("claims", Claims)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("findings", Findings)
@@ -41,18 +40,13 @@ def _name_the_book(app: Sphinx, config: Config) -> None:
     config.version = config.release = metadata.version("isouq")
 
 
-def _add_footer(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def _finish_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Name the run at the foot of a page, and mend what docutils and Jupyter Book put into it."""
     line = html.escape(provenance.footer(app.isouq_results.meta, page))
     context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'
-
-
-def _mend_roles(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Let a list of references have items: docutils gives its entries a role that is out of use, and not theirs."""
+    # A list of references has items: docutils gives its entries a role that is out of use, and not theirs.
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
-
-
-def _drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Leave out the scripts that run code on another host: Jupyter Book adds them even where they are not used."""
+    # Without the scripts that run code on another host: Jupyter Book adds them even where they are not used.
     for kind in ("script_files", "css_files"):
         context[kind] = [file for file in context.get(kind, []) if not _is_of_thebe(file)]
 

@@ -22,10 +22,11 @@ from sphinx.util.docutils import SphinxDirective
 from isouq.pipeline import profiles
 from isouq.studies import claims, verdicts
 from isouq.studies.claims import Claim
+from isouq.studies.results import Result
 from isouq.studies.verdicts import CheckVerdict, Verdict
 
 from . import findings, provenance
-from .results import Entry, format_interval, format_number
+from .results import format_interval, format_number
 from .roles import quote
 
 _LOGGER = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ class PublicNames(SphinxDirective):
         return list(content.children)
 
 
-def _measurements(verdict: Verdict, entries: dict[str, Entry]) -> nodes.Node:
+def _measurements(verdict: Verdict, entries: dict[str, Result]) -> nodes.Node:
     """Return a claim's checks, one item each: rule, value with its own 95 % interval and n, and the outcome."""
     listing = nodes.bullet_list(classes=["claim-checks"])
     for one in verdict.checks:

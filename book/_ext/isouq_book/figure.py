@@ -13,13 +13,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from isouq.studies import plotting
+from isouq.studies.results import Result
 
-from .results import Entry, format_interval
+from .results import format_interval
 
 
 def read_panels(
-    patterns: Sequence[str], titles: Sequence[str], methods: Sequence[str], entries: Mapping[str, Entry]
-) -> dict[str, dict[str, Entry]]:
+    patterns: Sequence[str], titles: Sequence[str], methods: Sequence[str], entries: Mapping[str, Result]
+) -> dict[str, dict[str, Result]]:
     """Collect title → method → result for the panels that have any; a method without result is left out."""
     panels = {}
     for pattern, title in zip(patterns, titles, strict=True):
@@ -30,7 +31,7 @@ def read_panels(
 
 
 def draw(
-    panels: Mapping[str, Mapping[str, Entry]],
+    panels: Mapping[str, Mapping[str, Result]],
     methods: Sequence[str],
     file: Path,
     *,
@@ -50,13 +51,11 @@ def draw(
     return "; ".join(f"{title}: {_words(panel)}" for title, panel in panels.items())
 
 
-def _table(panel: Mapping[str, Entry], methods: Sequence[str]) -> pd.DataFrame:
-    nothing = Entry(float("nan"))
-    rows = [(method, panel.get(method, nothing)) for method in methods]
-    return pd.DataFrame(
-        [{"method": method, "value": entry.value, "low": entry.low, "high": entry.high} for method, entry in rows]
-    ).astype({"value": float, "low": float, "high": float})
+def _table(panel: Mapping[str, Result], methods: Sequence[str]) -> pd.DataFrame:
+    rows = {method: (entry.value, entry.low, entry.high) for method, entry in panel.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"], dtype=float)
+    return table.reindex(methods).rename_axis("method").reset_index()
 
 
-def _words(panel: Mapping[str, Entry]) -> str:
+def _words(panel: Mapping[str, Result]) -> str:
     return ", ".join(f"{plotting.METHODS[name].label} {format_interval(entry)}" for name, entry in panel.items())

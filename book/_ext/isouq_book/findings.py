@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from isouq.studies.claims import Claim
+from isouq.studies.results import Result
 from isouq.studies.verdicts import Verdict
 
-from .results import Entry, format_interval, format_number
+from .results import format_interval, format_number
 
 _QUOTED = re.compile(r"\{([a-z0-9_.\-]+)(?::([^}]+))?\}")
 
@@ -17,7 +18,7 @@ _QUOTED = re.compile(r"\{([a-z0-9_.\-]+)(?::([^}]+))?\}")
 def sentences(
     stated: Sequence[Claim],
     judged: Mapping[str, Verdict],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, Result],
     *,
     only: Sequence[str] = (),
 ) -> Iterator[tuple[Claim, str]]:
@@ -68,7 +69,7 @@ def share(verdict: Verdict) -> str:
     return f"{verdict.reason} checks" if re.fullmatch(r"\d+ of \d+", verdict.reason) else ""
 
 
-def row(claim: Claim, entries: Mapping[str, Entry]) -> tuple[str, str, str]:
+def row(claim: Claim, entries: Mapping[str, Result]) -> tuple[str, str, str]:
     """Return what a claim's first core check asks, its value here, and the paper's number."""
     first = next(check for check in claim.checks if check.core)
     here = format_interval(replace(entries[first.key], n=None)) if first.key in entries else "—"

@@ -8,62 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_REQUEST = re.compile(r"(?P<key>[a-z0-9][a-z0-9_.\-]*)(?::(?P<spec>[^|]+))?(?:\|(?P<absent>.*))?", re.DOTALL)
+from isouq.studies.results import Number, Result
+
+# What a role asks for: `key`, `key:format` or `key:format|text when absent`.
+REQUEST = re.compile(r"([a-z0-9][a-z0-9_.\-]*)(?::([^|]+))?(?:\|(.*))?", re.DOTALL)
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One named result: a value and, where one is meant, its 95 % interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    unit: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class Results:
     """The results of one run and the record of that run."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, Result] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a role asks for: `key`, `key:format` or `key:format|text when absent`."""
-
-    key: str
-    spec: str = ""
-    absent: str | None = None
 
 
 def load(path: str | Path) -> Results:
     """Read results.json. Raises ValueError, naming the file, when it is not in the agreed form."""
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = Entry.__dataclass_fields__
-        entries = {
-            key: Entry(**{name: item for name, item in fields.items() if name in known})
-            for key, fields in stored["results"].items()
-        }
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        entries = {key: Result(**fields) for key, fields in stored["results"].items()}
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{Path(path).name}: not a file of results ({error})") from error
     return Results(entries, stored.get("meta", {}))
 
 
-def parse_request(text: str) -> Request:
-    """Split a role's text into key, format and the words to use when the key is absent."""
-    match = _REQUEST.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not of the form key, key:format or key|text when absent")
-    return Request(match["key"], match["spec"] or "", match["absent"])
-
-
-def format_number(value: float, spec: str = "") -> str:
+def format_number(value: Number, spec: str = "") -> str:
     """Write a number with two decimals, or in whole numbers or powers of ten where those read better."""
     if spec:
         text = format(value, spec)
@@ -78,7 +48,7 @@ def format_number(value: float, spec: str = "") -> str:
     return text.replace("-", "−")
 
 
-def format_interval(entry: Entry, spec: str = "") -> str:
+def format_interval(entry: Result, spec: str = "") -> str:
     """Write `0.63 [0.55, 0.71], n = 120`, leaving out what the result does not have."""
     text = format_number(entry.value, spec)
     if entry.low is not None and entry.high is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from docutils import nodes
@@ -12,8 +13,9 @@ from sphinx.config import Config
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
-from . import results as results_module
-from .results import Entry, Results
+from isouq.studies.results import Result
+
+from .results import REQUEST, Results, load
 
 _LOGGER = logging.getLogger(__name__)
 SOURCE = "ISOUQ_RESULTS"
@@ -31,7 +33,7 @@ def load_results(app: Sphinx, config: Config) -> None:
         _LOGGER.warning("%s is not set: name the results.json that the book is to show", SOURCE)
         return
     try:
-        app.isouq_results = results_module.load(path)
+        app.isouq_results = load(path)
         config.isouq_results_digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except ValueError as error:
         _LOGGER.warning("%s: %s", SOURCE, error)
@@ -43,34 +45,30 @@ def quote(key: str, shown: str) -> nodes.Node:
 
 
 class ResultRole(SphinxRole):
-    """{result}`key`, {result}`key:.3f` or {result}`key|text when absent`: the value alone."""
+    """A number by its key: `key`, `key:.3f` or `key:.3f|text when absent`.
 
-    def write(self, entry: Entry, spec: str) -> str:
-        """The text that stands in the page."""
-        return results_module.format_number(entry.value, spec)
+    `write` makes the text of it: of {result} the value alone, of {interval} with its 95 % interval and examples.
+    """
+
+    def __init__(self, write: Callable[[Result, str], str]) -> None:
+        self.write = write
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Put the number into the page, with its key as a tooltip, or warn that there is none."""
+        request = REQUEST.fullmatch(self.text.strip())
+        if request is None:
+            return self._fail(f"{self.text!r} is not of the form key, key:format or key|text when absent")
+        key, spec, absent = request.groups()
+        entry = self.env.app.isouq_results.entries.get(key)
+        if entry is None and absent is None:
+            return self._fail(f"no result named {key!r} in the file that {SOURCE} names")
+        if entry is None:
+            return [nodes.inline(absent, absent, classes=["result-absent"])], []
         try:
-            request = results_module.parse_request(self.text)
-            entry = self.env.app.isouq_results.entries.get(request.key)
-            if entry is not None:
-                shown = self.write(entry, request.spec)
-                return [quote(request.key, shown)], []
+            return [quote(key, self.write(entry, spec or ""))], []
         except ValueError as error:
-            return self._fail(f"{self.name}: {error}")
-        if request.absent is not None:
-            return [nodes.inline(request.absent, request.absent, classes=["result-absent"])], []
-        return self._fail(f"{self.name}: no result named {request.key!r} in the file that {SOURCE} names")
+            return self._fail(str(error))
 
     def _fail(self, message: str) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        _LOGGER.warning(message, location=self.get_location(), type="isouq", subtype="result")
+        _LOGGER.warning(f"{self.name}: {message}", location=self.get_location(), type="isouq", subtype="result")
         return [nodes.problematic(self.rawtext, self.rawtext)], []
-
-
-class IntervalRole(ResultRole):
-    """{interval}`key`: the value with its 95 % interval and the number of examples."""
-
-    def write(self, entry: Entry, spec: str) -> str:
-        """The text that stands in the page."""
-        return results_module.format_interval(entry, spec)
