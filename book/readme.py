@@ -32,8 +32,8 @@ FIRST = ("C1", "C2", "C4", "C6", "C7")  # of which the first page, too, says wha
 BLOCKS = ("found", "measured")  # in the order of the page
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
 DATA_SETS = {
-    "truthfulqa": "TruthfulQA (writing)",
-    "truthfulqa_choose": "TruthfulQA (choosing)",
+    "truthfulqa": "TruthfulQA (written)",
+    "truthfulqa_choose": "TruthfulQA (choice)",
     "wikidata": "Wikidata recall",
     "triviaqa": "TriviaQA",
 }
@@ -52,8 +52,8 @@ METHODS = {
     "likelihood": "negative log-likelihood (the control)",
     "epistemic": "epistemic U_E",
     "aleatoric": "aleatoric U_A",
-    "combined": "both, fitted",
-    "combined_curved": "both, fitted with squares",
+    "combined": "fitted pair of both",
+    "combined_curved": "fitted pair with squares",
     "log_gradient": "log G, the variance of log p",
 }
 
@@ -64,8 +64,24 @@ def found(folder: str) -> str:
     stated = claims.load(ROOT / "book" / "claims.yml")
     judged = verdicts.judge(stated, entries)
     chosen = findings.sentences(stated, judged, entries, only=FIRST)
-    lines = [f"- {text} ({claim.id}: {judged[claim.id].outcome})" for claim, text in chosen]
-    return "\n".join([*lines, "", findings.count(judged)])
+    lines = [f"- {text} ({claim.id}: {_outcome(judged[claim.id])})" for claim, text in chosen]
+    return "\n".join([*lines, "", findings.count(judged), *_gains(entries)])
+
+
+def _outcome(verdict: verdicts.Verdict) -> str:
+    return ", ".join(filter(None, [verdict.outcome, findings.share(verdict)]))
+
+
+def _gains(entries: Mapping[str, Result]) -> list[str]:
+    """Where the fitted pair knows more than the probability of the answer, of all models and sets."""
+    counts = [entries.get(f"qa.gain.combined.{name}") for name in ("pairs", "above", "below")]
+    if None in counts:
+        return []
+    pairs, above, below = (format_number(entry.value) for entry in counts if entry)
+    return [
+        f"Beside them: of {pairs} pairs of model and question set, the fitted pair of estimates tells wrong answers better than",
+        f"the answer's plain probability in {above} and worse in {below}; in the others neither is shown.",
+    ]
 
 
 def measured(folder: str) -> str:
@@ -113,7 +129,7 @@ def _mean(entries: Mapping[str, Result], asked: Mapping[str, str]) -> list[str]:
     if not counts:
         return []
     return [
-        f"Mean over {max(int(entry.value) for entry in counts.values())} models:",
+        f"Mean over {max(counts.values(), key=lambda entry: entry.value).note}:",
         "",
         *_table(["", *(asked[d] for d in counts)], _aurocs(entries, "mean", counts)),
     ]
@@ -135,7 +151,7 @@ def _committed(entries: Mapping[str, Result], model: str) -> list[str]:
         return []
     both, both_all, control, control_all = (format_interval(entries[key]) for key in keys)
     return [
-        "On TruthfulQA (choosing) one answer, “I have no comment.”, stands in the official prompt and counts as true.",
+        "On TruthfulQA (choice) one answer, “I have no comment.”, stands in the official prompt and counts as true.",
         f"Without it the fitted pair has {both} (with it: {both_all}), the control {control} (with it: {control_all}).",
         "",
     ]

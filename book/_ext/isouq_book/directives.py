@@ -67,7 +67,8 @@ class Findings(_OfClaims):
         listing = nodes.bullet_list(classes=["findings"])
         for claim, text in findings.sentences(stated, judged, entries, only=only):
             outcome = _outcome(replace(judged[claim.id], reason=""))
-            words = [nodes.Text(f"{text} ({claim.id}: "), outcome, nodes.Text(")")]
+            checks = findings.share(judged[claim.id])
+            words = [nodes.Text(f"{text} ({claim.id}: "), outcome, nodes.Text(f", {checks})" if checks else ")")]
             listing += nodes.list_item("", nodes.paragraph("", "", *words))
         return [listing, _paragraph(findings.count(judged))]
 

@@ -35,7 +35,13 @@ def sentences(
                 text = text.partition(". ")[0].removesuffix(".") + "."
             for name, words in _problems(judged[claim.id]).items():
                 text = text.replace(f"{{{name}}}", words)
-            yield claim, _QUOTED.sub(lambda found: format_number(entries[found[1]].value, found[2] or ""), text)
+            yield claim, _QUOTED.sub(lambda found: _quote(entries[found[1]], found[2] or ""), text)
+
+
+def _quote(entry: Result, spec: str) -> str:
+    """Return the value in a format, or with its interval where the format begins with `interval`."""
+    kind, _, rest = spec.partition(" ")
+    return format_interval(replace(entry, n=None), rest) if kind == "interval" else format_number(entry.value, spec)
 
 
 def _problems(verdict: Verdict) -> dict[str, str]:
