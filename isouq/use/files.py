@@ -242,7 +242,7 @@ def _resume(partial: Path, identity: Record) -> int:
                 if json.loads(line)["row"] != n_done - 1:
                     raise ValueError("a row is missing")
         other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in identity.items() if stored[k] != v]
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, IsADirectoryError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
     if other and n_done:
         ways = "finish that one by its own command, delete this file to start afresh, or name another --output"

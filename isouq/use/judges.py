@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,8 @@ def judged(table: pd.DataFrame, judge: str, reference: str) -> pd.Series:
     for name in ("answer", reference):
         require.one_of("reference" if name == reference else "table", name, map(str, table))
     scored = with_scores(table)
+    if len(lost := np.flatnonzero(scored["answer"].isna())):
+        raise ValueError(f"answer: nothing given in row {scored.index[lost[0]] + 1}, a text wanted")
     verdicts = {
         row: JUDGES[judge](str(answer), _accepted(reference, row, cell))
         for row, answer, cell in zip(scored.index, scored["answer"], scored[reference], strict=True)
@@ -50,15 +54,11 @@ def judged(table: pd.DataFrame, judge: str, reference: str) -> pd.Series:
 
 
 def _accepted(name: str, row: int, cell: Any) -> list[str]:
-    texts = json.loads(cell) if isinstance(cell, str) and _is_list(cell) else cell
+    texts = cell
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # of a text that only begins as a list does
+            texts = json.loads(cell)
     texts = list(texts) if isinstance(texts, list | tuple | np.ndarray) else [texts]
-    if not texts or any(text is None or text is pd.NA or text != text or text == "" for text in texts):
+    if not texts or not all(isinstance(text, str | Number) and text == text and text != "" for text in texts):
         raise ValueError(f"{name}: {cell!r} given in row {row + 1}, a text or a list of texts wanted")
     return [str(text) for text in texts]
-
-
-def _is_list(text: str) -> bool:
-    try:
-        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
-    except ValueError:
-        return False

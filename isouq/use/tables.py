@@ -37,12 +37,12 @@ class Source:
     Raises ValueError naming the file, the line where there is one, what is wrong and the way out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "--input") -> None:
         self.paths: Sequence[Path] = [path]
         self.names: Sequence[str] = ()
-        self.reader = _format("--input", path)[0]
+        self.reader = _format(option, path)[0]
         if not path.is_file():
-            raise ValueError(f"--input: there is no file {path}")
+            raise ValueError(f"{option}: there is no file {path}")
 
     def frames(self) -> Iterator[pd.DataFrame]:
         """The rows in order, in frames of at most ROWS; at least one, which has the columns of a file of no rows."""
@@ -56,7 +56,7 @@ class Source:
 
 def read(path: Path) -> pd.DataFrame:
     """A whole file as a table. Raises as `Source`."""
-    source = Source(path)
+    source = Source(path, "file")
     source.names = list(dict.fromkeys(name for frame in source.frames() for name in frame.columns.tolist()))
     frames = list(source.frames())
     whole = pd.concat(frames, ignore_index=True)

@@ -58,7 +58,7 @@ def load(name: str, path: Path) -> DataSet:
 
 def is_file(name: str) -> bool:
     """Return whether a data set's name is that of a file of questions, by its ending."""
-    return Path(name).suffix in _READERS
+    return Path(name).suffix in READERS
 
 
 def key_part(name: str) -> str:
@@ -76,7 +76,7 @@ def read_file(name: str) -> DataSet:
     an answer that is both right and wrong.
     """
     try:
-        table = _READERS[Path(name).suffix](name)
+        table = READERS[Path(name).suffix](name)
     except Exception as error:  # the file's own, or of whatever client its address needs
         raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from error
     for column in ("question", "answer"):
@@ -117,7 +117,7 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-_READERS: dict[str, Callable[[str], pd.DataFrame]] = {
+READERS: dict[str, Callable[[str], pd.DataFrame]] = {
     ".csv": lambda name: _whole(pd.read_csv(name, dtype=str, keep_default_na=False)),
     ".jsonl": lambda name: pd.read_json(name, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
