@@ -88,8 +88,7 @@ class Calibrator:
         """Return p_wrong of every row; NaN for rows with an `error`."""
         scored = with_scores(table)
         p_wrong = pd.Series(np.nan, index=range(len(table)), name="p_wrong")
-        if len(scored):
-            p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
+        p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
         return p_wrong.set_axis(table.index)
 
     def check(self, about: Mapping[str, Any]) -> None:
