@@ -132,6 +132,9 @@ def test_texts_of_digits_stay_as_written_and_what_is_used_later_is_asked_for_fir
     for name in ("label", "answer"):  # the model's own answer is no reference
         with pytest.raises(ValueError, match=f"beside the answer that the model writes it has no column '{name}'"):
             your_model.questions(file, "gold", name, prompt="prompt")
+    Path(file).write_text("prompt,gold,gold\na,b,c\n")
+    with pytest.raises(ValueError, match="key 'gold' is there twice"):
+        your_model.questions(file, prompt="prompt")
     Path(file).write_text("prompt,gold\nWho?, Smith, John\n")
     with pytest.raises(ValueError, match="rows have more cells than its 2 columns"):
         your_model.questions(file, prompt="prompt")

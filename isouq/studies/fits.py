@@ -23,7 +23,6 @@ from isouq.studies.resamples import Resamples, Statistic, UndefinedStatisticErro
 
 N_BINS = 5  # of the calibration error
 N_REPEATS = 20  # of the folds behind a fitted score's own value
-FAR = 1e4  # standard deviations from 0
 FLAT = 1e-3  # standard deviations; a ridge does not see features whose values mostly lie nearer to each other
 
 
@@ -36,9 +35,9 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Weights) -
 
     Raises RuntimeError if a fit does not converge.
     """
-    # A feature far from 0 for its spread, such as a constant one, would leave rounding to fit: it is moved there.
+    # A feature 10,000 standard deviations from 0, such as a constant one, would leave rounding to fit: it is moved.
     middle = np.median(features, axis=0)
-    moved = np.where(np.abs(middle) > FAR * features.std(axis=0), middle, 0.0)
+    moved = np.where(np.abs(middle) > 1e4 * features.std(axis=0), middle, 0.0)
     whole = _newton(features - moved, wrong, np.ones((1, len(wrong))))[0]
     beta = by_blocks(functools.partial(_newton, features - moved, wrong, start=np.nan_to_num(whole)), weights)
     beta[:, 0] -= beta[:, 1:] @ moved

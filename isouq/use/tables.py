@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from isouq.studies.qa.data import unique
 
 ROWS = 4096  # of a frame
 FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 kB
@@ -167,18 +168,12 @@ def json_lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, A
 
 
 def _object(line: str) -> dict[str, Any]:
-    content = json.loads(line, object_pairs_hook=_unique)
+    content = json.loads(line, object_pairs_hook=unique)
     if not isinstance(content, dict):
         raise ValueError("no object, but a list or a single value")
     json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, and halves of surrogate pairs
     written = json.loads(line, parse_int=str, parse_float=str)
     return content | {name: written[name] for name in ("prompt", "answer") if name in written}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
-        raise ValueError(f"key {twice[0]!r} is there twice")
-    return dict(pairs)
 
 
 def _read_parquet(path: Path, _: Sequence[str]) -> Iterator[pd.DataFrame]:
