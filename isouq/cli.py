@@ -50,9 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", default="auto", choices=models.DEVICES, help=text)
     text = "auto (default) is the checkpoint's own on a card, float32 on the CPU"
     score.add_argument("--dtype", default="auto", choices=models.DTYPES, help=text)
-    score.add_argument(
-        "--chat", action="store_true", help="ask by the model's chat template, a prompt being a user's turn"
-    )
+    text = "ask by the model's chat template, a prompt being a user's turn"
+    score.add_argument("--chat", action="store_true", help=text)
     score.add_argument("--system", metavar="TEXT", help="a system message before every prompt, with --chat")
     choices = (*AGGREGATIONS, "all")
     score.add_argument("--aggregation", default="sequence", choices=choices, help="what p of an answer means")

@@ -71,8 +71,10 @@ def test_what_cannot_be_read_is_refused_by_file_and_line(tmp_path, name, content
 def test_a_folder_and_a_missing_file_are_no_input(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for name in ("folder.csv", "absent.csv"):
-        with pytest.raises(ValueError, match=f"--input: there is no file .*{name}"):
+        with pytest.raises(ValueError, match=f"^file: there is no file .*{name}"):
             tables.read(tmp_path / name)
+        with pytest.raises(ValueError, match=f"^--input: there is no file .*{name}"):
+            tables.Source(tmp_path / name)
 
 
 def test_csv_cells_are_the_texts_of_the_file(tmp_path):

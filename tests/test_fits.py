@@ -91,6 +91,20 @@ def test_a_resample_of_one_class_has_no_fit_and_a_constant_feature_no_slope() ->
     assert beta[0, 2] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -1e5, 1e8])
+def test_a_constant_feature_of_any_value_has_no_slope_and_one_far_from_0_its_own(value: float) -> None:
+    features, wrong = made_up(effect=1.0)
+    once = np.ones((1, N))
+    alone = fits.fit_logistic(features[:, :1], wrong, once)[0]
+    beside = fits.fit_logistic(np.column_stack([features[:, 0], np.full(N, value)]), wrong, once)[0]
+    assert beside == pytest.approx([*alone, 0.0], abs=1e-9)
+    assert fits.fit_logistic(np.full((N, 1), value), wrong, once)[0] == pytest.approx(
+        [special.logit(wrong.mean()), 0.0], abs=1e-9
+    )
+    moved = fits.fit_logistic(features[:, :1] + 1e6, wrong, once)[0]
+    assert moved == pytest.approx([alone[0] - 1e6 * alone[1], alone[1]], rel=1e-6)
+
+
 def test_scores_out_of_fold_find_signal_and_do_not_leak() -> None:
     rng = np.random.default_rng(2)
     wrong = rng.random(300) < 0.5

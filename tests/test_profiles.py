@@ -91,6 +91,12 @@ def test_a_key_given_twice_is_refused_although_yaml_would_keep_the_last(tmp_path
     assert line.startswith("mine.yml cannot be read: given twice: seed in ")
 
 
+def test_a_merge_given_twice_is_refused_too(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text().replace("04_llm_qa: {}", "04_llm_qa: {<<: {seed: 1}, <<: {seed: 2}}"))
+    assert "given twice: <<" in complaints(path)[0]
+
+
 def test_a_name_other_than_the_files_is_refused(tmp_path):
     path = written(tmp_path).rename(tmp_path / "other.yml")
     assert complaints(path) == ["other.yml: name: 'mine' given; wanted the file's own name, 'other'"]
@@ -277,7 +283,7 @@ def test_models_whose_results_could_not_be_told_apart_are_refused(tmp_path, mode
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["2024_10", "007", "0x1f", "2024-10-01", "yes", "null"])
+@pytest.mark.parametrize("name", ["2024_10", "0x1f", "2024-10-01", "yes", "null"])
 def test_a_name_that_yaml_reads_as_something_else_is_refused_with_how_to_write_it(tmp_path, name):
     path = written(tmp_path, name=name)
     assert profiles.load(path).name == name, "quoted it is a name"
@@ -285,6 +291,34 @@ def test_a_name_that_yaml_reads_as_something_else_is_refused_with_how_to_write_i
     (line,) = complaints(path)
     assert line.startswith(f"{name}.yml: name: ")
     assert line.endswith("put it in quotes" if name != "null" else "nothing given; wanted a value")
+
+
+@pytest.mark.parametrize("number", ["010", "-010", "0_10", "1:30", "1:30.5", "007"])
+def test_a_number_that_yaml_alone_reads_as_another_is_text(tmp_path, number):
+    path = written(tmp_path, seed=7)
+    path.write_text(path.read_text().replace("seed: 7", f"seed: {number}"))
+    assert complaints(path) == [f"mine.yml: seed: {number!r} given; wanted integer"]
+    path = written(tmp_path, name="007")
+    path.write_text(path.read_text().replace("name: '007'", "name: 007"))
+    assert profiles.load(path).name == "007"
+
+
+@pytest.mark.parametrize("chapter", schemas.SCHEMAS)
+def test_a_place_that_cannot_be_is_refused_before_anything_runs(tmp_path, monkeypatch, chapter):
+    (tmp_path / "file").write_text("")
+    own = VALID[schemas.SCHEMAS[chapter]]
+    for name in (field for field in own if field.endswith(("_dir", "_path"))):
+        bad = ["~/store", str(tmp_path / "file" / "in"), str(tmp_path if name == "results_path" else tmp_path / "file")]
+        for place in bad:
+            if name != "results_path":
+                (line,) = complaints(written(tmp_path, notebooks={chapter: {name: place}}))
+                assert f"notebooks.{chapter}: {name}: {place!r} given" in line
+            with pytest.raises(profiles.ProfileError, match=rf"{chapter}: {name}: .* wanted"):
+                profiles.validate(chapter, own | {name: place})
+    profiles.validate(chapter, own | {"results_path": str(tmp_path / "new" / "a.json")})
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a test may run as root, who may write everywhere
+    with pytest.raises(profiles.ProfileError, match=r"results_path: .* may not be written, another file wanted"):
+        profiles.validate(chapter, own | {"results_path": str(tmp_path / "a.json")})
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -177,7 +177,7 @@ TAKE_OBJECTS = {
         analysis.added_signal,
     ),
     *(analysis.agreement, analysis.accuracy, tables.table_2, tables.p_true_question, problems.titles),
-    *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking),
+    *(evaluation.bca, evaluation.defined, evaluation.max_t, evaluation.moderate, evaluation.ranking, fits.steady),
     *(evaluation.stratified_ranking, evaluation.weighted_auroc, fits.fit_logistic, analysis.clustered),
     *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),
     *(rejection.weighted_aurc, rejection.weighted_prr),

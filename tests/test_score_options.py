@@ -17,6 +17,7 @@ from isouq import cli, models
 from isouq.language import generation, scoring
 from isouq.language.chat import Prompting
 from isouq.use import files, tables
+from isouq.use.calibrate import Calibrator
 
 TEMPLATE = (
     "<eos>{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no such role') }}"
@@ -422,6 +423,15 @@ def test_a_calibrator_adds_p_wrong_and_is_refused_before_rows_are_scored(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "o.parquet"]
 
 
+def test_a_calibrator_of_a_column_that_the_table_lacks_is_refused_before_the_model_is_loaded(tmp_path):
+    ends = dict.fromkeys(("brier", "ece"), (0.1, 0.1, 0.1))
+    mine = Calibrator(score="mine", method="logistic", coefficients=(0.0, 1.0), knots=None, n=60, **ends)
+    questions(tmp_path / "in.jsonl")
+    run = files.Run(model="mine", load=lambda: pytest.fail("loaded"), how=scoring.Scoring(), calibrator=mine)
+    with pytest.raises(ValueError, match=r"scores: 'mine' given, one of likelihood, .*prompt"):
+        files.score_file(tables.Source(tmp_path / "in.jsonl"), tmp_path / "o.jsonl", run)
+
+
 # ---- logs of lm-evaluation-harness -----------------------------------------------------------------------------------
 
 
@@ -498,6 +508,10 @@ def tables_of(*paths):
         ([choices(0, [-1, -2])] * 2, "line 2: question 0 of t is there already, in "),
         ([{"doc_id": 1, "prompt": "a"}], r"line 1: no sample of lm_eval --log_samples \(KeyError: 'arguments'\)"),
         ([], "no sample in it"),
+        ([sample(0, [["a", {}]], [[None]])], "line 1: the model's answer is None; a text wanted"),
+        ([sample(0, [["a", {}]], [[["x", "y"]]])], r"line 1: the model's answer is \['x', 'y'\]; a text wanted"),
+        ([choices(0, [-1, float("nan")])], "line 1: 2 choices and log-probabilities .*nan.*; one for each wanted"),
+        ([choices(0, [-1, -2]) | {"resps": [[["-1", "True"]]]}], "line 1: 2 choices and log-probabilities"),
     ],
 )
 def test_a_log_without_answers_is_refused_by_line(tmp_path, lines, message):
@@ -517,6 +531,12 @@ def test_what_a_log_lacks_is_neither_asked_nor_made_up(chat_folder, tmp_path, ca
     assert (second["answer"], second["f1"], second["log_prob"]) == (None, None, None)
     assert cli.main([*arguments, "--chat", "--output", str(tmp_path / "o.jsonl")]) == 1
     assert "--chat: the prompts of a log are as the model has read them" in capsys.readouterr().err
+
+
+def test_a_metric_named_as_a_text_of_the_log_does_not_take_its_place(tmp_path):
+    line = sample(0, [["a", {}]], [[" b"]], prompt=1, answer=2, task=3, f1=0.5)
+    got = tables_of(log(tmp_path / "samples_t.jsonl", line))
+    assert got[["task", "prompt", "answer", "f1"]].to_numpy().tolist() == [["t", "a", " b", 0.5]]
 
 
 def test_another_format_than_lm_eval_is_refused(tmp_path, capsys):

@@ -218,6 +218,14 @@ def test_the_same_weights_under_another_name_resume(model_folder, tmp_path, inte
     assert score(tmp_path / "copy", source, target) == 0
 
 
+def test_a_row_without_its_fields_is_no_rest_of_a_run(model_folder, interrupted, capsys):
+    source, target, partial = interrupted
+    head = partial.read_bytes().split(b"\n")[0]
+    partial.write_bytes(head + b'\n{"row": 0}\n')
+    assert score(model_folder, source, target) == 1
+    assert capsys.readouterr().err.endswith("no rest of an interrupted run; move it away or name another --output\n")
+
+
 @pytest.mark.parametrize("content", ["hello", "hello\n", '{"fingerprint": "other"}\n', "[1]\n", "", "\xff\n"])
 def test_a_file_that_is_no_partial_result_is_named_and_stays(model_folder, tmp_path, capsys, content):
     source, target, partial = tmp_path / "in.csv", tmp_path / "out.csv", tmp_path / "out.csv.partial"

@@ -1,5 +1,6 @@
 """A store is bound to its run, writes all or nothing, never twice, one process at a time; what fails says why."""
 
+import json
 import os
 import resource
 import sqlite3
@@ -8,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from isouq.studies.store import Store, StoreError, store_path
@@ -208,3 +211,18 @@ def test_exported_records_are_taken_over_by_the_same_run_only(tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-20])
     with Store(tmp_path / "four.sqlite", RUN) as store, pytest.raises(StoreError, match=r"s\.parquet cannot be read"):
         store.restore(file)
+
+
+@pytest.mark.parametrize(
+    "record", [{"record": "{"}, {"record": "[1]"}, {"record": 3}, {"stage": None}, {"item_id": ""}]
+)
+def test_a_file_whose_rows_are_no_records_is_not_taken_over(tmp_path: Path, record: dict) -> None:
+    row = {"stage": "answer", "item_id": "a", "record": "{}"} | record
+    table = pa.table({name: [cell] for name, cell in row.items()})
+    pq.write_table(table.replace_schema_metadata({"identity": json.dumps(RUN)}), tmp_path / "s.parquet")
+    with Store(tmp_path / "s.sqlite", RUN) as store:
+        with pytest.raises(
+            StoreError, match=r"s\.parquet cannot be read \(.*\); remove it, and what it held is computed"
+        ):
+            store.restore(tmp_path / "s.parquet")
+        assert store.get("answer") == {}

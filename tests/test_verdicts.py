@@ -240,6 +240,7 @@ PLAIN = {"label": "x", "key": "a.b", "rule": {"above": 1}, "core": True}
         ({"written": "long ago"}, "C1: written: 'long ago' given"),
         ({"checks": []}, "C1: 0 checks given, none of them core"),
         ({"checks": [PLAIN | {"core": False}]}, "C1: 1 checks given, none of them core"),
+        ({"checks": [PLAIN | {"core": "no"}]}, "C1: x: core: 'no' given, true or false wanted"),
         ({"checks": [PLAIN | {"rule": {"over": 1}}]}, "C1: x: rule: {'over': 1} given"),
         ({"checks": [PLAIN | {"rule": {"above": 1, "below": 2}}]}, "exactly one of above, below, near"),
         ({"checks": [PLAIN | {"rule": {"near": {"value": 1, "margin": 0}}}]}, "near, margin: 0 given"),

@@ -124,6 +124,22 @@ def test_questions_are_read_by_the_names_of_their_columns(tmp_path):
         your_model.questions("in.txt", prompt="q")
 
 
+def test_texts_of_digits_stay_as_written_and_what_is_used_later_is_asked_for_first(tmp_path):
+    file = str(tmp_path / "in.csv")
+    Path(file).write_text("prompt,answer,gold\n007, 1.50,TRUE\n1e3, 2,NA\n")
+    read = your_model.questions(file, "gold", None, prompt="prompt", answer="answer")
+    assert read.to_numpy().tolist() == [["007", " 1.50", "TRUE"], ["1e3", " 2", "NA"]]
+    for name in ("label", "answer"):  # the model's own answer is no reference
+        with pytest.raises(ValueError, match=f"beside the answer that the model writes it has no column '{name}'"):
+            your_model.questions(file, "gold", name, prompt="prompt")
+    Path(file).write_text("prompt,gold,gold\na,b,c\n")
+    with pytest.raises(ValueError, match="key 'gold' is there twice"):
+        your_model.questions(file, prompt="prompt")
+    Path(file).write_text("prompt,gold\nWho?, Smith, John\n")
+    with pytest.raises(ValueError, match="rows have more cells than its 2 columns"):
+        your_model.questions(file, prompt="prompt")
+
+
 def test_the_supplied_questions_are_sixty_found_from_anywhere_and_part_of_the_job(tmp_path, monkeypatch):
     run_of = graph.Graph({"profile": "smoke"})
     [line] = run_of.questions("06_your_model")

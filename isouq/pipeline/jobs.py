@@ -10,9 +10,11 @@ from typing import Any, get_args
 
 import pandas as pd
 
+from isouq.models import ModelError
 from isouq.pipeline import kept, profiles, runner, schemas
 from isouq.studies import assets
 from isouq.studies.results import ResultError, write_json
+from isouq.studies.store import StoreError
 
 
 def score(profile: str, model: str, data_set: str) -> str:
@@ -43,8 +45,11 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
 
     settings = list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
     doses = plan.dose(isotropy) if isotropy else []
-    for job in (*settings, *doses):
-        job.make()  # refuses what is impossible before anything is sampled
+    try:
+        for job in (*settings, *doses):
+            job.make()  # refuses what is impossible before anything is sampled
+    except ValueError as error:
+        raise profiles.ProfileError(f"profile {loaded.name!r}: {error}") from error
     of_atlas = run(settings, section.atlas_dir, atlas.COMMITTED)
     of_doses = run(doses, isotropy.dose_dir, dose.COMMITTED) if doses else []
     records = [record.facts for record in (*of_atlas, *of_doses)]
@@ -117,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if summary := options.pop("job")(**options):
             print(summary)
-    except (runner.NotebookError, ResultError) as error:
+    except (runner.NotebookError, ResultError, profiles.ProfileError, ModelError, StoreError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

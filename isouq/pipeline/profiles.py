@@ -3,6 +3,7 @@
 Its errors name what was given, what is wanted and the nearest valid word.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def load(path_or_name: str | Path) -> Profile:
     profile = _checked(Profile, content, where=path.name)
     if profile.name != path.stem:
         raise ProfileError(f"{path.name}: name: {profile.name!r} given; wanted the file's own name, {path.stem!r}")
+    for chapter in profile.chapters():
+        _check_places(f"{path.name}: notebooks.{chapter}", profile.parameters(chapter))
     return profile
 
 
@@ -117,7 +120,27 @@ def validate(chapter: str, namespace: Mapping[str, Any]) -> Parameters:
     }
     if unset := sorted(SCHEMAS[chapter].model_fields.keys() - given.keys()):
         raise ProfileError(f"{chapter}: not set in the parameters cell, or not a plain value: {', '.join(unset)}")
-    return _checked(SCHEMAS[chapter], given, where=chapter)
+    section = _checked(SCHEMAS[chapter], given, where=chapter)
+    _check_places(chapter, section, written=True)
+    return section
+
+
+def _check_places(where: str, section: Parameters, *, written: bool = False) -> None:
+    """Refuse a place for files that is none, which some are found to be when all is computed.
+
+    `written`: this process is the one that writes there, so that the place has to allow it.
+    """
+    for name, value in section:
+        if not (name.endswith(("_dir", "_path")) and value):
+            continue
+        place, kind = Path(value), "folder" if name.endswith("_dir") else "file"
+        there = next(one for one in (place, *place.absolute().parents) if one.exists())
+        if value.startswith("~"):
+            raise ProfileError(f"{where}: {name}: {value!r} given, which is taken as written; wanted its whole path")
+        if there.is_dir() == (there == place and kind == "file"):
+            raise ProfileError(f"{where}: {name}: {value!r} given; {there} stands in its place, a {kind} wanted")
+        if written and name != "records_dir" and not os.access(there, os.W_OK):
+            raise ProfileError(f"{where}: {name}: {value!r} given; {there} may not be written, another {kind} wanted")
 
 
 def _find(path_or_name: str | Path) -> Path:
@@ -180,9 +203,20 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, each key once."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        merge = "tag:yaml.org,2002:merge"
+        keys = ["<<" if key.tag == merge else self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             problem = f"given twice: {', '.join(twice)}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep=deep)
+
+
+def _as_written(loader: _UniqueKeys, node: yaml.ScalarNode) -> Any:
+    """Return a number, or the text of one that YAML alone would read as another: 010 as 8, 1:30 as 90."""
+    differs = re.match(r"[-+]?0[\d_]|.*:", node.value)
+    return node.value if differs else yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+for _kind in ("int", "float"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_written)

@@ -213,6 +213,8 @@ def _check(name: str, entry: Mapping[str, Any], values: Mapping[str, tuple[str, 
     check_key(key)
     require.one_of(f"{name}: {label}: interval", entry.get("interval", "bootstrap"), INTERVALS)
     plain = {key: entry[key] for key in ("core", "interval") if key in entry}
+    if not isinstance(plain.get("core", False), bool):
+        raise ValueError(f"{name}: {label}: core: {plain['core']!r} given, true or false wanted, without quotes")
     number = printed(entry["paper"].format(**_parts(values, 0))) if "paper" in entry else None
     region = Region.of(entry["rule"], f"{name}: {label}: rule", number)
     return Check(label, key, region, paper=number, **plain)

@@ -236,12 +236,7 @@ def max_t(rankings: Sequence[Ranking]) -> float:
 
 
 def ranking(
-    score: ArrayLike,
-    wrong: ArrayLike,
-    plan: Resamples,
-    statistic: Statistic | None = None,
-    *,
-    out_of_bag: bool = True,
+    score: ArrayLike, wrong: ArrayLike, plan: Resamples, statistic: Statistic | None = None, *, out_of_bag: bool = True
 ) -> Ranking:
     """Return the AUROC of a raw score, or another `statistic`, on all questions and over the resamples of `plan`.
 

@@ -43,8 +43,13 @@ def fit_logistic(features: Column, wrong: NDArray[np.bool_], weights: Weights) -
 
     Raises RuntimeError if a fit does not converge.
     """
-    whole = _newton(features, wrong, np.ones((1, len(wrong))))[0]
-    return by_blocks(functools.partial(_newton, features, wrong, start=np.nan_to_num(whole)), weights)
+    # A feature 10,000 standard deviations from 0, such as a constant one, would leave rounding to fit: it is moved.
+    middle = np.median(features, axis=0)
+    moved = np.where(np.abs(middle) > 1e4 * features.std(axis=0), middle, 0.0)
+    whole = _newton(features - moved, wrong, np.ones((1, len(wrong))))[0]
+    beta = by_blocks(functools.partial(_newton, features - moved, wrong, start=np.nan_to_num(whole)), weights)
+    beta[:, 0] -= beta[:, 1:] @ moved
+    return beta
 
 
 @np.errstate(all="ignore")
@@ -119,7 +124,7 @@ def out_of_fold_scores(
     Raises ValueError on a feature that is not finite or has a value far beyond all others, and as `draw_folds`.
     """
     require.same_rows(features=features, wrong=wrong)
-    features, wrong = _features("features", features), require.labels("wrong", wrong)
+    features, wrong = steady("features", features), require.labels("wrong", wrong)
     folds = draw_folds(wrong, clusters=clusters, n_folds=n_folds, seed=seed)
     beta = fit_logistic(features, wrong, (folds != np.arange(n_folds)[:, None]).astype(float))
     return beta[folds, 0] + np.sum(beta[folds, 1:] * features, axis=1)
@@ -234,7 +239,7 @@ class Fit:
         Raises as `out_of_fold_scores`.
         """
         held_out = cross_fitted(features, wrong, clusters=plan.clusters, n_folds=n_folds, seed=plan.seed)
-        features, wrong = _features("features", features), require.labels("wrong", wrong)
+        features, wrong = steady("features", features), require.labels("wrong", wrong)
         spread = features.std(axis=0)
         beta = fit_logistic(features, wrong, plan.counts)
         whole = fit_logistic(features, wrong, np.ones((1, len(wrong))))[0, 1:]
@@ -289,8 +294,8 @@ def auroc_spread(value: float, share_wrong: float) -> float:
     return math.sqrt((a / (2 - a) - a**2) / share + (2 * a**2 / (1 + a) - a**2) / (1 - share))
 
 
-def _features(name: str, features: ArrayLike) -> Column:
-    """Return (example, feature), none of which a ridge on standardised features would flatten."""
+def steady(name: str, features: ArrayLike) -> Column:
+    """Return (example, feature). Raises ValueError for one that a ridge on standardised features would flatten."""
     columns = moderate(name, require.numbers(name, features, 2), 1e140)
     spreads = np.quantile(np.abs(columns - np.median(columns, axis=0)), [0.25, 0.5, 0.75], axis=0)
     if ((spreads > 0) & (spreads < FLAT * columns.std(axis=0))).any():

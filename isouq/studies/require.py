@@ -19,7 +19,7 @@ AXES = ("row", "column", "entry", "entry")
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
     """Refuse what is not among `allowed`; the message names the nearest allowed value."""
     names = list(allowed)
-    if given not in names:
+    if not isinstance(given, str) or given not in names:
         near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name}: {given!r} given, one of {', '.join(names)} wanted{hint}")

@@ -74,7 +74,8 @@ class Resamples:
         if clusters is not None and n_clusters < 2:
             raise UndefinedStatisticError(f"clusters: {n_clusters} given, at least 2 wanted")
         if n_clusters < 5:
-            raise UndefinedStatisticError(f"columns: {n_clusters} rows given, too few for 40 different resamples")
+            given = f"columns: {n_clusters} rows" if clusters is None else f"clusters: {n_clusters}"
+            raise UndefinedStatisticError(f"{given} given, too few for 40 different resamples")
         if by_name and clusters is not None:
             names = [str(name).encode() for name in np.unique(require.array_of("clusters", clusters))]
             numbers = [int.from_bytes(hashlib.sha256(name).digest()[:8]) for name in names]

@@ -132,10 +132,12 @@ class Store:
         if identity_of(path) != self.identity:
             raise StoreError(f"{path} holds the records of another run; move it away")
         with _readable(path):
-            table = pq.read_table(path, columns=["stage", "item_id", "record"])
+            rows = pq.read_table(path, columns=["stage", "item_id", "record"]).to_pylist()
+            if not all(row["stage"] and row["item_id"] and isinstance(json.loads(row["record"]), dict) for row in rows):
+                raise ValueError("a row is no record")
         with self._transaction("IMMEDIATE"):
             before = self._connection.total_changes
-            for row in table.to_pylist():
+            for row in rows:
                 self._insert("INSERT OR IGNORE", row["stage"], row["item_id"], row["record"])
             return self._connection.total_changes - before
 
@@ -187,7 +189,7 @@ def identity_of(path: Path) -> Any:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{path} cannot be read ({error}); remove it, and what it held is computed anew") from error
 
 

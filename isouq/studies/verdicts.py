@@ -166,8 +166,7 @@ def _judge_checks(claim: Claim, results: Mapping[str, Result]) -> list[CheckVerd
     corrected = {
         one.check: one.verdict(factor, float(q)) for one, factor, q in zip(sampled, factors, adjusted, strict=True)
     }
-    plain = {one.check: one.verdict() for one in estimates if one.p_value is None}
-    known = corrected | plain
+    known = corrected | {one.check: one.verdict() for one in estimates if one.p_value is None}
     return [known.get(check, CheckVerdict(check, "not run")) for check in claim.checks]
 
 

@@ -89,8 +89,7 @@ class Calibrator:
         """Return p_wrong of every row; NaN for rows with an `error`."""
         scored = with_scores(table)
         p_wrong = pd.Series(np.nan, index=range(len(table)), name="p_wrong")
-        if len(scored):
-            p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
+        p_wrong[scored.index] = _Map(np.array(self.coefficients), self.knots)(features_of(scored, self.score))
         return p_wrong.set_axis(table.index)
 
     def check(self, about: Mapping[str, Any]) -> None:
@@ -114,12 +113,19 @@ class Calibrator:
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))["isouq calibrator"]
             lists = {name: tuple(x) for name, x in fields.items() if isinstance(x, list)}
-            if fields["knots"]:
+            if fields["knots"] is not None:
                 lists["knots"] = tuple(map(tuple, fields["knots"]))
-            return cls(**fields | lists)
+            made = cls(**fields | lists)
+            x, y = np.array(((0, 1), (0, 1)) if made.knots is None else made.knots, dtype=float)
+            beta, n = np.array(made.coefficients, dtype=float), 3 if made.score == "combined" else 2
+            fine = np.isfinite(beta).all() and (np.diff(x) >= 0).all() and (abs(y - 0.5) <= 0.5).all()
+            if beta.shape != (n,) or not fine:
+                raise ValueError("its coefficients or knots are no map to probabilities")
+            dict(made.about or {})
+            return made
         except FileNotFoundError:
             raise ValueError(f"calibrator: there is no file {path}") from None
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: no calibrator, one that `isouq calibrate` wrote wanted ({error})") from error
 
     def __str__(self) -> str:
@@ -195,7 +201,7 @@ def calibrate(
     if abstain is not None:
         abstain = require.number("abstain", abstain, 0.0, 1.0)
     used, wrong, _ = labelled(table, right)
-    features = features_of(used, score)
+    features = fits.steady(str(score), features_of(used, score))
     groups = clusters_of(used, clusters)
     plan = resamples(wrong, n_resamples, seed, groups)
     draws: Any = [{"n_folds": N_FOLDS, "seed": (seed + repeat) % 2**32} for repeat in range(fits.N_REPEATS)]

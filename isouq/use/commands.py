@@ -52,8 +52,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     """
     from isouq.use.evaluate import evaluate
 
-    _check_suffix("--out", args.out, (".csv", ".json"))
-    _check_suffix("--figure", args.figure, (".svg", ".png"))
+    _check_out("--out", args.out, (".csv", ".json"), args.file)
+    _check_out("--figure", args.figure, (".svg", ".png"), args.file)
     table, right = _labelled(args)
     found = evaluate(table, right, scores=args.scores, clusters=args.clusters, n_resamples=args.resamples)
     print(found)
@@ -74,7 +74,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from isouq.use import tables
     from isouq.use.calibrate import calibrate
 
-    _check_suffix("--out", args.out, (".json",))
+    _check_out("--out", args.out, (".json",), args.file)
     table, right = _labelled(args)
     options = {"score": args.score, "method": args.method, "abstain": args.abstain, "n_resamples": args.resamples}
     found = calibrate(table, right, clusters=args.clusters, about=tables.about_of(args.file), **options)
@@ -85,9 +85,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_suffix(option: str, path: Path | None, allowed: tuple[str, ...]) -> None:
+def _check_out(option: str, path: Path | None, allowed: tuple[str, ...], source: Path) -> None:
     if path and path.suffix not in allowed:
         raise ValueError(f"{option}: {path} given, a file ending in {' or '.join(allowed)} wanted")
+    if path and (path.is_dir() or not path.parent.is_dir() or (path.exists() and path.samefile(source))):
+        raise ValueError(f"{option}: {path} is a folder, in none, or the scores themselves; name another file")
 
 
 def _labelled(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:

@@ -134,7 +134,8 @@ def evaluate(
     """
     used, wrong, warnings = labelled(table, right)
     plan = resamples(wrong, n_resamples, seed, clusters_of(used, clusters))
-    names = list(dict.fromkeys([*SCORES, "combined"] if scores is None else scores))
+    names = [scores] if isinstance(scores, str) else [*SCORES, "combined"] if scores is None else scores
+    names = list(dict.fromkeys(names))
     fitted = ["combined", FITTED_CONTROL] if "combined" in names else []
     if fitted and min(wrong.sum(), (~wrong).sum()) < N_FOLDS:
         warnings.append(f"combined: not fitted; that takes {N_FOLDS} right and {N_FOLDS} wrong answers at least")
@@ -227,12 +228,12 @@ def labelled(table: pd.DataFrame, right: str) -> tuple[pd.DataFrame, NDArray[np.
 
     The rows are numbered from 0, as in the given table. Raises ValueError as `evaluate`.
     """
-    require.one_of("right", right, map(str, table))
     scored = with_scores(table)
+    require.one_of("right", right, map(str, scored))
     wrong = np.array([not _is_right(right, row, cell) for row, cell in scored[right].items()], dtype=bool)
     counts = f"{(~wrong).sum()} right and {wrong.sum()} wrong answers"
     if not len(wrong) or wrong.all() or not wrong.any():
-        raise ValueError(f"{right}: {counts} given, some of both wanted")
+        raise ValueError(f"{right}: {counts} given{' beside errors' * (len(wrong) < len(table))}, some of both wanted")
     warnings = []
     if failed := len(table) - len(scored):
         warnings.append(f"{failed} of {len(table)} rows have no scores and are left out; column error says why")
@@ -253,8 +254,7 @@ def clusters_of(table: pd.DataFrame, name: str | None) -> NDArray[Any] | None:
     if name is None:
         return None
     require.one_of("clusters", name, map(str, table))
-    empty = np.flatnonzero(table[name].isna() | (table[name].astype(str) == ""))
-    if len(empty):
+    if len(empty := np.flatnonzero(table[name].isna() | (table[name].astype(str) == ""))):
         row = table.index[empty[0]] + 1
         raise ValueError(f"{name}: an empty cell given in row {row}, the name of its cluster wanted")
     return table[name].astype(str).to_numpy()
@@ -262,8 +262,10 @@ def clusters_of(table: pd.DataFrame, name: str | None) -> NDArray[Any] | None:
 
 def with_scores(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows without an `error`, numbered from 0 as in the given table."""
-    numbered = table.reset_index(drop=True)
-    return numbered[numbered["error"].isna() | (numbered["error"] == "")] if "error" in table else numbered
+    if not isinstance(table, pd.DataFrame) or table.columns.map(str).has_duplicates:
+        raise ValueError(f"table: {type(table).__name__} given, a DataFrame whose columns differ in their names wanted")
+    numbered = table.reset_index(drop=True).rename(columns=str)
+    return numbered[numbered["error"].isna() | (numbered["error"] == "")] if "error" in numbered else numbered
 
 
 def _is_true(cell: Any) -> bool:
@@ -319,8 +321,7 @@ SCORES: dict[str, Callable[[pd.DataFrame], Column]] = {  # high = wrong
 
 def score_of(table: pd.DataFrame, name: str) -> Column:
     """Return one of SCORES, or a column of the table as it is, (row,). Raises ValueError as `numbers_of`."""
-    if name not in SCORES:
-        require.one_of("scores", name, itertools.chain([*SCORES, "combined"], map(str, table)))
+    require.one_of("scores", name, itertools.chain([*SCORES, "combined"], map(str, table)))
     return SCORES.get(name, functools.partial(numbers_of, name=name))(table)
 
 

@@ -126,6 +126,8 @@ def _survey(source: tables.Source, sink: tables.Sink, run: Run) -> _Asked:
         n_rows += len(frame)
         n_missing += answers.count(None) + answers.count("")
         sink.check(_blank(frame, run))
+    if run.calibrator:  # which refuses a table without its columns
+        run.calibrator.apply(_blank(frame.iloc[:0], run))
     if sink.schema is not None:  # do the cells of all frames fit the types that these have in common?
         with open(os.devnull, "wb") as nowhere:
             sink.write((_blank(frame, run) for frame in source.frames()), nowhere)
@@ -206,10 +208,8 @@ def _finish(partial: Path, source: tables.Source, asked: _Asked, run: Run) -> No
         run.calibrator.check({"model": run.model, **identity})
     n_done = _resume(partial, identity)
     commit = getattr(model.config, "_commit_hash", None) or f"none (weights {identity['weights']})"
-    passes = f"as fit {how.memory:.3g} bytes" if how.memory else how.batch_size
-    _say(
-        f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, sequences a pass: {passes}"
-    )
+    passes = f"sequences a pass: {f'as fit {how.memory:.3g} bytes' if how.memory else how.batch_size}"
+    _say(f"{run.model}, revision {commit}, {', '.join(placed.values())}, engine {how.engine}, {passes}")
     bar: Record = {"total": asked.rows, "initial": n_done, "unit": "row", "disable": None}  # at a terminal only
     bar["desc"] = f"{asked.missing} answers to generate"
     try:
@@ -242,10 +242,10 @@ def _resume(partial: Path, identity: Record) -> int:
             stored, size = json.loads(header)["isouq score"], len(header)
             for n_done, line in enumerate(lines, 1):
                 size += len(line)
-                if json.loads(line)["row"] != n_done - 1:
+                if (row := json.loads(line))["row"] != n_done - 1 or not {"answer", "straddles", "error"} <= row.keys():
                     raise ValueError("a row is missing")
         other = [f"{k} {stored[k]!r} there, {v!r} here" for k, v in identity.items() if stored[k] != v]
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, IsADirectoryError) as error:
         raise ValueError(f"{partial}: no rest of an interrupted run; move it away or name another --output") from error
     if other and n_done:
         ways = "finish that one by its own command, delete this file to start afresh, or name another --output"
@@ -333,10 +333,8 @@ class _Subject:
         if not estimates:  # what the pass held is given back by now
             raise ValueError(f"memory: {self._need(examples[0])}, more than the card has left; shorten the row")
         scores = scoring.table(estimates)
-        finite = [
-            [x if math.isfinite(x) else None for x in row]
-            for row in zip(*map(Tensor.tolist, scores.values()), strict=True)
-        ]
+        values = zip(*map(Tensor.tolist, scores.values()), strict=True)
+        finite = [[x if math.isfinite(x) else None for x in row] for row in values]
         return [
             {**dict(zip(scores, row, strict=True)), "straddles": pair.straddles}
             for row, pair in zip(finite, pairs, strict=True)

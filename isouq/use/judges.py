@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ def judged(table: pd.DataFrame, judge: str, reference: str) -> pd.Series:
     for name in ("answer", reference):
         require.one_of("reference" if name == reference else "table", name, map(str, table))
     scored = with_scores(table)
+    if len(lost := np.flatnonzero(scored["answer"].isna())):
+        raise ValueError(f"answer: nothing given in row {scored.index[lost[0]] + 1}, a text wanted")
     verdicts = {
         row: JUDGES[judge](str(answer), _accepted(reference, row, cell))
         for row, answer, cell in zip(scored.index, scored["answer"], scored[reference], strict=True)
@@ -56,6 +59,6 @@ def _accepted(name: str, row: int, cell: Any) -> list[str]:
         with contextlib.suppress(ValueError):  # else it is a text that begins with a bracket
             read = json.loads(cell)
     texts = list(read) if isinstance(read, list | tuple | np.ndarray) else [read]
-    if not texts or any(text is None or text is pd.NA or text != text or text == "" for text in texts):
+    if not texts or not all(isinstance(text, str | Number) and text == text and text != "" for text in texts):
         raise ValueError(f"{name}: {cell!r} given in row {row + 1}, a text or a list of texts wanted")
     return [str(text) for text in texts]

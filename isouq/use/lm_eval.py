@@ -19,7 +19,7 @@ import pandas as pd
 
 from isouq.use import tables
 
-OTHER = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}  # no metrics
+OTHER = set("task prompt answer doc_id doc target arguments resps filtered_resps filter metrics".split())  # no metrics
 Sample = dict[str, Any]
 
 
@@ -88,13 +88,17 @@ def _asked(sample: Sample) -> dict[str, str]:
     if len(first) != 2:
         kind = "loglikelihood_rolling, a text without an answer" if len(first) == 1 else "with images or sounds"
         raise ValueError(f"requests {kind}; tasks of generate_until or multiple_choice wanted")
+    if not isinstance(first[1], str) and not isinstance(responses[0][0], str):
+        raise ValueError(f"the model's answer is {responses[0][0]!r:.40}; a text wanted")
     if not isinstance(first[1], str):
-        return {"prompt": first[0], "answer": str(responses[0][0])}
+        return {"prompt": first[0], "answer": responses[0][0]}
     if "acc_mutual_info" in sample:  # the second half are the continuations without the prompt
         requests = requests[: len(requests) // 2]
     if len(requests) == 1:
         raise ValueError("loglikelihood of a single text, no answer of the model's; generate_until or choices wanted")
     log_probs = [float(response[0][0]) for response in responses[: len(requests)]]
+    if len(log_probs) < len(requests) or any(map(math.isnan, log_probs)):
+        raise ValueError(f"{len(requests)} choices and log-probabilities {log_probs}; one for each wanted")
     prompt, answer = requests[log_probs.index(max(log_probs))]
     return {"prompt": prompt, "answer": answer}
 

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import filelock
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from isouq.studies.qa.data import unique
 
 ROWS = 4096  # of a frame
 FIELD_BYTES = 2**31 - 1  # the csv module's own limit is 128 kB
@@ -34,11 +35,11 @@ class Source:
     Raises ValueError naming the file, the line where there is one, what is wrong and the way out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "--input") -> None:
         self.paths: Sequence[Path] = [path]
-        self.reader = _format("--input", path)[0]
+        self.reader = _format(option, path)[0]
         if not path.is_file():
-            raise ValueError(f"--input: there is no file {path}")
+            raise ValueError(f"{option}: there is no file {path}")
 
     def frames(self) -> Iterator[pd.DataFrame]:
         """The rows in order, in frames of at most ROWS; at least one, which has the columns of a file of no rows."""
@@ -52,7 +53,7 @@ class Source:
 
 def read(path: Path) -> pd.DataFrame:
     """A whole file as a table. Raises as `Source`."""
-    frames = list(Source(path).frames())
+    frames = list(Source(path, "file").frames())
     whole = pd.concat(frames, ignore_index=True)
     whole.attrs = frames[0].attrs
     return whole
@@ -170,18 +171,12 @@ def json_lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, A
 
 
 def _object(line: str) -> dict[str, Any]:
-    content = json.loads(line, object_pairs_hook=_unique)
+    content = json.loads(line, object_pairs_hook=unique)
     if not isinstance(content, dict):
         raise ValueError("no object, but a list or a single value")
     json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, and halves of surrogate pairs
     written = json.loads(line, parse_int=str, parse_float=str)
     return content | {name: written[name] for name in ("prompt", "answer") if name in written}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
-        raise ValueError(f"key {twice[0]!r} is there twice")
-    return dict(pairs)
 
 
 def _read_parquet(path: Path) -> Iterator[pd.DataFrame]:

@@ -12,35 +12,35 @@ from torch import nn
 from isouq.language.examples import from_pairs
 from isouq.language.scoring import Scoring, score, text_pairs
 from isouq.pipeline.schemas import CLONE
+from isouq.studies.qa.data import READERS
 from isouq.studies.results import Result
 from isouq.use.calibrate import Calibrator
 from isouq.use.evaluate import CONTROL, GAIN, VALUE, Evaluation, labelled, shown
 
-READERS: dict[str, Any] = {
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}
 KEPT = ("auroc", "aurc", "prr")  # metrics whose numbers a page may quote
 
 
-def questions(file: str, *, prompt: str, answer: str | None = None) -> pd.DataFrame:
+def questions(file: str, *used: str | None, prompt: str, answer: str | None = None) -> pd.DataFrame:
     """Read a file of questions; its column `prompt`, and `answer` where there is one, get these names.
 
     A file that is not here is looked for in the clone. Without `answer` no column has this name: the model will answer.
+    Columns that are `used` later have to be there, too.
 
     Raises ValueError for a file of another kind or without the column.
     """
     path = Path(file) if Path(file).is_file() else CLONE / file
     if path.suffix not in READERS or not path.is_file():
         raise ValueError(f"file: {file} given, a file that ends with {', '.join(READERS)} wanted")
-    table = READERS[path.suffix](path)
+    table = READERS[path.suffix](str(path))
     renamed = {prompt: "prompt"} | ({answer: "answer"} if answer else {})
     for name in renamed:
         if name not in table:
             raise ValueError(f"{file}: columns {', '.join(map(str, table))} given, {name!r} wanted among them")
     taken = [name for name in ("prompt", "answer") if name in table and name not in renamed]
-    return table.drop(columns=taken).rename(columns=renamed)
+    table = table.drop(columns=taken).rename(columns=renamed)
+    if lost := [name for name in used if name and name not in table]:
+        raise ValueError(f"{file}: beside the answer that the model writes it has no column {lost[0]!r}; rename one")
+    return table
 
 
 def extremes(table: pd.DataFrame) -> pd.DataFrame:

@@ -129,6 +129,7 @@ def test_questions_of_a_file(tmp_path, ending: str) -> None:
         ("question,answer\na,b\na,c\n", r"two rows of one question or id \("),
         ("question,answer,id\na,b,7\nc,d,7\n", r"two rows of one question or id \(7\)"),
         ("question,answer,id\na,b,7\nc,d,\n", "row 2: no id given; wanted in every row, or no column of that name"),
+        ("question,answer,answer\na,b,c\n", "cannot be read: key 'answer' is there twice"),
         ("question,answer\n", "no row given, at least one question wanted"),
         ("question,answer\na,b,c,d\n", "cannot be read: rows have more cells than its 2 columns"),
         ("question,answer\na,b\nc,d,e\n", "cannot be read: .*Expected 2 fields in line 3, saw 3"),
@@ -165,6 +166,17 @@ def test_a_row_of_other_types_is_refused_by_its_number(tmp_path, row: dict, mess
     file.write_text("".join(json.dumps(one) + "\n" for one in rows))
     with pytest.raises(ValueError, match=f"q.jsonl: {message}"):
         data.read_file(str(file))
+
+
+def test_lines_of_json_are_read_as_written(tmp_path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "a", "answer": "b", "answer": "c"}\n')
+    with pytest.raises(ValueError, match=r"q\.jsonl: cannot be read: key 'answer' is there twice"):
+        data.read_file(str(file))
+    number = 12345678901234567890123
+    file.write_text(f'{{"question": "2020-01-01", "answer": "b", "id": {number}}}\n\n')
+    (question,) = data.read_file(str(file)).questions
+    assert (question.item_id, question.question) == (str(number), "2020-01-01")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])

@@ -161,6 +161,44 @@ def test_what_is_no_calibrator_is_refused(tmp_path, content) -> None:
         Calibrator.load(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"coefficients": "abc"},
+        {"coefficients": [1.0]},
+        {"coefficients": [0.0, 1.0, 2.0]},
+        {"coefficients": [0.0, None]},
+        {"coefficients": [0.0, float("nan")]},
+        {"knots": [[0.0, 1.0], [0.1]]},
+        {"knots": [[1.0, 0.0], [0.1, 0.5]]},
+        {"knots": [[0.0, 1.0], [0.1, 5.0]]},
+        {"knots": []},
+        {"about": [1]},
+    ],
+)
+def test_a_calibrator_with_other_numbers_than_a_maps_is_refused(table, tmp_path, change) -> None:
+    path = tmp_path / "mine.json"
+    calibrate(table, score="likelihood", **QUICK).save(path)
+    fields = json.loads(path.read_text())["isouq calibrator"]
+    for content in ({"isouq calibrator": fields | change}, {"isouq calibrator": [fields]}, {"isouq calibrator": None}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"mine\.json: no calibrator"):
+            Calibrator.load(path)
+
+
+def test_scores_far_from_0_or_all_alike_are_fitted_and_one_beyond_all_others_is_refused(table) -> None:
+    of = {"score": "mine", **QUICK}
+    near = calibrate(table.assign(mine=-table["log_prob"]), **of)
+    far = calibrate(table.assign(mine=1e6 - table["log_prob"]), **of)
+    assert far.coefficients[1] == pytest.approx(near.coefficients[1], rel=1e-6)
+    assert far.brier == pytest.approx(near.brier, rel=1e-6)
+    alike = calibrate(table.assign(mine=0.1), **of)
+    assert alike.apply(table.assign(mine=0.1)).to_numpy() == pytest.approx(1 - table["right"].mean())
+    for value, message in ((1e12, "mine: a feature with values far beyond"), (1e200, "mine: values up to 1.0e\\+200")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(table.assign(mine=np.append(value, -table["log_prob"][1:])), **of)
+
+
 @pytest.mark.parametrize("abstain", [0.0, 1.0, 1.5, -0.1, np.nan])
 def test_an_accuracy_outside_0_and_1_is_refused(table, abstain) -> None:
     with pytest.raises(ValueError, match=r"abstain: .* given, a finite number above 0 and below 1 wanted"):

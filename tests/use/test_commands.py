@@ -94,6 +94,27 @@ def test_a_wrong_command_is_one_line_with_the_way_out(scores, capsys, arguments,
     assert shown.count("\n") == 1
 
 
+def test_outputs_go_neither_over_the_scores_nor_nowhere_which_is_said_first(scores, tmp_path, capsys) -> None:
+    table = tmp_path / "scores.csv"
+    made_up(100).to_csv(table, index=False)
+    (tmp_path / "link.csv").symlink_to(table)
+    (tmp_path / "hard.csv").hardlink_to(table)
+    (tmp_path / "folder.csv").mkdir()
+    before = table.read_bytes()
+    for name in ("scores.csv", "link.csv", "hard.csv", "folder.csv", "absent/x.csv"):
+        command = ["evaluate", str(table), "--right", "right", "--resamples", "40"]
+        assert cli.main([*command, "--out", str(tmp_path / name)]) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+        assert f"{name} is a folder, in none, or the scores themselves" in shown.err
+    assert table.read_bytes() == before
+    command = ["calibrate", str(scores), "--right", "right", "--resamples", "40"]
+    assert cli.main([*command, "--out", str(tmp_path / "absent" / "mine.json")]) == 1
+    assert "--out: " in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path / "none.parquet"), "--right", "right"]) == 1
+    assert capsys.readouterr().err == f"isouq: file: there is no file {tmp_path / 'none.parquet'}\n"
+
+
 def test_without_scikit_learn_the_message_names_the_extra(scores) -> None:
     hidden = "import sys; sys.modules['sklearn'] = None; from isouq import cli; sys.exit(cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", hidden, "evaluate", str(scores), "--right", "right"]

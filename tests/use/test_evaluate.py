@@ -185,6 +185,37 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest() -> None:
         evaluate(made_up(20), scores=["epistemc"], **QUICK)
 
 
+@pytest.mark.parametrize("given", [None, [1], {"right": [1]}, "scores.parquet", made_up(20)["right"]])
+def test_what_is_no_table_is_refused(unchecked, given) -> None:
+    with pytest.raises(ValueError, match=r"^table: .* given, a DataFrame whose columns differ in their names wanted"):
+        evaluate(given, **QUICK)
+
+
+def test_names_of_columns_are_texts_each_given_once(unchecked) -> None:
+    table = made_up(100)
+    for name in ("right", "log_prob", "prompt"):
+        with pytest.raises(ValueError, match=r"^table: DataFrame given, a DataFrame whose columns differ"):
+            evaluate(pd.concat([table, table[[name]]], axis=1), **QUICK)
+    numbered = table.rename(columns={"right": 0, "n_tokens": 1})
+    found = evaluate(numbered, "0", scores=["likelihood", "1"], **QUICK).table
+    pd.testing.assert_series_equal(
+        found["value"], evaluate(table, scores=["likelihood", "n_tokens"], **QUICK).table["value"]
+    )
+    for name in (["right"], table["right"], 3):
+        with pytest.raises(ValueError, match=r"(?s)^right: .* given, one of prompt, "):
+            evaluate(table, name, **QUICK)
+    alone = evaluate(table, scores="epistemic", **QUICK).table
+    assert set(alone["score"]) == {"epistemic"}
+
+
+def test_few_clusters_and_rows_that_all_failed_are_named_as_such() -> None:
+    table = made_up(100)
+    with pytest.raises(ValueError, match=r"^clusters: 2 given, too few for 40 different resamples"):
+        evaluate(table.assign(kind=["a", "b"] * 50), clusters="kind", **QUICK)
+    with pytest.raises(ValueError, match=r"^right: 0 right and 0 wrong answers given beside errors, some of both"):
+        evaluate(table.assign(error="too long"), **QUICK)
+
+
 def test_what_memory_does_not_take_is_refused_with_the_number_that_it_does() -> None:
     with pytest.raises(ValueError, match=r"n_resamples: 10000000 of 20 rows given.*n_resamples of at most 5000000"):
         evaluate(made_up(20), n_resamples=10**7)

@@ -50,6 +50,18 @@ def test_a_text_in_brackets_that_is_no_json_is_a_text() -> None:
     assert judged(table, "exact", "gold").tolist() == [True]
 
 
+def test_an_answer_that_is_missing_and_a_reference_that_is_no_text_are_refused_by_row() -> None:
+    for cell in (None, np.nan, pd.NA):
+        table = pd.DataFrame({"answer": ["x", cell], "gold": ["none", "none"]})
+        with pytest.raises(ValueError, match=r"^answer: nothing given in row 2, a text wanted"):
+            judged(table, "contains", "gold")
+    for cell in ({"a": "x"}, [["x"]], {"x"}, b"x", '[["x"]]', "[null]", "[]"):
+        table = pd.DataFrame({"answer": ["x", "{'a': 'x'}"], "gold": ["x", cell]}, dtype=object)
+        with pytest.raises(ValueError, match=r"^gold: .* given in row 2, a text or a list of texts wanted"):
+            judged(table, "exact", "gold")
+    assert judged(pd.DataFrame({"answer": ["1998"], "gold": [1998]}), "exact", "gold").tolist() == [True]
+
+
 def test_failed_rows_need_no_reference_and_others_do() -> None:
     table = pd.DataFrame({"answer": ["a b", None], "gold": ["b", None], "error": [None, "empty"]})
     assert judged(table, "contains", "gold").tolist() == [True, None]

@@ -83,12 +83,7 @@ def run(name: str, n_queries: int, n_proxies: int, *, seed: int, folder: Path, m
 
 
 def measure(
-    model: Any,
-    proxies: pd.DataFrame,
-    queries: pd.DataFrame,
-    *,
-    checkpoint: Path | None = None,
-    memory: float = 2e9,
+    model: Any, proxies: pd.DataFrame, queries: pd.DataFrame, *, checkpoint: Path | None = None, memory: float = 2e9
 ) -> Study:
     """Compute all inner products of the proxies' gradients with each other and with the queries'.
 

@@ -231,5 +231,4 @@ def _where(rows: pd.DataFrame, values: dict[str, Any]) -> list[dict[Any, Any]]:
 
 def _result(rows: pd.DataFrame, values: dict[str, Any], unit: str = "") -> Result:
     (row,) = _where(rows, values)
-    mean = findings.Mean(*(row[name] for name in findings.Mean._fields))
-    return mean.result(unit=unit, claim="C3")
+    return findings.Mean(*(row[name] for name in findings.Mean._fields)).result(unit=unit, claim="C3")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pandas.io.common import get_handle
 
 from isouq.studies.results import key_of
 
@@ -58,7 +60,7 @@ def load(name: str, path: Path) -> DataSet:
 
 def is_file(name: str) -> bool:
     """Return whether a data set's name is that of a file of questions, by its ending."""
-    return Path(name).suffix in _READERS
+    return Path(name).suffix in READERS
 
 
 def key_part(name: str) -> str:
@@ -76,7 +78,7 @@ def read_file(name: str) -> DataSet:
     an answer that is both right and wrong.
     """
     try:
-        table = _READERS[Path(name).suffix](name)
+        table = READERS[Path(name).suffix](name)
     except Exception as error:  # the file's own, or of whatever client its address needs
         raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from error
     for column in ("question", "answer"):
@@ -110,16 +112,32 @@ def _row(name: str, number: int, row: dict[Any, Any]) -> Question:
     return Question(identifier, texts["question"][0], texts["answer"], texts["false_answers"])
 
 
-def _whole(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, unless pandas took first cells for names of rows, as it does where rows are longer than the head."""
+def _csv(name: str) -> pd.DataFrame:
+    """All cells as texts. Where rows are longer than the head, pandas takes first cells for names of rows."""
+    read: Any = functools.partial(pd.read_csv, name, dtype=str, keep_default_na=False)
+    table, head = read(), read(header=None, nrows=1)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError(f"rows have more cells than its {len(table.columns)} columns; quote texts that have commas")
+    unique((cell, None) for cell in head.iloc[0])
     return table
 
 
-_READERS: dict[str, Callable[[str], pd.DataFrame]] = {
-    ".csv": lambda name: _whole(pd.read_csv(name, dtype=str, keep_default_na=False)),
-    ".jsonl": lambda name: pd.read_json(name, lines=True, dtype=False),
+def _json_lines(name: str) -> pd.DataFrame:
+    with get_handle(name, "r", encoding="utf-8") as file:
+        return pd.DataFrame([json.loads(line, object_pairs_hook=unique) for line in file.handle if line.strip()])
+
+
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping of pairs. Raises ValueError for a key, such as the name of a column, that is there twice."""
+    pairs = list(pairs)
+    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise ValueError(f"key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+READERS: dict[str, Callable[[str], pd.DataFrame]] = {
+    ".csv": _csv,
+    ".jsonl": _json_lines,
     ".parquet": pd.read_parquet,
 }
 
@@ -139,10 +157,9 @@ def sample(data_set: DataSet, n_questions: int, *, n_shots: int, seed: int) -> t
     shots = short[:n_shots]
     rest = [question for question in shuffled if question not in shots]
     if len(shots) < n_shots or not 0 < n_questions <= len(rest):
-        raise ValueError(
-            f"n_questions must be between 1 and {len(shuffled) - n_shots}, got {n_questions}: "
-            f"{data_set.name} has {len(shuffled)} questions, {len(short)} of them short, {n_shots} serve as examples"
-        )
+        has = f"{len(shuffled)} questions, {len(short)} of them short, {n_shots} serve as examples"
+        given = f"n_questions must be between 1 and {len(shuffled) - n_shots}, got {n_questions}"
+        raise ValueError(f"{given}: {data_set.name} has {has}")
     return rest[:n_questions], shots
 
 

@@ -121,8 +121,7 @@ def _sample(tokenizer: Any, tokens: list[int], log_prob: float, stops: Stops) ->
 @torch.inference_mode()
 def next_log_probs(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[int]) -> Float[Tensor, "prompt word"]:
     """Return log p of each of `words`, token ids, as the one that follows each prompt, float64 in nats."""
-    logits = _read_all(model, prompts, 0)[1]
-    return logits.double().log_softmax(-1)[:, list(words)].cpu()
+    return _read_all(model, prompts, 0)[1].double().log_softmax(-1)[:, list(words)].cpu()
 
 
 def read(model: Any, ids: Sequence[int], cache: Any = None, n_cached: int = 0) -> tuple[Any, Tensor]:

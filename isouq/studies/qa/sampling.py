@@ -28,12 +28,7 @@ def uniform(item_id: str, n_samples: int, n_tokens: int, seed: int) -> NDArray[n
 
 
 def sample(
-    subject: Subject,
-    asked: Sequence[tuple[Question, Sequence[int]]],
-    *,
-    n_samples: int,
-    max_new_tokens: int,
-    seed: int,
+    subject: Subject, asked: Sequence[tuple[Question, Sequence[int]]], *, n_samples: int, max_new_tokens: int, seed: int
 ) -> list[Record]:
     """Draw answers to some questions, given with their prompts: ids, texts, log p and number of tokens of each."""
     numbers = np.stack([uniform(question.item_id, n_samples, max_new_tokens, seed) for question, _ in asked])

@@ -38,8 +38,7 @@ def atlas(section: Any) -> list[Job]:
 def headline(section: Any) -> list[Job]:
     """Return the jobs of the headline setting, which has more data seeds than the rest of the atlas."""
     chosen = _grid(section, section.headline_seeds, ACTIVATIONS, (32,), ("fixed",), ("few", "no_gap"))
-    used = findings.is_headline(pd.DataFrame([cell(job) for job in chosen]))
-    return list(itertools.compress(chosen, used))
+    return list(itertools.compress(chosen, findings.is_headline(pd.DataFrame([cell(job) for job in chosen]))))
 
 
 def dose(section: Any) -> list[Job]:
