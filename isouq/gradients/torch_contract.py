@@ -32,6 +32,7 @@ SAVED: dict[str, tuple[str, ...]] = {  # operation → the attributes of its nod
     "NativeGroupNorm": ("input", "result1", "result2", "group"),  # results: mean, 1 / standard deviation, by group
     "Convolution": ("input", "stride", "padding", "dilation", "transposed", "groups"),
     "Transpose": ("dim0", "dim1"),
+    "Permute": ("dims",),
     "Select": ("dim", "index"),
     "Index": ("indices",),
     "View": ("self_sym_sizes",),
@@ -104,6 +105,7 @@ def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[
     """The tables of hooks that a backward pass would run. Autograd holds these very objects, so empty them in place."""
     tables = [table for p in parameters for table in (p._backward_hooks, p._post_accumulate_grad_hooks)]
     tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
+    tables += [torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks]  # of all modules
     return [table for table in tables if table]
 
 

@@ -287,6 +287,24 @@ def test_what_the_owner_attached_is_neither_run_nor_lost(attach, engine):
     assert fired, "it is there again afterwards"
 
 
+@ENGINES
+@pytest.mark.parametrize("name", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+def test_a_hook_on_the_backward_pass_of_all_modules_is_neither_run_nor_lost(name, engine):
+    model, x, fired = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(4, 5), []
+    right = wanted(model, classes(model, x), 4)
+    handle = getattr(nn.modules.module, name)(
+        lambda _, *grads: fired.append(1) or tuple(None if grad is None else 2 * grad for grad in grads[0])
+    )
+    try:
+        norms = squared_norms(model, classes(model, x), 4, engine=engine)
+        assert not fired
+        model(x.requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    assert_same(norms, right, torch.float32)
+    assert fired, "it is there again afterwards"
+
+
 @pytest.mark.parametrize("attach", [on_the_gradient, after_accumulation])
 def test_a_recomputing_function_runs_nothing_of_the_owners_either(attach):
     model, x, fired = Recomputed("by .backward()").eval(), torch.randn(3, 5), []
