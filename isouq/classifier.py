@@ -166,11 +166,9 @@ def _length(inputs: Inputs) -> int:
 
 
 def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
-    part = slice(rows.start, rows.stop)
-    if isinstance(inputs, Tensor):
-        out = run(model, "inputs", inputs[part])
-    else:
-        out = run(model, "inputs", **{name: value[part] for name, value in inputs.items()})
+    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    part = {k: v.detach()[rows.start : rows.stop].clone() for k, v in named.items()}  # the model may change its input
+    out = run(model, "inputs", part[""]) if isinstance(inputs, Tensor) else run(model, "inputs", **part)
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
         shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__

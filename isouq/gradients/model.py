@@ -3,7 +3,7 @@
 import fnmatch
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 from isouq.gradients.torch_contract import backward_hooks, forward_hooks
 
 DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What a forward pass raises about its arguments: of the wrong shape or type, by other names, or where there is none.
+UNFIT = (RuntimeError, NotImplementedError, IndexError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 class ExampleError(ValueError):
@@ -95,14 +97,15 @@ def repeatable() -> Iterator[None]:
 
 
 def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
-    """The model's output. Torch's error about an input that does not fit becomes a ValueError naming `argument`."""
+    """The model's output. An error about an input that does not fit becomes a Value- or TypeError naming `argument`."""
     try:
         return model(*args, **options)
-    except (RuntimeError, IndexError, ValueError) as error:
-        if type(error) not in (RuntimeError, IndexError, ValueError):  # subclasses: out of memory, checkpointing
+    except UNFIT as error:
+        if type(error) not in UNFIT:  # subclasses: out of memory, checkpointing
             raise
         given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
-        raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{argument}: {given} given, which the model does not take: {error}") from error
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -111,8 +114,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     Integer parameters that serve as indices are left out. Raises ValueError for a pattern that
     matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
-    if isinstance(patterns, str):
-        raise TypeError(f"parameters: the string {patterns!r} given, a list of name patterns or None wanted")
+    listed = isinstance(patterns, Collection) and all(isinstance(q, str) for q in patterns)
+    if isinstance(patterns, str) or not (patterns is None or listed):
+        given = f"the string {patterns!r}" if isinstance(patterns, str) else repr(patterns)
+        raise TypeError(f"parameters: {given} given, a list of name patterns or None wanted")
     every = dict(model.named_parameters())
     if not every:
         raise ValueError("model has no parameters to differentiate")

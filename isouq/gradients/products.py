@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -260,7 +261,7 @@ def room(memory: float, taken: float, least: float, what: str) -> float:
 
     The error asks for a third more than `taken` and `least`, since passes and buffers may take a quarter of the memory.
     """
-    if not memory > 0:
+    if not isinstance(memory, Real) or not memory > 0:
         raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
     if memory - taken <= least:
         need = f"{what} takes {least:.3g} and all else {taken:.3g}; give {1.34 * (taken + least):.3g} or more"

@@ -45,7 +45,7 @@ def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
     if _takes(model, "logits_to_keep"):
         options["logits_to_keep"] = keep.to(device)
-    output = run(model, "input_ids", input_ids=inputs.to(device), **options)
+    output = run(model, "input_ids", input_ids=inputs.to(device, copy=True), **options)
     logits = getattr(output, "logits", output)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else (type(logits).__name__,)
     if "logits_to_keep" not in options and shape[:2] == inputs.shape:
