@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from isouq.gradients.torch_contract import backward_hooks, forward_hooks
+from isouq.gradients.torch_contract import backward_hooks, computed_anew, forward_hooks
 
 DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What a forward pass raises about its arguments: of the wrong shape or type, by other names, or where there is none.
@@ -220,7 +220,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             # A compiled graph shows no operation and allows one backward pass only.
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-        with torch.enable_grad(), repeatable():
+        with torch.enable_grad(), repeatable(), computed_anew():
             yield tracked
 
 

@@ -7,13 +7,15 @@ name, `saved` raises NotCovered with the operation and torch's version, and engi
 (`model` also puts tables of its own in place of modules' `_parameters`, as accelerate's offloading expects them there.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 Node = Any  # torch.autograd.graph.Node, without the attributes that depend on the operation
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
@@ -107,6 +109,16 @@ def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[
     tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
     tables += [torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks]  # of all modules
     return [table for table in tables if table]
+
+
+@contextmanager
+def computed_anew() -> Iterator[None]:
+    """Parametrised weights are computed at each use, as they are outside `torch.nn.utils.parametrize.cached()`."""
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 def forward_hooks(module: nn.Module | None) -> tuple[list[Any], list[Any]]:

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from closeness import assert_close
 from comparison import assert_same, classes, wanted
@@ -427,3 +428,17 @@ def test_a_compiled_model_is_scored_as_it_was_written(how, engine):
         assert_same(norms, right, torch.float32)
         return
     assert_same(squared_norms(compiled, classes(compiled, x), 3, engine=engine), right, torch.float32)
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("before", ["nothing", "a pass", "a pass without gradients"])
+def test_parametrised_weights_kept_by_the_caller_are_computed_anew(before, engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(3, 5)
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    right = wanted(model, classes(model, x), 3)
+    with parametrize.cached():
+        with torch.set_grad_enabled(before == "a pass"):
+            kept = None if before == "nothing" else (model(x), model[0].weight)[1]
+        assert_same(squared_norms(model, classes(model, x), 3, engine=engine), right, torch.float32)
+        assert kept is None or model[0].weight is kept
