@@ -425,6 +425,20 @@ def test_a_model_that_changes_its_ids_in_place_gets_a_copy(engine):
     assert torch.equal(ids, kept)
 
 
+@pytest.mark.parametrize("kind", ["int", None])
+def test_a_model_that_takes_another_kind_of_logits_to_keep_is_not_asked_for_it(kind):
+    class Last(Bigram):
+        def forward(self, input_ids, logits_to_keep=0):
+            logits = super().forward(input_ids).logits
+            return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+    Last.forward.__annotations__ = {"logits_to_keep": kind} if kind else {}
+    model, plain = Last(), Bigram()
+    plain.load_state_dict(model.state_dict())
+    scores, right = (isouq.score_tokens(m, *pad(CASE, "left"), batch_size=2) for m in (model, plain))
+    assert_close(scores.log_epistemic, right.log_epistemic, torch.float32)
+
+
 def test_a_model_whose_output_has_another_shape_is_refused():
     class Classifier(Bigram):
         def forward(self, input_ids):

@@ -161,6 +161,7 @@ MISNAMED = torch.tensor([0, 1, 2, 9, 0])
     [
         (INPUTS.tolist(), {}, TypeError, "inputs: list given, a tensor"),
         (torch.tensor(1.0), {}, TypeError, "inputs: Tensor given, a tensor"),
+        (INPUTS.to_sparse(), {}, TypeError, r"inputs: Tensor given, a tensor \(example, …\), not sparse"),
         (INPUTS[:0], {}, ValueError, "inputs: no example given"),
         ({}, {}, ValueError, r"inputs: tensors of lengths \[\] given, one length wanted"),
         ({"a": INPUTS, "b": INPUTS[1:]}, {}, ValueError, r"inputs: tensors of lengths \[5, 4\] given"),
@@ -229,11 +230,11 @@ def test_a_gradient_that_is_not_finite_names_the_callers_example():
     assert "for row 7, finite" in caught.value.about("row 7")
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 3)])
-def test_an_output_of_another_shape_is_refused(shape):
+@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 3), (5, 0), (5, 3)])
+def test_an_output_of_another_shape_or_complex_is_refused(shape):
     class Odd(nn.Linear):
         def forward(self, x):
-            return super().forward(x).sum() * torch.ones(shape)
+            return super().forward(x).sum() * torch.ones(shape, dtype=torch.complex64 if shape == (5, 3) else None)
 
     with pytest.raises(ValueError, match=r"model: output .* of 5 examples given, a tensor \(example, class\)"):
         isouq.score_classes(Odd(4, 3), INPUTS)
