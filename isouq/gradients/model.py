@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from isouq.gradients.torch_contract import backward_hooks, computed_anew, forward_hooks
+from isouq.gradients.torch_contract import backward_hooks, compute_anew, forward_hooks
 
 DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What a forward pass raises about its arguments: of the wrong shape or type, by other names, or where there is none.
@@ -217,10 +217,11 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
                 own = {k: names[id(p)] for k, p in module._parameters.items() if p is not None}
                 module._parameters = _Watched(module._parameters, own, tracked)
                 undo.callback(lambda m: setattr(m, "_parameters", dict(m._parameters)), module)
+        compute_anew(undo)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             # A compiled graph shows no operation and allows one backward pass only.
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-        with torch.enable_grad(), repeatable(), computed_anew():
+        with torch.enable_grad(), repeatable():
             yield tracked
 
 

@@ -335,7 +335,7 @@ def _by_gradients(work: Work) -> Gram:
     n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
     size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number in two copies
     left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
-    width = min(n_numbers, int(left / size))
+    width = int(min(n_numbers, left / size))
     for low in tqdm(range(0, n_numbers, width), desc="slices of gradients", disable=not work.progress):
         rows: list[Tensor] = []
         for example in (*work.rows, *work.others):

@@ -7,8 +7,8 @@ name, `saved` raises NotCovered with the operation and torch's version, and engi
 (`model` also puts tables of its own in place of modules' `_parameters`, as accelerate's offloading expects them there.)
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -111,14 +111,10 @@ def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[
     return [table for table in tables if table]
 
 
-@contextmanager
-def computed_anew() -> Iterator[None]:
-    """Parametrised weights are computed at each use, as they are outside `torch.nn.utils.parametrize.cached()`."""
-    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled = before
+def compute_anew(undo: ExitStack) -> None:
+    """Parametrised weights are computed at each use, also in `torch.nn.utils.parametrize.cached()`, until `undo`."""
+    undo.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
+    parametrize._cache_enabled = 0
 
 
 def forward_hooks(module: nn.Module | None) -> tuple[list[Any], list[Any]]:
