@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -137,7 +137,7 @@ def _squared_norms(
     parameters: Sequence[str] | None,
 ) -> SquaredNorms:
     """Squared norms of all batches, joined; `objective` takes the model's output for a range of rows and the range."""
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer wanted")
     check_model(model)
     n, parts = _length(inputs), []
@@ -158,23 +158,25 @@ def _squared_norms(
 def _length(inputs: Inputs) -> int:
     tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     for value in tensors:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            raise TypeError(f"inputs: {type(value).__name__} given, a tensor (example, …) or a mapping of such wanted")
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.layout != torch.strided:
+            wanted = "a tensor (example, …), not sparse, or a mapping of such wanted"
+            raise TypeError(f"inputs: {type(value).__name__} given, {wanted}")
     if len({len(value) for value in tensors}) != 1:
         raise ValueError(f"inputs: tensors of lengths {[len(v) for v in tensors]} given, one length wanted")
     return len(tensors[0])
 
 
 def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
-    part = slice(rows.start, rows.stop)
-    if isinstance(inputs, Tensor):
-        out = run(model, "inputs", inputs[part])
-    else:
-        out = run(model, "inputs", **{name: value[part] for name, value in inputs.items()})
+    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    part = {k: v.detach()[rows.start : rows.stop].clone() for k, v in named.items()}  # the model may change its input
+    out = run(model, "inputs", part[""]) if isinstance(inputs, Tensor) else run(model, "inputs", **part)
     out = getattr(out, "logits", out)
-    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(rows):
-        shape = f"{tuple(out.shape)} of {len(rows)} examples" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"model: output {shape} given, a tensor (example, class) or one with .logits wanted")
+    real = isinstance(out, Tensor) and out.layout == torch.strided and not out.is_complex()
+    if not real or out.dim() not in (1, 2) or len(out) != len(rows) or 0 in out.shape:
+        kind = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"model: output {kind} of {len(rows)} examples given, a tensor (example, class) or one with .logits wanted"
+        )
     wrong = (~out.isfinite()).nonzero()
     if len(wrong):
         raise ExampleError("model: NaN or infinite output for {}, finite ones wanted", rows[int(wrong[0, 0])])

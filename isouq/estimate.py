@@ -18,7 +18,7 @@ from torch import Tensor
 
 Aggregation = Literal["sequence", "geometric", "token_mean"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # how decoders name their blocks
+_BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")  # how decoders name their blocks
 _KINDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "norm": "norm", "ln_": "norm"}
 
 

@@ -352,6 +352,7 @@ def test_an_empty_prompt_is_fine_where_there_is_a_start_token(llama):
         ({"engine": "fast"}, r"engine: 'fast' given, one of auto, ghost, autograd wanted"),
         ({"batch_size": 0}, r"batch_size: 0 given, a positive integer or 'auto' wanted"),
         ({"memory": 0}, r"memory: 0 given, a number of bytes above 0 wanted"),
+        ({"memory": "much"}, r"memory: much given, a number of bytes above 0 wanted"),
         ({"parameters": ["nothing.*"]}, r"parameters: 'nothing\.\*' matches none of the model's"),
         ({"parameters": ["lm_head.weight"]}, r"parameters: 'lm_head\.weight' matches none"),  # tied: it has one name
     ],
@@ -359,6 +360,20 @@ def test_an_empty_prompt_is_fine_where_there_is_a_start_token(llama):
 def test_bad_options_are_refused(llama, options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         isouq.score_tokens(llama, *pad(CASE, "left"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "fast"}, ValueError, r"engine: 'fast' given, one of auto, ghost, autograd wanted"),
+        ({"memory": "much"}, ValueError, r"memory: much given, a number of bytes above 0 wanted"),
+        ({"others": torch.ones(2, 3)}, TypeError, r"others: Tensor given, a tuple of ids and one or two masks wanted"),
+        ({"others": (torch.ones(2, 3),)}, TypeError, r"others: tuple given, a tuple of ids and one or two masks"),
+    ],
+)
+def test_bad_options_of_inner_products_are_refused(llama, options, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        isouq.inner_products(llama, *pad(CASE, "left"), **options)
 
 
 def test_asking_for_no_aggregation_is_refused(llama):
@@ -388,6 +403,40 @@ def test_quantised_parameters_are_refused_by_name():
     projection.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantised.*model\.layers\.0\.mlp\.up_proj\.weight \(torch\.int8\)"):
         isouq.score_tokens(model, *pad(CASE, "left"))
+
+
+def test_a_model_without_input_ids_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"input_ids: .* which the model does not take: .*argument 'input_ids'"):
+        isouq.score_tokens(torch.nn.Linear(4, 3), *pad(CASE, "left"))
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_a_model_that_changes_its_ids_in_place_gets_a_copy(engine):
+    class Shifted(Bigram):
+        def forward(self, input_ids):
+            return super().forward(input_ids.add_(1).remainder_(VOCAB))
+
+    model = Shifted()
+    ids, answer, _ = pad(CASE, "right")
+    kept, right = ids.clone(), Bigram()
+    right.table.weight.data = model.table.weight.data.roll(-1, 0)
+    S = isouq.score_tokens(model, ids, answer, engine=engine)
+    assert_close(S.log_prob, isouq.score_tokens(right, ids, answer).log_prob, torch.float32)
+    assert torch.equal(ids, kept)
+
+
+@pytest.mark.parametrize("kind", ["int", None])
+def test_a_model_that_takes_another_kind_of_logits_to_keep_is_not_asked_for_it(kind):
+    class Last(Bigram):
+        def forward(self, input_ids, logits_to_keep=0):
+            logits = super().forward(input_ids).logits
+            return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+    Last.forward.__annotations__ = {"logits_to_keep": kind} if kind else {}
+    model, plain = Last(), Bigram()
+    plain.load_state_dict(model.state_dict())
+    scores, right = (isouq.score_tokens(m, *pad(CASE, "left"), batch_size=2) for m in (model, plain))
+    assert_close(scores.log_epistemic, right.log_epistemic, torch.float32)
 
 
 def test_a_model_whose_output_has_another_shape_is_refused():

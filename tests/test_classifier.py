@@ -161,6 +161,7 @@ MISNAMED = torch.tensor([0, 1, 2, 9, 0])
     [
         (INPUTS.tolist(), {}, TypeError, "inputs: list given, a tensor"),
         (torch.tensor(1.0), {}, TypeError, "inputs: Tensor given, a tensor"),
+        (INPUTS.to_sparse(), {}, TypeError, r"inputs: Tensor given, a tensor \(example, …\), not sparse"),
         (INPUTS[:0], {}, ValueError, "inputs: no example given"),
         ({}, {}, ValueError, r"inputs: tensors of lengths \[\] given, one length wanted"),
         ({"a": INPUTS, "b": INPUTS[1:]}, {}, ValueError, r"inputs: tensors of lengths \[5, 4\] given"),
@@ -177,11 +178,43 @@ MISNAMED = torch.tensor([0, 1, 2, 9, 0])
         (INPUTS, {"batch_size": 0}, ValueError, "batch_size: 0 given"),
         (INPUTS, {"parameters": []}, ValueError, r"parameters: \[\] asked for, .* None means all"),
         (INPUTS, {"parameters": "0.weight"}, TypeError, "parameters: the string '0.weight' given, a list"),
+        (INPUTS, {"parameters": 3}, TypeError, "parameters: 3 given, a list of name patterns or None wanted"),
+        (INPUTS, {"parameters": [3]}, TypeError, r"parameters: \[3\] given, a list of name patterns"),
+        ({"x": INPUTS}, {}, TypeError, r"inputs: \(2, 4\) .* does not take: .*unexpected keyword argument 'x'"),
     ],
 )
 def test_bad_input_is_refused_by_name(inputs, options, error, message, unchecked):
     with pytest.raises(error, match=message):
         isouq.score_classes(network(), inputs, **{"batch_size": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.ModuleList([nn.Linear(4, 3)]), ValueError, "missing the required .forward. function"),
+        (nn.Bilinear(4, 4, 3), TypeError, "missing 1 required positional argument: 'input2'"),
+    ],
+)
+def test_a_model_that_takes_other_arguments_is_refused_by_name(model, error, message):
+    with pytest.raises(
+        error, match=rf"inputs: \(5, 4\) torch\.float32 given, which the model does not take: .*{message}"
+    ):
+        isouq.score_classes(model, INPUTS)
+
+
+@ENGINES
+def test_a_model_that_changes_its_input_in_place_gets_a_copy_and_no_graph_leads_on_from_it(engine):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2).tanh())
+
+    model, x, plain = Scaled(4, 3), INPUTS.clone().requires_grad_() * 1, nn.Linear(4, 3)
+    plain.load_state_dict(model.state_dict())
+    right = isouq.score_classes(plain, (2 * INPUTS).tanh())
+    scores = isouq.score_classes(model, x, engine=engine, batch_size=2)
+    assert_close(scores.log_epistemic, right.log_epistemic, torch.float32)
+    assert torch.equal(x, INPUTS)
+    assert scores.engine == engine
 
 
 def test_a_gradient_that_is_not_finite_names_the_callers_example():
@@ -197,11 +230,11 @@ def test_a_gradient_that_is_not_finite_names_the_callers_example():
     assert "for row 7, finite" in caught.value.about("row 7")
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 3)])
-def test_an_output_of_another_shape_is_refused(shape):
+@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 3), (5, 0), (5, 3)])
+def test_an_output_of_another_shape_or_complex_is_refused(shape):
     class Odd(nn.Linear):
         def forward(self, x):
-            return super().forward(x).sum() * torch.ones(shape)
+            return super().forward(x).sum() * torch.ones(shape, dtype=torch.complex64 if shape == (5, 3) else None)
 
     with pytest.raises(ValueError, match=r"model: output .* of 5 examples given, a tensor \(example, class\)"):
         isouq.score_classes(Odd(4, 3), INPUTS)

@@ -1,8 +1,10 @@
 """What is refused before any forward pass, how padding is removed, and which examples share a batch."""
 
+import numpy as np
 import pytest
 import torch
 
+import isouq
 from architectures import VOCAB, build
 from isouq.language.examples import TOKENS_PER_BATCH, Batch, Example, batches, from_pairs, from_rectangle
 from isouq.language.forward import check_examples
@@ -204,6 +206,11 @@ def test_answers_of_similar_length_can_be_put_together():
 def test_a_batch_size_is_a_positive_integer(size, unchecked):
     with pytest.raises(ValueError, match=f"batch_size: {size!r} given, a positive integer or 'auto' wanted"):
         list(batches(of_lengths(3), size))
+
+
+def test_a_batch_size_of_numpys_is_an_integer_too(unchecked):
+    assert [len(batch.rows) for batch in batches(of_lengths(9, 5, 3), np.int64(2))] == [2, 1]
+    assert len(isouq.score_classes(torch.nn.Linear(2, 3), torch.ones(5, 2), batch_size=np.int64(2))) == 5
 
 
 def test_part_of_a_batch_carries_no_padding_of_the_others():

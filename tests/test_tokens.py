@@ -1,5 +1,6 @@
 """Each token's own estimate beside a plain loop, its text, and the course of an answer in a few numbers."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -169,6 +170,13 @@ def test_blocks_are_found_under_the_names_that_families_give_them(name, n_blocks
     model, ids = build(name, tied=True), torch.tensor([[3, 4, 5]])
     scores = isouq.score_tokens(model, ids, torch.tensor([[False, True, True]]), breakdown=True)
     assert set(scores.by_layer()["layer"].dropna()) == set(range(n_blocks))
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.weight", "decoder.block.1.ff.weight"])
+def test_a_block_may_have_its_name_in_the_singular(model, name):
+    scores = isouq.score_tokens(model, torch.tensor([[3, 4]]), torch.tensor([[False, True]]), breakdown=True)
+    table = dataclasses.replace(scores, breakdown={name: scores.log_epistemic}).by_layer()
+    assert table[["layer", "kind"]].to_numpy(dtype=object).tolist() == [[1, "other"]]
 
 
 def test_without_a_breakdown_there_are_no_layers(model):

@@ -3,7 +3,7 @@
 import fnmatch
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from isouq.gradients.torch_contract import backward_hooks, forward_hooks
+from isouq.gradients.torch_contract import backward_hooks, compute_anew, forward_hooks
 
 DIFFERENTIABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What a forward pass raises about its arguments: of the wrong shape or type, by other names, or where there is none.
+UNFIT = (RuntimeError, NotImplementedError, IndexError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 class ExampleError(ValueError):
@@ -95,14 +97,15 @@ def repeatable() -> Iterator[None]:
 
 
 def run(model: nn.Module, argument: str, *args: Tensor, **options: Any) -> Any:
-    """The model's output. Torch's error about an input that does not fit becomes a ValueError naming `argument`."""
+    """The model's output. An error about an input that does not fit becomes a Value- or TypeError naming `argument`."""
     try:
         return model(*args, **options)
-    except (RuntimeError, IndexError, ValueError) as error:
-        if type(error) not in (RuntimeError, IndexError, ValueError):  # subclasses: out of memory, checkpointing
+    except UNFIT as error:
+        if type(error) not in UNFIT:  # subclasses: out of memory, checkpointing
             raise
         given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in (*args, *options.values()) if isinstance(v, Tensor))
-        raise ValueError(f"{argument}: {given} given, which the model does not take: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{argument}: {given} given, which the model does not take: {error}") from error
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -111,8 +114,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     Integer parameters that serve as indices are left out. Raises ValueError for a pattern that
     matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
-    if isinstance(patterns, str):
-        raise TypeError(f"parameters: the string {patterns!r} given, a list of name patterns or None wanted")
+    listed = isinstance(patterns, Collection) and all(isinstance(q, str) for q in patterns)
+    if isinstance(patterns, str) or not (patterns is None or listed):
+        given = f"the string {patterns!r}" if isinstance(patterns, str) else repr(patterns)
+        raise TypeError(f"parameters: {given} given, a list of name patterns or None wanted")
     every = dict(model.named_parameters())
     if not every:
         raise ValueError("model has no parameters to differentiate")
@@ -212,6 +217,7 @@ def differentiable(model: nn.Module, chosen: Iterable[str]) -> Iterator[Tracked]
                 own = {k: names[id(p)] for k, p in module._parameters.items() if p is not None}
                 module._parameters = _Watched(module._parameters, own, tracked)
                 undo.callback(lambda m: setattr(m, "_parameters", dict(m._parameters)), module)
+        compute_anew(undo)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             # A compiled graph shows no operation and allows one backward pass only.
             undo.enter_context(torch.compiler.set_stance("force_eager"))

@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,7 +251,7 @@ def room(memory: float, taken: float, least: float, what: str) -> float:
 
     The error asks for a third more than `taken` and `least`, since passes and buffers may take a quarter of the memory.
     """
-    if not memory > 0:
+    if not isinstance(memory, Real) or not memory > 0:
         raise ValueError(f"memory: {memory} given, a number of bytes above 0 wanted")
     if memory - taken <= least:
         need = f"{what} takes {least:.3g} and all else {taken:.3g}; give {1.34 * (taken + least):.3g} or more"
@@ -324,7 +325,7 @@ def _by_gradients(work: Work) -> Gram:
     n_numbers, one = sum(p.numel() for p in parameters), 3 * sum(p.nbytes for p in work.model.parameters())
     size = 2.0 * sums.n_examples * max(4, *(p.element_size() for p in parameters))  # of one number in two copies
     left = room(work.memory, work.in_pass + one + sums.block.nbytes, size, "a number of every gradient")
-    width = min(n_numbers, int(left / size))
+    width = int(min(n_numbers, left / size))
     for low in tqdm(range(0, n_numbers, width), desc="slices of gradients", disable=not work.progress):
         rows: list[Tensor] = []
         for example in (*work.rows, *work.others):

@@ -73,6 +73,8 @@ def _matmul(use: Use, grads: Grads) -> Factor:
         raise NoRule(f"is the left factor of a matrix product ({use.node.name()})")
     owner = layout.owner(use.node, DATA_INPUT[name], len(grad))
     if use.slot < DATA_INPUT[name]:
+        if use.shape != tuple(grad.shape[1:]):
+            raise NoRule(f"of shape {use.shape} is no bias of {grad.shape[1]} features ({use.node.name()})")
         return Dense(layout.split(grad, owner).sum(1) * use.saved("beta"))
     x, alpha = (use.saved("mat1"), use.saved("alpha")) if name == "Addmm" else (use.saved("self"), 1)
     return Outer(layout.split(x, owner), layout.split(grad if alpha == 1 else grad * alpha, owner))
@@ -227,7 +229,8 @@ def step(node: Node, slot: int, shape: tuple[int, ...], n_examples: int) -> Step
     if name in ("ToCopy", "Alias", "Clone") or alone:
         return lambda factor: factor
     last_two = name == "Transpose" and saved_axes(node, n_axes, "dim0", "dim1") == {n_axes - 2, n_axes - 1}
-    if name == "T" or (name == "Permute" and n_axes == 2) or last_two:
+    swapped = name == "Permute" and n_axes == 2 and saved(node, "dims")[0] % 2 == 1  # -1 and 1 are the last axis
+    if name == "T" or swapped or last_two:
         return lambda factor: factor.transposed()
     if name in RESHAPES:
         return lambda factor: Dense(factor.dense("is reshaped before a use with").grad.reshape(len(factor), *shape))

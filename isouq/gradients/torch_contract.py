@@ -8,12 +8,14 @@ name, `saved` raises NotCovered with the operation and torch's version, and engi
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 Node = Any  # torch.autograd.graph.Node, without the attributes that depend on the operation
 Grads = tuple[Any, ...]  # the gradients at a node's outputs; None where nothing depends on one
@@ -32,6 +34,7 @@ SAVED: dict[str, tuple[str, ...]] = {  # operation → the attributes of its nod
     "NativeGroupNorm": ("input", "result1", "result2", "group"),  # results: mean, 1 / standard deviation, by group
     "Convolution": ("input", "stride", "padding", "dilation", "transposed", "groups"),
     "Transpose": ("dim0", "dim1"),
+    "Permute": ("dims",),
     "Select": ("dim", "index"),
     "Index": ("indices",),
     "View": ("self_sym_sizes",),
@@ -104,7 +107,14 @@ def backward_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> list[dict[
     """The tables of hooks that a backward pass would run. Autograd holds these very objects, so empty them in place."""
     tables = [table for p in parameters for table in (p._backward_hooks, p._post_accumulate_grad_hooks)]
     tables += [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks)]
+    tables += [torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks]  # of all modules
     return [table for table in tables if table]
+
+
+def compute_anew(undo: ExitStack) -> None:
+    """Parametrised weights are computed at each use, also in `torch.nn.utils.parametrize.cached()`, until `undo`."""
+    undo.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
+    parametrize._cache_enabled = 0
 
 
 def forward_hooks(module: nn.Module | None) -> tuple[list[Any], list[Any]]:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -136,7 +137,7 @@ def batches(
     least one. `by_answer` sorts by the answer's length first, since `token_mean` makes a pass for each token of the
     longest answer.
     """
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size != "auto" and (not isinstance(batch_size, Integral) or batch_size < 1):
         raise ValueError(f"batch_size: {batch_size!r} given, a positive integer or 'auto' wanted")
     sizes = [(example.n_answer * by_answer, len(example)) for example in examples]
     rows = sorted(range(len(examples)), key=lambda i: sizes[i], reverse=True)

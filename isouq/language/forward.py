@@ -43,9 +43,9 @@ def _logits(model: nn.Module, inputs: Tensor, keep: Tensor) -> Tensor:
     if device.type == "meta":  # offloaded
         device = torch.device("cpu")
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
-    if _takes(model, "logits_to_keep"):
+    if _takes(model, "logits_to_keep", "Tensor"):
         options["logits_to_keep"] = keep.to(device)
-    output = run(model, "input_ids", input_ids=inputs.to(device), **options)
+    output = run(model, "input_ids", input_ids=inputs.to(device, copy=True), **options)
     logits = getattr(output, "logits", output)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else (type(logits).__name__,)
     if "logits_to_keep" not in options and shape[:2] == inputs.shape:
@@ -152,14 +152,15 @@ def _pass_bytes(model: nn.Module, batch: Batch, parameters: Sequence[str] | None
     body = sum(size for size, _ in kept.values()) - head
     # Add the logits' gradient; in half precision also its copy of that type and one more for the products.
     head += logits.nbytes * (1 + any(p.element_size() < logits.element_size() for p in model.parameters()))
-    if not _takes(model, "logits_to_keep"):  # the head runs at every token
+    if not _takes(model, "logits_to_keep", "Tensor"):  # the head runs at every token
         body, head = body + head, 0.0
     return body, head, logits.shape[1]
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
-        return argument in inspect.signature(model.forward).parameters
+def _takes(model: nn.Module, argument: str, kind: str = "") -> bool:
+    """Whether the model's forward method has the argument, with this word in its annotation."""
+    with contextlib.suppress(TypeError, ValueError, KeyError):
+        return kind in str(inspect.signature(model.forward).parameters[argument].annotation)
     return False
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -236,6 +236,8 @@ def inner_products(
         (torch.Size([2, 2]), True)
     """
     rows = from_rectangle(input_ids, answer_mask, attention_mask)
+    if others is not None and not (isinstance(others, tuple | list) and len(others) in (2, 3)):
+        raise TypeError(f"others: {type(others).__name__} given, a tuple of ids and one or two masks wanted")
     columns = [] if others is None else from_rectangle(*others)
     products = gram(model, rows, columns, engine=engine, memory=memory, progress=progress)
     return products.rows if others is None else products.between
@@ -294,6 +296,9 @@ def gram(
     Products among the others, usually the larger set, are not taken. `memory` as in `inner_products`. With a
     `checkpoint` of this very run (same model, examples, memory, code), a run that was killed resumes.
     """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine: {engine!r} given, one of {', '.join(get_args(Engine))} wanted")
+    room(memory, 0.0, 0.0, "nothing")
     check_model(model)
     for examples in (rows, others) if others else (rows,):
         check_examples(model, examples)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from closeness import assert_close
 from comparison import assert_same, classes, wanted
@@ -287,6 +288,24 @@ def test_what_the_owner_attached_is_neither_run_nor_lost(attach, engine):
     assert fired, "it is there again afterwards"
 
 
+@ENGINES
+@pytest.mark.parametrize("name", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+def test_a_hook_on_the_backward_pass_of_all_modules_is_neither_run_nor_lost(name, engine):
+    model, x, fired = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(4, 5), []
+    right = wanted(model, classes(model, x), 4)
+    handle = getattr(nn.modules.module, name)(
+        lambda _, *grads: fired.append(1) or tuple(None if grad is None else 2 * grad for grad in grads[0])
+    )
+    try:
+        norms = squared_norms(model, classes(model, x), 4, engine=engine)
+        assert not fired
+        model(x.requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    assert_same(norms, right, torch.float32)
+    assert fired, "it is there again afterwards"
+
+
 @pytest.mark.parametrize("attach", [on_the_gradient, after_accumulation])
 def test_a_recomputing_function_runs_nothing_of_the_owners_either(attach):
     model, x, fired = Recomputed("by .backward()").eval(), torch.randn(3, 5), []
@@ -409,3 +428,17 @@ def test_a_compiled_model_is_scored_as_it_was_written(how, engine):
         assert_same(norms, right, torch.float32)
         return
     assert_same(squared_norms(compiled, classes(compiled, x), 3, engine=engine), right, torch.float32)
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("before", ["nothing", "a pass", "a pass without gradients"])
+def test_parametrised_weights_kept_by_the_caller_are_computed_anew(before, engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(3, 5)
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    right = wanted(model, classes(model, x), 3)
+    with parametrize.cached():
+        with torch.set_grad_enabled(before == "a pass"):
+            kept = None if before == "nothing" else (model(x), model[0].weight)[1]
+        assert_same(squared_norms(model, classes(model, x), 3, engine=engine), right, torch.float32)
+        assert kept is None or model[0].weight is kept

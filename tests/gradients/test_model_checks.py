@@ -243,6 +243,28 @@ def test_a_model_that_sees_what_follows_is_refused(make, door):
         door(make().eval(), *pad(CASE, "left"))
 
 
+def llama_by_config():
+    return build("llama", tied=True, is_causal=False)
+
+
+def gemma_by_config():
+    return build("gemma3", tied=True, use_bidirectional_attention=True)
+
+
+def gpt2_by_module():
+    model = build("gpt2", tied=True)
+    for block in model.transformer.h:
+        block.attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("door", LM_DOORS.values(), ids=LM_DOORS)
+@pytest.mark.parametrize("make", [llama_by_config, gemma_by_config, gpt2_by_module])
+def test_a_decoder_that_was_made_an_encoder_is_refused(make, door):
+    with pytest.raises(ValueError, match=r"model: not causal.*a causal, decoder-only language model wanted"):
+        door(make(), *pad(CASE, "left"))
+
+
 def test_the_same_class_as_a_decoder_is_scored():
     model = bert(is_decoder=True).eval()
     log_p = model(input_ids=CASE[0][0][None]).logits[0].double().log_softmax(1)

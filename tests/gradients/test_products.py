@@ -1,6 +1,7 @@
 """Inner products of gradients against the gradients themselves, whichever way they are taken."""
 
 import contextlib
+import math
 import re
 import subprocess
 import sys
@@ -132,6 +133,13 @@ def test_too_little_memory_is_said_before_any_product_is_taken(monkeypatch, engi
     for nothing in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=r"memory: .* given, a number of bytes above 0 wanted"):
             call(memory=nothing)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autograd"])
+def test_memory_may_be_without_limit(engine):
+    model = build("llama", tied=True, num_hidden_layers=1)
+    free, plain = (scoring.inner_products(model, *pad(ROWS, "left"), engine=engine, memory=m) for m in (math.inf, 4e9))
+    torch.testing.assert_close(free, plain)
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)], ids=["rows", "columns"])

@@ -91,6 +91,7 @@ CASES = {  # operation → the value, and what its node keeps under each name
         },
     ),
     "Transpose": (lambda: X.transpose(0, -1), {"dim0": 0, "dim1": -1}),
+    "Permute": (lambda: X.permute(1, 0), {"dims": (1, 0)}),
     "Select": (lambda: X.select(-1, -1), {"dim": -1, "index": -1}),
     "Index": (lambda: X[:, PLACES[:, 0]], {"indices": (None, PLACES[:, 0])}),
     "View": (lambda: X.view(8, 3), {"self_sym_sizes": (4, 6)}),
@@ -132,7 +133,6 @@ def test_axes_are_counted_from_the_first():
 BY_NAME = {  # operations of which only the name is relied on
     "Unsqueeze": lambda: X.unsqueeze(0),
     "T": lambda: X.t(),
-    "Permute": lambda: X.permute(1, 0),
     "Expand": lambda: X.expand(2, 4, 6),
     "Split": lambda: X.split(2)[0],
     "SplitWithSizes": lambda: X.split([1, 3])[0],
@@ -240,6 +240,10 @@ def test_leaves_custom_functions_and_hooks_are_told_apart():
 def test_every_hook_that_a_backward_pass_runs_is_in_the_tables():
     layer = nn.Linear(6, 3)
     assert not torch_contract.backward_hooks(layer, layer.parameters())
+    for register in ("register_module_full_backward_hook", "register_module_full_backward_pre_hook"):
+        handle = getattr(nn.modules.module, register)(lambda *_: None)
+        assert len(torch_contract.backward_hooks(layer, layer.parameters())) == 1
+        handle.remove()
     layer.weight.register_hook(lambda grad: grad)
     layer.bias.register_post_accumulate_grad_hook(lambda p: None)
     layer.register_full_backward_hook(lambda *_: None)
