@@ -170,6 +170,7 @@ TAKE_OBJECTS = {
     *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(
         analysis.has_enough,
+        analysis.if_defined,
         analysis.rank,
         analysis.last_layers,
         analysis.auroc_table,

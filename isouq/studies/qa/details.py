@@ -11,10 +11,10 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.evaluation import Column, Interval, Ranking, UndefinedStatisticError
+from isouq.studies.evaluation import Column, Interval, Ranking
 from isouq.studies.fits import Fit
 from isouq.studies.qa import across, analysis
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, last_layers, result_of, scored
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, if_defined, last_layers, result_of, scored
 from isouq.studies.qa.data import key_part
 from isouq.studies.results import Result, key_of
 
@@ -111,20 +111,13 @@ def judges(table: pd.DataFrame) -> pd.DataFrame:
             "right": accuracy(table, name).value,
         }
         row["kappa"] = cohen_kappa_score(table["right"].astype(bool), table[name].astype(bool))
-        row["length"] = _defined(evaluation.spearman, right.astype(float), used["n_tokens"])
+        row["length"] = if_defined(evaluation.spearman, right.astype(float), used["n_tokens"], otherwise=np.nan)
         for score, column in JUDGED.items():
             if column in used:
                 enough = evaluation.enough_of_both(~right)
                 row[f"auroc_{score}"] = evaluation.auroc(used[column], ~right) if enough else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _defined(statistic: Any, *columns: Any) -> float:
-    try:
-        return float(statistic(*columns))
-    except UndefinedStatisticError:
-        return np.nan
 
 
 def choice(table: pd.DataFrame, analysed: Analysis) -> dict[str, Ranking]:
