@@ -50,10 +50,7 @@ class DataSet:
 
 def load(name: str, path: Path) -> DataSet:
     """Return the data set `name` read from its asset at `path`: triviaqa, wikidata or truthfulqa."""
-    readers = {"triviaqa": _triviaqa, "wikidata": _wikidata, "truthfulqa": _truthfulqa}
-    if name not in readers:
-        raise ValueError(f"name must be one of {', '.join(readers)}, got {name!r}")
-    return readers[name](path)
+    return {"triviaqa": _triviaqa, "wikidata": _wikidata, "truthfulqa": _truthfulqa}[name](path)
 
 
 def is_file(name: str) -> bool:

@@ -89,11 +89,6 @@ def _sample_all(batches: _Batches, lengths: Sequence[int], most: int) -> None:
     fill("p_true", lambda rows: sampling.p_true(subject, solved, [possible[row] for row in rows]), lengths)
 
 
-def records_path(store: Store, records_dir: str) -> Path:
-    """Return where the records of a store are committed: a file of its name in `records_dir`."""
-    return Path(records_dir) / store.path.with_suffix(".parquet").name
-
-
 def kept(path: Path, wanted: Record, records_dir: str | None) -> list[tuple[Path, Record]]:
     """Return the committed records of the run whose store is at `path`, each with its identity, the run's own first.
 
@@ -193,5 +188,5 @@ class _Batches:
                 bar.update(len(batch))
                 folder = self.settings.records_dir
                 if folder and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):
-                    self.store.export(records_path(self.store, folder))
+                    self.store.export(Path(folder, f"{self.store.path.stem}.parquet"))
                     exported = time.monotonic()

@@ -85,17 +85,13 @@ def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:
     """
     rows = {}
     for pair, table in answers.items():
-        row = {"questions": len(table), "right": _share(table), "empty": int(table["empty"].sum())}
+        row = {"questions": len(table), "right": _text(analysis.accuracy(table)), "empty": int(table["empty"].sum())}
         row |= {"failed": len(table.attrs["failed"]), "tokens per answer": f"{table['n_tokens'].mean():.1f}"}
         if "right_by_mean" in table:
-            row["right by mean"] = _share(table, "right_by_mean")
+            row["right by mean"] = _text(analysis.accuracy(table, "right_by_mean"))
             row["by chance"] = f"{table['right_by_chance'].mean():.2f}"
         rows[label(pair)] = row | {"made with": table.attrs["made"].replace(" ", "\u00a0")}
     return pd.DataFrame(rows).T.fillna("")
-
-
-def _share(table: pd.DataFrame, column: str = "right") -> str:
-    return str(analysis.accuracy(table, column)).partition(", n")[0].replace(" ", "\u00a0")
 
 
 def p_true_question(table: pd.DataFrame) -> str:
