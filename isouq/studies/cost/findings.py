@@ -16,7 +16,7 @@ from isouq.studies.cost import memory, timing
 from isouq.studies.cost.cases import Texts
 from isouq.studies.cost.memory import Memory
 from isouq.studies.plotting import METHODS
-from isouq.studies.qa.tables import label
+from isouq.studies.qa.tables import model_name
 from isouq.studies.results import Result, key_of
 
 OURS = ("forward", "forward_answer", "activation_gradient", "ghost", "autograd")
@@ -101,9 +101,8 @@ def errors_text(costs: Mapping[str, Costs]) -> pd.DataFrame:
 
 
 def _text(columns: Mapping[str, Any], form: str) -> pd.DataFrame:
-    methods = [method for method in EVERY if any(method in column.index for column in columns.values())]
-    named = {label((name, ""))[0]: column for name, column in columns.items()}
-    table = pd.concat(named, axis=1).reindex(methods)
+    table = pd.concat({model_name(name): column for name, column in columns.items()}, axis=1)
+    table = table.reindex([method for method in EVERY if method in table.index])
     return table.rename(index=lambda m: METHODS[m].label).map(form.format, na_action="ignore").fillna("—")
 
 

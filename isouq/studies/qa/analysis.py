@@ -31,6 +31,11 @@ RIVALS = ("p_true", "semantic_entropy", "naive_entropy")  # columns of the table
 CHEAP = ("semantic_entropy_discrete", "distinct_samples", "lowest_token", "token_entropy", "embedding_gradient")
 CONTROLS = ("likelihood_fitted", "likelihood_length_fitted", "likelihood_length_gradient_fitted")
 
+# Columns of a number and the ends of its interval.
+VALUE = ("value", "low", "high")
+GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")
+COEFFICIENT, LOG_SCORE = ("coefficient", "coefficient_low", "coefficient_high"), ("gain", "gain_low", "gain_high")
+
 NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its official prompt shows it
 RELATION = re.compile(
     r"The (?P<of>country of citizenship|.+?) (?:of|by|in) .+ is$|.+ (?P<verb>(?:is|shares) .+ (?:in|of|with))$"
@@ -154,15 +159,13 @@ def curved(features: ArrayLike) -> Column:
     return np.column_stack([centred, centred[:, first] * centred[:, second]])
 
 
-def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:
-    """Return log U_E over the parameters of the last blocks alone, (example,).
+def last_layers(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return log U_E over the parameters of the last five blocks alone, (example,).
 
     Grad Detect (arXiv 2606.24790) takes gradients of the last five layers; which norm and of what is our reading.
     """
-    numbers = {str(name): re.match(r"layer:(\d+)\.", str(name)) for name in table}
-    blocks = {name: int(number[1]) for name, number in numbers.items() if number}
-    last = [name for name, block in blocks.items() if block > max(blocks.values()) - n_blocks]
-    return special.logsumexp(table[last].to_numpy(), axis=1)
+    blocks = table.columns.str.extract(r"^layer:(\d+)\.", expand=False).astype(float)
+    return special.logsumexp(table.loc[:, blocks > np.nanmax(blocks) - 5].to_numpy(), axis=1)
 
 
 def rank(table: pd.DataFrame, analysis: Analysis) -> dict[str, dict[str, Ranking]]:
@@ -196,19 +199,11 @@ def auroc_table(table: pd.DataFrame, ranked: Mapping[str, Mapping[str, Ranking]]
             control = of_scores["minus_log_prob" if one.jackknife is not None else CONTROLS[0]]
             if name != "minus_log_prob":
                 gain = if_defined(one.minus(control).interval)
-                rows.append({"method": name, **row, **_columns(if_defined(one.interval)), **_columns(gain, _GAIN)})
-    return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", *_VALUE, *_GAIN])
+                rows.append({"method": name, **row, **_columns(if_defined(one.interval)), **_columns(gain, GAIN)})
+    return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", *VALUE, *GAIN])
 
 
-def _ends(name: str) -> tuple[str, str, str]:
-    """The columns of a statistic and its interval."""
-    return name, f"{name}_low", f"{name}_high"
-
-
-_VALUE, _GAIN = ("value", "low", "high"), _ends("versus_likelihood")
-
-
-def _columns(interval: Interval | None, names: tuple[str, str, str] = _VALUE) -> dict[str, Any]:
+def _columns(interval: Interval | None, names: tuple[str, str, str] = VALUE) -> dict[str, Any]:
     found = (interval.value, interval.low, interval.high) if interval else (np.nan,) * 3
     return dict(zip(names, found, strict=True))
 
@@ -265,9 +260,9 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         plan, wrong = analysis.resamples(used), used["wrong"].to_numpy()
         small, large = (Fit.of(features, wrong, plan, n_folds=analysis.n_folds) for features in (base, both))
         gain = large.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval()
-        columns = _columns(large.coefficient(2), _ends("coefficient")) | _columns(gain, _ends("gain"))
+        columns = _columns(large.coefficient(2), COEFFICIENT) | _columns(gain, LOG_SCORE)
         rows.append({"aggregation": aggregation, "n": len(used), **columns})
-    names = [*_ends("coefficient"), *_ends("gain")]
+    names = [*COEFFICIENT, *LOG_SCORE]
     return pd.DataFrame(rows, columns=["aggregation", "n", *names]).astype(dict.fromkeys(names, float))
 
 
@@ -322,16 +317,16 @@ def named_results(
         claim = {"truthfulqa_choose": "C6", "triviaqa": "C7"}.get(subject.split(".")[-1])
         results[f"{key}.auroc"] = _of_row(row, claim=claim)
         if row["method"] not in ("likelihood", CONTROLS[0]):
-            results[f"{key}.auroc_gain"] = _of_row(row, _GAIN, "paired with likelihood")
+            results[f"{key}.auroc_gain"] = _of_row(row, GAIN, "paired with likelihood")
     for row in within(table, analysis).dropna(subset=["value"]).to_dict("records"):
         metric = "auroc_within_length" if row["within"] == "length" else f"auroc_given_{row['within']}"
         results[f"{prefix}.{row['method']}.{metric}"] = _of_row(row)
         if row["within"] == "length":
             results[f"{prefix}.within_length.pairs"] = Result(value=int(row["n_pairs"]), n=row["n"])
     for row in added_signal(table, analysis).to_dict("records"):
-        for name, metric in (("coefficient", "coefficient_given_p_and_length"), ("gain", "log_score_gain")):
-            key = f"{prefix}.epistemic_{row['aggregation']}.{metric}"
-            results[key] = _of_row(row, _ends(name), "refitted in every resample")
+        key, note = f"{prefix}.epistemic_{row['aggregation']}", "refitted in every resample"
+        results[f"{key}.coefficient_given_p_and_length"] = _of_row(row, COEFFICIENT, note)
+        results[f"{key}.log_score_gain"] = _of_row(row, LOG_SCORE, note)
     results |= _compared(table, prefix, ranked.get(HEADLINE, {}))
     for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
@@ -381,7 +376,7 @@ def result_of(one: Ranking | Interval, note: str) -> Result:
 
 
 def _of_row(
-    row: Mapping[Any, Any], names: tuple[str, str, str] = _VALUE, note: str = _INTERVAL, claim: str | None = None
+    row: Mapping[Any, Any], names: tuple[str, str, str] = VALUE, note: str = _INTERVAL, claim: str | None = None
 ) -> Result:
     """A table's row as a named result; `names`: the columns of the value and its ends."""
     value, low, high = (row[name] for name in names)

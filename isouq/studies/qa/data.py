@@ -41,11 +41,8 @@ class DataSet:
 
     def prompt(self, question: Question, shots: Sequence[Question] = ()) -> str:
         """Return prefix, answered `shots` and the open `question`; an answer follows with a leading space."""
-        solved = "".join(self._line(shot.question, f" {shot.answers[0]}") for shot in shots)
-        return self.prefix + solved + self._line(question.question, "").rstrip()
-
-    def _line(self, question: str, answer: str) -> str:
-        return self.template.format(question=question, answer=answer)
+        solved = [self.template.format(question=shot.question, answer=f" {shot.answers[0]}") for shot in shots]
+        return "".join([self.prefix, *solved, self.template.format(question=question.question, answer="").rstrip()])
 
 
 def load(name: str, path: Path) -> DataSet:
