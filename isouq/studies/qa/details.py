@@ -140,19 +140,17 @@ def choice(table: pd.DataFrame, analysed: Analysis) -> dict[str, Ranking]:
 def layers(table: pd.DataFrame, analysed: Analysis) -> tuple[pd.DataFrame, Interval | None]:
     """Return the AUROC of log U_E over each block's parameters of each kind, and that of the last five blocks less all.
 
-    The table has columns block (−1 outside blocks), kind, auroc and share, the mean share of U_E. The difference is
-    paired; None where too few are right or wrong.
+    The table has columns block (−1 outside blocks), kind and auroc. The difference is paired; None where too few are
+    right or wrong.
     """
     used = scored(table)
     wrong, whole = used["wrong"].to_numpy(dtype=bool), used[f"log_epistemic_{HEADLINE}"].to_numpy()
     if not evaluation.enough_of_both(wrong):
-        return pd.DataFrame(columns=["block", "kind", "auroc", "share"]), None
+        return pd.DataFrame(columns=["block", "kind", "auroc"]), None
     rows = []
     for name in (str(name) for name in used if str(name).startswith("layer:")):
         block, _, kind = name.removeprefix("layer:").rpartition(".")
-        values = used[name].to_numpy()
-        share = float(np.exp(values - whole).mean())
-        rows.append({"block": int(block or -1), "kind": kind, "auroc": evaluation.auroc(values, wrong), "share": share})
+        rows.append({"block": int(block or -1), "kind": kind, "auroc": evaluation.auroc(used[name].to_numpy(), wrong)})
     plan = analysed.resamples(used)
     last, every = (evaluation.ranking(score, wrong, plan) for score in (last_layers(used), whole))
     return pd.DataFrame(rows), last.minus(every).interval()

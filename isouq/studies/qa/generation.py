@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ def generate(
     return continuations(model, tokenizer, ids, mask, stops=stops, max_new_tokens=max_new_tokens, cache=cache)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """An answer drawn at temperature 1: its ids, its text, and its log-probability in nats.
 
     `log_prob` is over `n_steps` tokens: the answer's and, where the model ended it, the token that did. Without that

@@ -39,8 +39,7 @@ def sample(
     numbers = np.stack([uniform(question.item_id, n_samples, max_new_tokens, seed) for question, _ in asked])
     prompts = [prompt for _, prompt in asked]
     found = generation.draw(subject.model, subject.tokenizer, prompts, numbers, stops=subject.stops)
-    names = ("token_ids", "text", "log_prob", "n_steps")
-    return [{name: [getattr(one, name) for one in samples] for name in names} for samples in found]
+    return [{name: [getattr(one, name) for one in samples] for name in generation.Sample._fields} for samples in found]
 
 
 def meaning(subject: Subject, row: int, texts: Sequence[str]) -> Record:
