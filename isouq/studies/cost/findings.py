@@ -47,11 +47,6 @@ class Costs:
         """The time per text of method a over that of b, each in forward passes of its own rounds."""
         return float(self.times["value"][a] / self.times["value"][b])
 
-    def peak_ratio(self, a: str, b: str) -> float:
-        """The peak above the model of method a over that of b."""
-        peaks = self.memory.table["peak_bytes"]
-        return float(peaks[a] / peaks[b])
-
     def above_activations(self) -> float:
         """What the ghost engine takes above the activations, as a share of the weights."""
         peaks = self.memory.table["peak_bytes"]
@@ -136,7 +131,7 @@ def targets(costs: Mapping[str, Costs], tokens: PerToken) -> pd.DataFrame:
     """Return every target: model, target, at most, measured, and met ("yes" or "NO"). `tokens`: of the first model."""
     rows: list[tuple[str, str, float, float]] = []
     for name, of in costs.items():
-        speedup = SPEEDUP_OF_GEMMA if "gemma" in name else SPEEDUP
+        peaks, speedup = of.memory.table["peak_bytes"], SPEEDUP_OF_GEMMA if "gemma" in name else SPEEDUP
         rows += [
             (name, "ghost, forward passes, batch", BATCH, of.times["value"]["ghost"]),
             (name, "ghost, forward passes, single text", SINGLE, of.single["value"]["ghost"]),
@@ -146,7 +141,7 @@ def targets(costs: Mapping[str, Costs], tokens: PerToken) -> pd.DataFrame:
         ]
         for peer in (peer for peer in memory.GRADIENT_EACH if peer in of.times.index):
             rows.append((name, f"ghost / {peer}, time per text", 1, of.time_ratio("ghost", peer)))
-            rows.append((name, f"ghost / {peer}, peak above the model", 1, of.peak_ratio("ghost", peer)))
+            rows.append((name, f"ghost / {peer}, peak above the model", 1, peaks["ghost"] / peaks[peer]))
     bound = f"token mean / (forward + {TOKEN_MEAN_BOUND} L activation gradients)"
     rows.append((next(iter(costs)), bound, 1, tokens.bound))
     table = pd.DataFrame(rows, columns=["model", "target", "at most", "measured"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from isouq.language import scoring
 from isouq.language.examples import from_pairs
 from isouq.studies.qa import generation, judge
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.subject import Subject
-
-Record = dict[str, Any]
+from isouq.studies.qa.subject import Record, Subject
 
 
 def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[Record]:

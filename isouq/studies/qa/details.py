@@ -30,14 +30,8 @@ OF_PROBABILITY = {  # of scores that are probabilities: the fitted ones
 }
 PROMPTED = ("likelihood", "log_gradient", "epistemic", "aleatoric", "p_true", "combined")
 STAGES = {  # what has to be computed for each score, after the answer itself
-    "likelihood": ("cheap",),
-    "token_entropy": ("cheap",),
-    "embedding_gradient": ("cheap",),
-    "aleatoric": ("cheap",),
-    "epistemic": ("estimate",),
-    "combined": ("estimate",),
-    "combined_curved": ("estimate",),
-    "last_layers": ("estimate",),
+    **dict.fromkeys(("likelihood", "token_entropy", "embedding_gradient", "aleatoric"), ("cheap",)),
+    **dict.fromkeys(("epistemic", "combined", "combined_curved", "last_layers"), ("estimate",)),
     "naive_entropy": ("sample",),
     "semantic_entropy": ("sample", "meaning"),
     "p_true": ("sample", "p_true"),

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isouq.studies.qa import generation, judge, rivals
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.subject import Subject
+from isouq.studies.qa.subject import Record, Subject
 
 N_IDEAS = 5  # of a question's samples are shown to P(True)
-
-Record = dict[str, Any]
 
 
 def uniform(item_id: str, n_samples: int, n_tokens: int, seed: int) -> NDArray[np.float64]:

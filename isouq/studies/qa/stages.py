@@ -22,13 +22,12 @@ from isouq.language import scoring
 from isouq.language.examples import each, from_pairs
 from isouq.studies.qa import rivals, sampling
 from isouq.studies.qa.answers import answer, choice, verdict
-from isouq.studies.qa.subject import Settings, Subject
+from isouq.studies.qa.subject import Record, Settings, Subject
 from isouq.studies.store import Store, identity_of
 
 VERSION = 1
 EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are written out again
 
-Record = dict[str, Any]
 Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a prompt and of its answer
 
 

@@ -117,9 +117,9 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
 
     Raises ValueError, with the first reason, where every question failed.
     """
-    failed = {}
+    asked, failed = {question.item_id for question in questions}, {}
     for item_id, record in store.get("failed").items():  # unless a later run went past that stage
-        if item_id in {question.item_id for question in questions} and store.missing(record["stage"], [item_id]):
+        if item_id in asked and store.missing(record["stage"], [item_id]):
             failed[item_id] = f"{record['stage']}: {record['reason']}"
     questions = [question for question in questions if question.item_id not in failed]
     if not questions:
@@ -131,6 +131,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
         of = {stage: found.get(question.item_id, {}) for stage, found in records.items()}
         if not of["answer"]["text"]:  # which has no scores, though it may have samples from the other mode
             of |= {stage: {} for stage in SAMPLED}
+        seconds = {f"seconds_{stage}": record.pop("seconds", np.nan) for stage, record in of.items()}
         answer, verdict = of["answer"], of["verdict"]
         layers = of["estimate"].get("layers", {})
         rows.append(
@@ -140,7 +141,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 "reference": question.answers[0],
                 "answer": answer["text"],
                 "wrong": not verdict["right"],
-                **{name: value for name, value in verdict.items() if name != "seconds"},
+                **verdict,
                 "empty": not answer["text"],
                 "ended_by": answer["ended_by"],
                 "n_tokens": len(answer["token_ids"]),
@@ -148,7 +149,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 **_rival_columns(of),
                 **_choice_columns(of["choice"]),
                 **{f"layer:{group}": value for group, value in layers.items()},
-                **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in of.items()},
+                **seconds,
             }
         )
     table = pd.DataFrame(rows).copy()  # in one piece: a column by itself for each layer would be slow
@@ -172,10 +173,9 @@ def _rival_columns(of: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         weights = sample["log_prob"], sample["n_steps"]
         columns |= {"naive_entropy": rivals.naive_entropy(*weights), "distinct_samples": len(set(sample["text"]))}
         for by, groups in of["meaning"].items():
-            if by != "seconds":
-                suffix = "" if by == "embedding" else f"_{by}"
-                columns[f"semantic_entropy{suffix}"] = rivals.semantic_entropy(*weights, groups)
-                columns[f"semantic_entropy_discrete{suffix}"] = rivals.discrete_semantic_entropy(groups)
+            suffix = "" if by == "embedding" else f"_{by}"
+            columns[f"semantic_entropy{suffix}"] = rivals.semantic_entropy(*weights, groups)
+            columns[f"semantic_entropy_discrete{suffix}"] = rivals.discrete_semantic_entropy(groups)
     if of["p_true"]:
         columns["p_true"] = rivals.p_true(of["p_true"]["log_probs"])
     return columns

@@ -17,6 +17,7 @@ from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.qa.rivals import Entailment
 from isouq.studies.qa.sentences import SentenceEncoder
 
+Record = dict[str, Any]  # what a stage keeps of a question
 DTYPES = ("float32", "bfloat16")  # float16 has too small a range for squares of gradients
 N_TRUE_SHOTS = 4  # solved examples in the prompt of P(True), true and false in turn
 
