@@ -183,7 +183,7 @@ TAKE_OBJECTS = {
     *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),
     *(rejection.weighted_aurc, rejection.weighted_prr),
     *(tables.label, tables.by_pair, tables.browsed, tables.description, tables.named, tables.method_labels),
-    *(tables.rejection, tables.prompts),
+    *(tables.rejection, tables.prompts, tables.model_name),
     *(
         ranks.named_results,
         analysis.named_results,
