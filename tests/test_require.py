@@ -170,6 +170,7 @@ TAKE_OBJECTS = {
     *(chain.log_variances, chain.steps, chain.table, chain.by_problem, chain.text, chain.named_results),
     *(
         analysis.has_enough,
+        analysis.if_defined,
         analysis.rank,
         analysis.last_layers,
         analysis.auroc_table,
@@ -182,7 +183,7 @@ TAKE_OBJECTS = {
     *(evaluation.on_all, fits.weighted_log_score, fits.weighted_brier, fits.weighted_ece, fits.of_probability),
     *(rejection.weighted_aurc, rejection.weighted_prr),
     *(tables.label, tables.by_pair, tables.browsed, tables.description, tables.named, tables.method_labels),
-    *(tables.rejection, tables.prompts),
+    *(tables.rejection, tables.prompts, tables.model_name),
     *(
         ranks.named_results,
         analysis.named_results,

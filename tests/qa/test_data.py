@@ -79,11 +79,6 @@ def test_truthfulqa_uses_its_official_prefix_and_no_label_twice(tmp_path) -> Non
     assert loaded.prompt(question) == "Q: a\nA: b\n\nQ: Why?\nA:"
 
 
-def test_an_unknown_data_set_is_refused_by_name(tmp_path) -> None:
-    with pytest.raises(ValueError, match="triviaqa, wikidata, truthfulqa, got 'trivia'"):
-        data.load("trivia", tmp_path)
-
-
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "n"), [("triviaqa", 7993), ("wikidata", 20320), ("truthfulqa", 299)])
 def test_the_real_sets_are_whole_and_answerable(name: str, n: int) -> None:

@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import GenerationConfig
 
 from isouq.language import generation as library
-from isouq.studies.qa import candidates, generation
+from isouq.studies.qa import generation
 
 SHARED = list(range(10, 34))
 PROMPTS = [SHARED + rest for rest in ([40], [41, 42, 43, 44, 45], [46, 47, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9])]
@@ -93,7 +93,7 @@ def test_stop_tokens_are_all_that_contain_a_newline_and_every_end_of_sequence(ll
 def test_candidates_score_as_one_plain_forward_each(model) -> None:
     many = [[i % 40 + 5, (7 * i) % 50, 3][: 1 + i % 3] for i in range(11)]  # more than one group of rows
     groups = [[[5], [6, 7, 8, 9, 10]], [[11, 12]], [[13], [14]], many]
-    found = candidates.candidate_log_probs(model, PROMPTS, groups)
+    found = generation.candidate_log_probs(model, PROMPTS, groups)
     for prompt, answers, scores in zip(PROMPTS, groups, found, strict=True):
         for answer, score in zip(answers, scores, strict=True):
             log_p = plain_logits(model, prompt + answer).double().log_softmax(-1)
@@ -103,7 +103,7 @@ def test_candidates_score_as_one_plain_forward_each(model) -> None:
 
 def test_an_empty_candidate_is_refused(llama) -> None:
     with pytest.raises(ValueError, match="none of them empty"):
-        candidates.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
+        generation.candidate_log_probs(llama, PROMPTS[:1], [[[5], []]])
 
 
 def test_a_prompt_is_open_for_its_answer(tokenizer) -> None:

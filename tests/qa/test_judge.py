@@ -47,8 +47,6 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence() -> None:
 
 
 def test_a_contrast_is_above_zero_where_the_nearest_reference_is_true() -> None:
-    def rouge(text: str, others: list[str]) -> list[float]:
-        return [judge.rouge_l(text, other) for other in others]
-
-    assert judge.contrast("no it is not", ["no it is not so"], ["yes it is"], rouge) > 0
-    assert judge.contrast("yes it is", ["no it is not so"], ["yes it is"], rouge) < 0
+    references = ["no it is not so", "yes it is"]
+    assert judge.contrast([judge.rouge_l("no it is not", other) for other in references], 1) > 0
+    assert judge.contrast([judge.rouge_l("yes it is", other) for other in references], 1) < 0

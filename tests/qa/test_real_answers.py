@@ -6,7 +6,7 @@ from isouq.language import scoring
 from isouq.language.examples import from_pairs
 from isouq.language.generation import stop_token_ids
 from isouq.studies import assets
-from isouq.studies.qa import candidates, generation, judge, study
+from isouq.studies.qa import generation, judge, study
 from isouq.studies.qa.study import Settings
 
 pytestmark = pytest.mark.assets
@@ -41,7 +41,7 @@ def test_shared_candidates_equal_plain_log_probs(smollm2) -> None:
     subject = study.prepare(model, tokenizer, content, Settings(n_questions=2), choose=True)
     texts = [[*question.answers, *question.false_answers] for question in subject.questions]
     ids = [[generation.encode_answer(tokenizer, text) for text in group] for group in texts]
-    shared = candidates.candidate_log_probs(model, subject.prompts, ids)
+    shared = generation.candidate_log_probs(model, subject.prompts, ids)
     for prompt, group, found in zip(subject.prompts, ids, shared, strict=True):
         plain, n_tokens = scoring.log_probs(model, from_pairs((prompt, answer) for answer in group))
         # A float32 log-softmax over 49,152 words is itself off by up to 1e-5 per token; ours is summed in float64.

@@ -60,7 +60,7 @@ def test_every_second_solved_example_is_wrong_by_the_models_own_answer() -> None
 def test_scores_of_one_pass_are_those_of_each_answer_alone(request, name: str) -> None:
     model = request.getfixturevalue(name)
     prompts, answers = [[5, 6, 7], [9, 10, 11, 12, 13], [20]], [[30, 31], [40], [41, 42, 43, 44]]
-    found = rivals.answer_scores(model, prompts, answers)
+    found = rivals.answer_scores(model, list(zip(prompts, answers, strict=True)))
     for prompt, answer, scores in zip(prompts, answers, found, strict=True):
         embedded = model.get_input_embeddings()(torch.tensor([prompt + answer])).detach().requires_grad_()
         log_p = model(inputs_embeds=embedded, use_cache=False).logits[0].double().log_softmax(-1)

@@ -16,7 +16,7 @@ from isouq.studies.cost import memory, timing
 from isouq.studies.cost.cases import Texts
 from isouq.studies.cost.memory import Memory
 from isouq.studies.plotting import METHODS
-from isouq.studies.qa.tables import label
+from isouq.studies.qa.tables import model_name
 from isouq.studies.results import Result, key_of
 
 OURS = ("forward", "forward_answer", "activation_gradient", "ghost", "autograd")
@@ -46,11 +46,6 @@ class Costs:
     def time_ratio(self, a: str, b: str) -> float:
         """The time per text of method a over that of b, each in forward passes of its own rounds."""
         return float(self.times["value"][a] / self.times["value"][b])
-
-    def peak_ratio(self, a: str, b: str) -> float:
-        """The peak above the model of method a over that of b."""
-        peaks = self.memory.table["peak_bytes"]
-        return float(peaks[a] / peaks[b])
 
     def above_activations(self) -> float:
         """What the ghost engine takes above the activations, as a share of the weights."""
@@ -101,9 +96,8 @@ def errors_text(costs: Mapping[str, Costs]) -> pd.DataFrame:
 
 
 def _text(columns: Mapping[str, Any], form: str) -> pd.DataFrame:
-    methods = [method for method in EVERY if any(method in column.index for column in columns.values())]
-    named = {label((name, ""))[0]: column for name, column in columns.items()}
-    table = pd.concat(named, axis=1).reindex(methods)
+    table = pd.concat({model_name(name): column for name, column in columns.items()}, axis=1)
+    table = table.reindex([method for method in EVERY if method in table.index])
     return table.rename(index=lambda m: METHODS[m].label).map(form.format, na_action="ignore").fillna("—")
 
 
@@ -137,7 +131,7 @@ def targets(costs: Mapping[str, Costs], tokens: PerToken) -> pd.DataFrame:
     """Return every target: model, target, at most, measured, and met ("yes" or "NO"). `tokens`: of the first model."""
     rows: list[tuple[str, str, float, float]] = []
     for name, of in costs.items():
-        speedup = SPEEDUP_OF_GEMMA if "gemma" in name else SPEEDUP
+        peaks, speedup = of.memory.table["peak_bytes"], SPEEDUP_OF_GEMMA if "gemma" in name else SPEEDUP
         rows += [
             (name, "ghost, forward passes, batch", BATCH, of.times["value"]["ghost"]),
             (name, "ghost, forward passes, single text", SINGLE, of.single["value"]["ghost"]),
@@ -147,7 +141,7 @@ def targets(costs: Mapping[str, Costs], tokens: PerToken) -> pd.DataFrame:
         ]
         for peer in (peer for peer in memory.GRADIENT_EACH if peer in of.times.index):
             rows.append((name, f"ghost / {peer}, time per text", 1, of.time_ratio("ghost", peer)))
-            rows.append((name, f"ghost / {peer}, peak above the model", 1, of.peak_ratio("ghost", peer)))
+            rows.append((name, f"ghost / {peer}, peak above the model", 1, peaks["ghost"] / peaks[peer]))
     bound = f"token mean / (forward + {TOKEN_MEAN_BOUND} L activation gradients)"
     rows.append((next(iter(costs)), bound, 1, tokens.bound))
     table = pd.DataFrame(rows, columns=["model", "target", "at most", "measured"])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from isouq.studies import plotting
 from isouq.studies.cost.findings import EVERY, Costs
-from isouq.studies.qa.tables import label
+from isouq.studies.qa.tables import model_name
 
 
 def _methods(costs: Mapping[str, Costs]) -> list[str]:
@@ -22,9 +22,8 @@ def times(costs: Mapping[str, Costs]) -> Figure:
     figure, axes = plotting.panels(len(costs), aspect=0.55 * len(costs), sharex=True, sharey=True)
     for ax, (name, of) in zip(axes[0], costs.items(), strict=True):
         table = of.times.reindex(_methods(costs)).reset_index()
-        plotting.intervals(table, ax, xlabel="forward passes", reference=1.0, logarithmic=True).set_title(
-            label((name, ""))[0]
-        )
+        plotting.intervals(table, ax, xlabel="forward passes", reference=1.0, logarithmic=True)
+        ax.set_title(model_name(name))
     return figure
 
 
@@ -34,7 +33,7 @@ def peaks(costs: Mapping[str, Costs]) -> Figure:
     xlabel, hatched = "peak above the model / weights", ["ghost", "token_mean"]
     for ax, (name, of) in zip(axes[0], costs.items(), strict=True):
         shares = of.memory.table["peak_bytes"].reindex(_methods(costs)) / of.memory.weights
-        plotting.bars(shares, ax, hatched=hatched, xlabel=xlabel).set_title(label((name, ""))[0])
+        plotting.bars(shares, ax, hatched=hatched, xlabel=xlabel).set_title(model_name(name))
     return figure
 
 

@@ -6,15 +6,14 @@ where one was asked more of them; the models themselves are taken as given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from isouq.studies import evaluation, fits
-from isouq.studies.evaluation import Interval, Ranking, UndefinedStatisticError, Weights
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, result_of, scored
+from isouq.studies.evaluation import Interval, Ranking
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, if_defined, result_of, scored
 from isouq.studies.results import Result
 
 Rankings = Mapping[str, Ranking]  # one model's, by score
@@ -52,26 +51,15 @@ def preference(ranked: Mapping[str, Rankings]) -> dict[str, Interval]:
 
 def agreement(tables: Mapping[str, pd.DataFrame], analysis: Analysis) -> dict[str, Ranking]:
     """Return each model's Spearman's ρ of U_E with P(True), the probability itself and not its complement."""
-    return {
-        model: _over_resamples(
-            lambda rows: -evaluation.spearman(rows["p_true"], rows[FEATURES[0]]), scored(table), analysis
-        )
-        for model, table in tables.items()
-    }
-
-
-def _over_resamples(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, analysis: Analysis) -> Ranking:
-    """A statistic of the table's rows, on all and on each resample."""
-
-    def draw(counts: Weights) -> float:
-        try:
-            return statistic(table.iloc[np.repeat(np.arange(len(table)), counts.astype(int))])
-        except UndefinedStatisticError:
-            return np.nan
-
-    plan = analysis.resamples(table)
-    draws = np.array([draw(counts) for counts in plan.counts])
-    return Ranking(statistic(table), draws, draws, None, len(table), len(plan.left_out))
+    found = {}
+    for model, table in tables.items():
+        used, plan = scored(table), analysis.resamples(scored(table))
+        epistemic, p_false = used[FEATURES[0]].to_numpy(), used["p_true"].to_numpy()
+        drawn = [np.repeat(np.arange(len(used)), counts.astype(int)) for counts in plan.counts]
+        draws = -np.array([if_defined(evaluation.spearman, p_false[i], epistemic[i], otherwise=np.nan) for i in drawn])
+        value = -evaluation.spearman(p_false, epistemic)
+        found[model] = Ranking(value, draws, draws, None, len(used), len(plan.left_out))
+    return found
 
 
 def transfer(
@@ -130,20 +118,17 @@ def named_results(
         critical = evaluation.max_t(list(gaps.values()))
         results[f"{prefix}.combined.max_t"] = Result(value=critical, note=models)
     if "p_true" in gaps:
-        gap = gaps["p_true"]
-        flipped = replace(gap, value=-gap.value, draws=-gap.draws, out_of_bag=-gap.out_of_bag)
-        results[f"{prefix}.p_true.auroc_over_combined"] = result_of(flipped, f"paired; {models}")
+        ahead = mean([of["p_true"].minus(of["combined"]) for of in headline.values()])
+        results[f"{prefix}.p_true.auroc_over_combined"] = result_of(ahead, f"paired; {models}")
         of_models = agreement(tables, analysis)
         for model, one in of_models.items():
             results[f"qa.{model}.{data_set}.p_true.spearman_with_epistemic"] = result_of(one, "")
         results[f"{prefix}.p_true.spearman_with_epistemic"] = result_of(mean(list(of_models.values())), models)
     preferred = preference(headline)
-    ends = {"largest": max, "smallest": min}
-    for end, choose in ends.items():
+    for end, choose in {"largest": max, "smallest": min}.items():
         model = choose(preferred, key=lambda name: preferred[name].value)
-        interval = preferred[model]
         key = f"qa.models.{data_set}.epistemic_over_aleatoric.{end}"
-        results[key] = result_of(interval, f"{model}, of {models}; simultaneous")
+        results[key] = result_of(preferred[model], f"{model}, of {models}; simultaneous")
     for standardise, metric in ((False, "auroc"), (True, "auroc_standardised")):
         of_held_out = transfer(tables, analysis, standardise=standardise)
         for model, one in of_held_out.items():

@@ -8,8 +8,9 @@ log U_E and log U_A, which as a pair have no raw form.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient",
 RIVALS = ("p_true", "semantic_entropy", "naive_entropy")  # columns of the table, high = wrong, where a study has them
 CHEAP = ("semantic_entropy_discrete", "distinct_samples", "lowest_token", "token_entropy", "embedding_gradient")
 CONTROLS = ("likelihood_fitted", "likelihood_length_fitted", "likelihood_length_gradient_fitted")
+
+# Columns of a number and the ends of its interval.
+VALUE = ("value", "low", "high")
+GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")
+COEFFICIENT, LOG_SCORE = ("coefficient", "coefficient_low", "coefficient_high"), ("gain", "gain_low", "gain_high")
 
 NO_COMMENT = "I have no comment."  # TruthfulQA counts it as true, and its official prompt shows it
 RELATION = re.compile(
@@ -61,14 +67,13 @@ class Analysis:
         options = {"n_resamples": self.n_resamples, "seed": self.seed}
         return Resamples.of(table["wrong"], clusters=table.get("cluster", table["item_id"]), by_name=True, **options)
 
-    def correlation(self, table: pd.DataFrame, a: str, b: str) -> Interval | None:
-        """Return Spearman's ρ of two columns with its interval over questions, None where it is undefined."""
-        options = {"n_resamples": self.n_resamples, "seed": self.seed}
-        clusters = table.get("cluster")
-        try:
-            return evaluation.bootstrap_interval(evaluation.spearman, table[a], table[b], clusters=clusters, **options)
-        except UndefinedStatisticError:
-            return None
+
+def if_defined(statistic: Callable[..., Any], *given: Any, otherwise: Any = None, **how: Any) -> Any:
+    """Return what a statistic gives, or `otherwise` where it is not defined."""
+    try:
+        return statistic(*given, **how)
+    except UndefinedStatisticError:
+        return otherwise
 
 
 def clustered(table: pd.DataFrame, data_set: str) -> pd.DataFrame:
@@ -154,15 +159,13 @@ def curved(features: ArrayLike) -> Column:
     return np.column_stack([centred, centred[:, first] * centred[:, second]])
 
 
-def last_layers(table: pd.DataFrame, n_blocks: int = 5) -> NDArray[np.float64]:
-    """Return log U_E over the parameters of the last blocks alone, (example,).
+def last_layers(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return log U_E over the parameters of the last five blocks alone, (example,).
 
     Grad Detect (arXiv 2606.24790) takes gradients of the last five layers; which norm and of what is our reading.
     """
-    numbers = {str(name): re.match(r"layer:(\d+)\.", str(name)) for name in table}
-    blocks = {name: int(number[1]) for name, number in numbers.items() if number}
-    last = [name for name, block in blocks.items() if block > max(blocks.values()) - n_blocks]
-    return special.logsumexp(table[last].to_numpy(), axis=1)
+    blocks = table.columns.str.extract(r"^layer:(\d+)\.", expand=False).astype(float)
+    return special.logsumexp(table.loc[:, blocks > np.nanmax(blocks) - 5].to_numpy(), axis=1)
 
 
 def rank(table: pd.DataFrame, analysis: Analysis) -> dict[str, dict[str, Ranking]]:
@@ -191,24 +194,18 @@ def auroc_table(table: pd.DataFrame, ranked: Mapping[str, Mapping[str, Ranking]]
         if not of_scores:
             row["note"] = f"too few: {(~wrong).sum()} right, {wrong.sum()} wrong"
             names = ("aleatoric", "epistemic", "aleatoric_fitted", "epistemic_fitted", "combined")
-            rows += [{"method": name, **row, "value": np.nan, "low": np.nan, "high": np.nan} for name in names]
+            rows += [{"method": name, **row, **_columns(None)} for name in names]
         for name, one in of_scores.items():
             control = of_scores["minus_log_prob" if one.jackknife is not None else CONTROLS[0]]
-            gain = _columns(_interval(one.minus(control)), len(wrong))
-            gains = dict(zip(_GAIN, gain.values(), strict=False))
             if name != "minus_log_prob":
-                rows.append({"method": name, **row, **_columns(_interval(one), len(wrong))} | gains)
-    return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", "value", "low", "high", *_GAIN])
+                gain = if_defined(one.minus(control).interval)
+                rows.append({"method": name, **row, **_columns(if_defined(one.interval)), **_columns(gain, GAIN)})
+    return pd.DataFrame(rows, columns=["method", "aggregation", "n", "n_wrong", "note", *VALUE, *GAIN])
 
 
-_GAIN = ("versus_likelihood", "versus_likelihood_low", "versus_likelihood_high")
-
-
-def _interval(one: Ranking) -> Interval | None:
-    try:
-        return one.interval()
-    except UndefinedStatisticError:
-        return None
+def _columns(interval: Interval | None, names: tuple[str, str, str] = VALUE) -> dict[str, Any]:
+    found = (interval.value, interval.low, interval.high) if interval else (np.nan,) * 3
+    return dict(zip(names, found, strict=True))
 
 
 def within(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
@@ -221,24 +218,21 @@ def within(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
     """
     used = scored(table)
     wrong = require.labels("wrong", used["wrong"], least=0)
+    plan = analysis.resamples(used) if evaluation.enough_of_both(wrong) else None
     rows = []
     for by, given in {"length": ["n_tokens"], "probability": ["log_prob"], "both": ["log_prob", "n_tokens"]}.items():
         for method, column in WITHIN.items():
-            interval = _fixed(used, column, given, analysis) if evaluation.enough_of_both(wrong) else None
+            interval = if_defined(_fixed, used, column, given, plan) if plan else None
             pairs = evaluation.n_pairs(wrong, used["n_tokens"]) if by == "length" and len(used) else np.nan
-            rows.append({"method": method, "within": by, **_columns(interval, len(used)), "n_pairs": pairs})
+            rows.append({"method": method, "within": by, **_columns(interval), "n": len(used), "n_pairs": pairs})
     return pd.DataFrame(rows)
 
 
-def _fixed(table: pd.DataFrame, column: str, given: list[str], analysis: Analysis) -> Interval | None:
-    wrong, plan = table["wrong"], analysis.resamples(table)
-    try:
-        if given == ["n_tokens"]:
-            return evaluation.stratified_ranking(table[column], wrong, table["n_tokens"], plan).interval()
-        left = fits.residual_ranks(table[column].to_numpy(), table[given].to_numpy(float))
-        return evaluation.ranking(left, wrong.to_numpy(), plan).interval()
-    except UndefinedStatisticError:
-        return None
+def _fixed(table: pd.DataFrame, column: str, given: list[str], plan: Resamples) -> Interval:
+    if given == ["n_tokens"]:
+        return evaluation.stratified_ranking(table[column], table["wrong"], table["n_tokens"], plan).interval()
+    left = fits.residual_ranks(table[column].to_numpy(), table[given].to_numpy(float))
+    return evaluation.ranking(left, table["wrong"].to_numpy(), plan).interval()
 
 
 def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
@@ -266,14 +260,10 @@ def added_signal(table: pd.DataFrame, analysis: Analysis) -> pd.DataFrame:
         plan, wrong = analysis.resamples(used), used["wrong"].to_numpy()
         small, large = (Fit.of(features, wrong, plan, n_folds=analysis.n_folds) for features in (base, both))
         gain = large.ranking(fits.weighted_log_score).minus(small.ranking(fits.weighted_log_score)).interval()
-        row: dict[str, Any] = {"aggregation": aggregation, "n": len(used)}
-        for name, one in (("coefficient", large.coefficient(2)), ("gain", gain)):
-            row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=["aggregation", "n", *_ADDED]).astype(dict.fromkeys(_ADDED, float))
-
-
-_ADDED = tuple(f"{name}{end}" for name in ("coefficient", "gain") for end in ("", "_low", "_high"))
+        columns = _columns(large.coefficient(2), COEFFICIENT) | _columns(gain, LOG_SCORE)
+        rows.append({"aggregation": aggregation, "n": len(used), **columns})
+    names = [*COEFFICIENT, *LOG_SCORE]
+    return pd.DataFrame(rows, columns=["aggregation", "n", *names]).astype(dict.fromkeys(names, float))
 
 
 def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | None]:
@@ -282,11 +272,12 @@ def agreement(table: pd.DataFrame, analysis: Analysis) -> dict[str, Interval | N
     None for what is not defined: for fewer than five answers, for scores that are all the same.
     """
     used = scored(table)
-    log_p = used["log_prob"]
+    options = {"clusters": used.get("cluster"), "n_resamples": analysis.n_resamples, "seed": analysis.seed}
+    interval = functools.partial(if_defined, evaluation.bootstrap_interval, evaluation.spearman, **options)
     return {
-        "epistemic": analysis.correlation(used, "log_epistemic_sequence", "log_prob"),
-        "log_gradient": analysis.correlation(used, "log_gradient", "log_prob"),
-        "below_half": _share(used, log_p < np.log(0.5)) if len(used) else None,
+        "epistemic": interval(used["log_epistemic_sequence"], used["log_prob"]),
+        "log_gradient": interval(used["log_gradient"], used["log_prob"]),
+        "below_half": _share(used, used["log_prob"] < np.log(0.5)) if len(used) else None,
     }
 
 
@@ -320,24 +311,22 @@ def named_results(
     results[f"{prefix}.failed.count"] = Result(value=float(len(table.attrs.get("failed", ()))), n=len(table))
     results[f"{prefix}.empty.count"] = Result(value=float(table["empty"].sum()), n=len(table))
     for row in aurocs.dropna(subset=["value"]).to_dict("records"):
+        method, fitted, _ = row["method"].partition("_fitted")
         suffix = "" if row["aggregation"] == HEADLINE else f"_{row['aggregation']}"
-        key = f"{prefix}.{row['method'].removesuffix('_fitted')}{suffix}"
-        key += "_fitted" if row["method"].endswith("_fitted") else ""
+        key = f"{prefix}.{method}{suffix}{fitted}"
         claim = {"truthfulqa_choose": "C6", "triviaqa": "C7"}.get(subject.split(".")[-1])
         results[f"{key}.auroc"] = _of_row(row, claim=claim)
         if row["method"] not in ("likelihood", CONTROLS[0]):
-            gain = dict(zip(("value", "low", "high"), (row[name] for name in _GAIN), strict=True))
-            results[f"{key}.auroc_gain"] = Result(**gain, n=row["n"], note="paired with likelihood")
+            results[f"{key}.auroc_gain"] = _of_row(row, GAIN, "paired with likelihood")
     for row in within(table, analysis).dropna(subset=["value"]).to_dict("records"):
-        metric = {"length": "auroc_within_length", "probability": "auroc_given_probability"}.get(row["within"])
-        results[f"{prefix}.{row['method']}.{metric or 'auroc_given_both'}"] = _of_row(row)
+        metric = "auroc_within_length" if row["within"] == "length" else f"auroc_given_{row['within']}"
+        results[f"{prefix}.{row['method']}.{metric}"] = _of_row(row)
         if row["within"] == "length":
             results[f"{prefix}.within_length.pairs"] = Result(value=int(row["n_pairs"]), n=row["n"])
     for row in added_signal(table, analysis).to_dict("records"):
-        for name, metric in (("coefficient", "coefficient_given_p_and_length"), ("gain", "log_score_gain")):
-            ends = {end: row[f"{name}_{end}"] for end in ("low", "high")}
-            key = f"{prefix}.epistemic_{row['aggregation']}.{metric}"
-            results[key] = Result(value=row[name], **ends, n=row["n"], note="refitted in every resample")
+        key, note = f"{prefix}.epistemic_{row['aggregation']}", "refitted in every resample"
+        results[f"{key}.coefficient_given_p_and_length"] = _of_row(row, COEFFICIENT, note)
+        results[f"{key}.log_score_gain"] = _of_row(row, LOG_SCORE, note)
     results |= _compared(table, prefix, ranked.get(HEADLINE, {}))
     for method, interval in agreement(table, analysis).items():
         key, note = ("share", _SHARE) if method == "below_half" else ("spearman_with_log_prob", _INTERVAL)
@@ -380,16 +369,15 @@ _INTERVAL = "95 % bootstrap over questions"
 _SHARE = "Wilson, or bootstrap over clusters of questions"
 
 
-def _columns(interval: Interval | None, n: int) -> dict[str, Any]:
-    value, low, high = (interval.value, interval.low, interval.high) if interval else (np.nan, np.nan, np.nan)
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
 def result_of(one: Ranking | Interval, note: str) -> Result:
     """Return a statistic with its interval as a named result."""
     interval = one.interval() if isinstance(one, Ranking) else one
-    return Result(**_columns(interval, interval.n), note=note)
+    return Result(**_columns(interval), n=interval.n, note=note)
 
 
-def _of_row(row: Mapping[Any, Any], claim: str | None = None) -> Result:
-    return Result(**{name: row[name] for name in ("value", "low", "high", "n")}, claim=claim, note=_INTERVAL)
+def _of_row(
+    row: Mapping[Any, Any], names: tuple[str, str, str] = VALUE, note: str = _INTERVAL, claim: str | None = None
+) -> Result:
+    """A table's row as a named result; `names`: the columns of the value and its ends."""
+    value, low, high = (row[name] for name in names)
+    return Result(value=value, low=low, high=high, n=row["n"], claim=claim, note=note)

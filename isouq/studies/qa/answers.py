@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +11,9 @@ import torch
 from isouq.gradients import Engine
 from isouq.language import scoring
 from isouq.language.examples import from_pairs
-from isouq.studies.qa import candidates, generation, judge
+from isouq.studies.qa import generation, judge
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.subject import Subject
-
-Record = dict[str, Any]
+from isouq.studies.qa.subject import Record, Subject
 
 
 def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[Record]:
@@ -28,7 +24,7 @@ def answer(subject: Subject, rows: Sequence[int], max_new_tokens: int) -> list[R
     questions, prompts = [subject.questions[row] for row in rows], [subject.prompts[row] for row in rows]
     if subject.choose:
         ids = [subject.reference_ids(question) for question in questions]
-        log_probs = candidates.candidate_log_probs(subject.model, prompts, ids)
+        log_probs = generation.candidate_log_probs(subject.model, prompts, ids)
         return [_chosen(*row) for row in zip(questions, ids, (s.tolist() for s in log_probs), strict=True)]
     answers = generation.generate(
         subject.model, subject.tokenizer, prompts, stops=subject.stops, max_new_tokens=max_new_tokens
@@ -59,19 +55,14 @@ def verdict(subject: Subject, row: int, answer: Record) -> Record:
         f1 = judge.token_f1(text, question.answers)
         right = judge.exact_match(text, question.answers)
         return {"right": right, "right_by_f1": f1 >= judge.F1_RIGHT, "f1": f1}
-
-    def rouge(text: str, others: Sequence[str]) -> list[float]:
-        return [judge.rouge_l(text, other) for other in others]
-
-    def cosine(text: str, others: Sequence[str]) -> list[float]:
-        directions = subject.encode([text, *others])
-        return (directions[1:] @ directions[0]).tolist()
-
-    sides = question.answers, question.false_answers
-    by: dict[str, Callable[..., Sequence[float]]] = {"embedding": cosine, "rouge": rouge}
+    references = [*question.answers, *question.false_answers]
+    directions = subject.encode([text, *references])
+    similar = {"embedding": (directions[1:] @ directions[0]).tolist()}
+    similar["rouge"] = [judge.rouge_l(text, other) for other in references]
     if subject.judge is not None:
-        by["entailment"] = functools.partial(subject.judge.shares, question.question)
-    found = {name: judge.contrast(text, *sides, of) if text else -1.0 for name, of in by.items()}
+        similar["entailment"] = subject.judge.shares(question.question, text, references)
+    n_true = len(question.answers)
+    found = {name: judge.contrast(scores, n_true) if text else -1.0 for name, scores in similar.items()}
     return {
         **{f"right_by_{name}".removesuffix("_by_embedding"): contrast > 0 for name, contrast in found.items()},
         **{f"{name}_contrast": contrast for name, contrast in found.items()},

@@ -43,19 +43,13 @@ class DataSet:
 
     def prompt(self, question: Question, shots: Sequence[Question] = ()) -> str:
         """Return prefix, answered `shots` and the open `question`; an answer follows with a leading space."""
-        solved = "".join(self._line(shot.question, f" {shot.answers[0]}") for shot in shots)
-        return self.prefix + solved + self._line(question.question, "").rstrip()
-
-    def _line(self, question: str, answer: str) -> str:
-        return self.template.format(question=question, answer=answer)
+        solved = [self.template.format(question=shot.question, answer=f" {shot.answers[0]}") for shot in shots]
+        return "".join([self.prefix, *solved, self.template.format(question=question.question, answer="").rstrip()])
 
 
 def load(name: str, path: Path) -> DataSet:
     """Return the data set `name` read from its asset at `path`: triviaqa, wikidata or truthfulqa."""
-    readers = {"triviaqa": _triviaqa, "wikidata": _wikidata, "truthfulqa": _truthfulqa}
-    if name not in readers:
-        raise ValueError(f"name must be one of {', '.join(readers)}, got {name!r}")
-    return readers[name](path)
+    return {"triviaqa": _triviaqa, "wikidata": _wikidata, "truthfulqa": _truthfulqa}[name](path)
 
 
 def is_file(name: str) -> bool:

@@ -11,10 +11,10 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from isouq.studies import evaluation, fits, rejection
-from isouq.studies.evaluation import Column, Interval, Ranking, UndefinedStatisticError
+from isouq.studies.evaluation import Column, Interval, Ranking
 from isouq.studies.fits import Fit
 from isouq.studies.qa import across, analysis
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, last_layers, result_of, scored
+from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, accuracy, if_defined, last_layers, result_of, scored
 from isouq.studies.qa.data import key_part
 from isouq.studies.results import Result, key_of
 
@@ -30,14 +30,8 @@ OF_PROBABILITY = {  # of scores that are probabilities: the fitted ones
 }
 PROMPTED = ("likelihood", "log_gradient", "epistemic", "aleatoric", "p_true", "combined")
 STAGES = {  # what has to be computed for each score, after the answer itself
-    "likelihood": ("cheap",),
-    "token_entropy": ("cheap",),
-    "embedding_gradient": ("cheap",),
-    "aleatoric": ("cheap",),
-    "epistemic": ("estimate",),
-    "combined": ("estimate",),
-    "combined_curved": ("estimate",),
-    "last_layers": ("estimate",),
+    **dict.fromkeys(("likelihood", "token_entropy", "embedding_gradient", "aleatoric"), ("cheap",)),
+    **dict.fromkeys(("epistemic", "combined", "combined_curved", "last_layers"), ("estimate",)),
     "naive_entropy": ("sample",),
     "semantic_entropy": ("sample", "meaning"),
     "p_true": ("sample", "p_true"),
@@ -111,20 +105,13 @@ def judges(table: pd.DataFrame) -> pd.DataFrame:
             "right": accuracy(table, name).value,
         }
         row["kappa"] = cohen_kappa_score(table["right"].astype(bool), table[name].astype(bool))
-        row["length"] = _defined(evaluation.spearman, right.astype(float), used["n_tokens"])
+        row["length"] = if_defined(evaluation.spearman, right.astype(float), used["n_tokens"], otherwise=np.nan)
         for score, column in JUDGED.items():
             if column in used:
                 enough = evaluation.enough_of_both(~right)
                 row[f"auroc_{score}"] = evaluation.auroc(used[column], ~right) if enough else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _defined(statistic: Any, *columns: Any) -> float:
-    try:
-        return float(statistic(*columns))
-    except UndefinedStatisticError:
-        return np.nan
 
 
 def choice(table: pd.DataFrame, analysed: Analysis) -> dict[str, Ranking]:
@@ -147,19 +134,17 @@ def choice(table: pd.DataFrame, analysed: Analysis) -> dict[str, Ranking]:
 def layers(table: pd.DataFrame, analysed: Analysis) -> tuple[pd.DataFrame, Interval | None]:
     """Return the AUROC of log U_E over each block's parameters of each kind, and that of the last five blocks less all.
 
-    The table has columns block (−1 outside blocks), kind, auroc and share, the mean share of U_E. The difference is
-    paired; None where too few are right or wrong.
+    The table has columns block (−1 outside blocks), kind and auroc. The difference is paired; None where too few are
+    right or wrong.
     """
     used = scored(table)
     wrong, whole = used["wrong"].to_numpy(dtype=bool), used[f"log_epistemic_{HEADLINE}"].to_numpy()
     if not evaluation.enough_of_both(wrong):
-        return pd.DataFrame(columns=["block", "kind", "auroc", "share"]), None
+        return pd.DataFrame(columns=["block", "kind", "auroc"]), None
     rows = []
     for name in (str(name) for name in used if str(name).startswith("layer:")):
         block, _, kind = name.removeprefix("layer:").rpartition(".")
-        values = used[name].to_numpy()
-        share = float(np.exp(values - whole).mean())
-        rows.append({"block": int(block or -1), "kind": kind, "auroc": evaluation.auroc(values, wrong), "share": share})
+        rows.append({"block": int(block or -1), "kind": kind, "auroc": evaluation.auroc(used[name].to_numpy(), wrong)})
     plan = analysed.resamples(used)
     last, every = (evaluation.ranking(score, wrong, plan) for score in (last_layers(used), whole))
     return pd.DataFrame(rows), last.minus(every).interval()

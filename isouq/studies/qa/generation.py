@@ -1,35 +1,37 @@
-"""How a study asks: prompts and answers as ids, greedy answers, answers drawn at temperature 1, and the next word.
+"""How a study asks: prompts and answers as ids, greedy answers, drawn ones, given ones to choose from, the next word.
 
 All prompts of a call are read together, and what they share (few-shot examples) is read once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from isouq.language import encoding
 from isouq.language.generation import Generation, Stops, continuations, left_padded
 
+CANDIDATE_ROWS = 8  # candidates per forward pass: bounds the logits, rows × tokens × vocabulary
 FINISHED = 0.25  # share of finished samples from which they are dropped from a batch; dropping copies the cache
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Return each prompt's ids with the special tokens that the tokenizer puts in front (Gemma: <bos>), not behind."""
-    return [encoding.prompt_ids(tokenizer, prompt) for prompt in prompts]
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
+    """Return each prompt's ids with the special tokens that the tokenizer puts in front (Gemma: <bos>), not behind.
 
-
-def encode_turns(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text as a user's turn, up to where the model's turn begins, by the chat template."""
+    `chat`: as a user's turn, up to where the model's turn begins, by the chat template.
+    """
+    if not chat:
+        return [encoding.prompt_ids(tokenizer, prompt) for prompt in prompts]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return [list(tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)) for text in texts]
+    return [list(tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)) for text in prompts]
 
 
 def encode_answer(tokenizer: Any, answer: str, before: str = " ") -> list[int]:
@@ -53,8 +55,7 @@ def generate(
     return continuations(model, tokenizer, ids, mask, stops=stops, max_new_tokens=max_new_tokens, cache=cache)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """An answer drawn at temperature 1: its ids, its text, and its log-probability in nats.
 
     `log_prob` is over `n_steps` tokens: the answer's and, where the model ended it, the token that did. Without that
@@ -124,7 +125,53 @@ def next_log_probs(model: Any, prompts: Sequence[Sequence[int]], words: Sequence
     return _read_all(model, prompts, 0)[1].double().log_softmax(-1)[:, list(words)].cpu()
 
 
-def read(model: Any, ids: Sequence[int], cache: Any = None, n_cached: int = 0) -> tuple[Any, Tensor]:
+@torch.inference_mode()
+def candidate_log_probs(
+    model: Any, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]
+) -> list[Float[Tensor, " candidate"]]:
+    """Return log p (nats, the sum over tokens) of every candidate answer of every prompt.
+
+    Equal to one forward pass per candidate, but shared work is done once: the tokens that all prompts have
+    in common, then each prompt, then its candidates together, padded on the right.
+    """
+    shared = _shared_length(prompts)
+    common = _read(model, prompts[0][:shared])[0] if shared else None
+    results = []
+    for prompt, answers in zip(prompts, candidates, strict=True):
+        if not answers or not all(answers):
+            raise ValueError("candidates: every prompt needs at least one candidate, none of them empty")
+        cache, logits = _read(model, prompt[shared:], copy.deepcopy(common), shared)
+        groups = [answers[i : i + CANDIDATE_ROWS] for i in range(0, len(answers), CANDIDATE_ROWS)]
+        parts = [_sum_log_probs(model, copy.deepcopy(cache), logits, group, len(prompt)) for group in groups]
+        results.append(torch.cat(parts))
+    return results
+
+
+def _sum_log_probs(
+    model: Any, cache: Any, first_logits: Tensor, answers: Sequence[Sequence[int]], n_prompt: int
+) -> Float[Tensor, " candidate"]:
+    """Return log p of answers to one cached prompt whose next-token logits (1, 1, vocab) are given."""
+    ids = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(first_logits.device)
+    n_rows, n_tokens = ids.shape
+    lengths = torch.tensor(list(map(len, answers)), device=ids.device)
+    mask = torch.arange(n_tokens, device=ids.device) < lengths[:, None]
+    logits = first_logits.expand(n_rows, 1, -1)
+    if n_tokens > 1:
+        cache.batch_repeat_interleave(n_rows)
+        later = model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([mask.new_ones(n_rows, n_prompt), mask[:, :-1]], 1).long(),
+            position_ids=torch.arange(n_prompt, n_prompt + n_tokens - 1, device=ids.device).expand(n_rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=n_tokens - 1,
+        ).logits
+        logits = torch.cat([logits, later], 1)
+    chosen = logits.gather(-1, ids[..., None])[..., 0].double() - logits.double().logsumexp(-1)
+    return (chosen * mask).sum(-1).cpu()
+
+
+def _read(model: Any, ids: Sequence[int], cache: Any = None, n_cached: int = 0) -> tuple[Any, Tensor]:
     """Return the cache and the next token's logits (1, 1, vocab) after one unpadded sequence that continues `cache`."""
     tokens = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
     position = torch.arange(n_cached, n_cached + len(ids), device=tokens.device)[None]
@@ -134,13 +181,13 @@ def read(model: Any, ids: Sequence[int], cache: Any = None, n_cached: int = 0) -
 
 def _read_shared(model: Any, prompts: Sequence[Sequence[int]], n_more: int) -> tuple[int, Any]:
     """The number of tokens that all prompts share, and a cache that holds them for each prompt; 0 and None for none."""
-    shared = shared_length(prompts)
+    shared = _shared_length(prompts)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and max(map(len, prompts)) + n_more > window:
         shared = 0  # padding between the shared tokens and the rest would push the shared ones out of the window
     if not shared:
         return 0, None
-    cache, _ = read(model, prompts[0][:shared])
+    cache, _ = _read(model, prompts[0][:shared])
     cache.batch_repeat_interleave(len(prompts))
     return shared, cache
 
@@ -161,7 +208,7 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], n_more: int) -> tupl
     return out.past_key_values, out.logits[:, -1], mask
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens all prompts share, leaving each at least one of its own."""
     shortest = min(map(len, prompts))
     for i in range(shortest - 1):

@@ -129,17 +129,15 @@ def p_true(log_probs: Sequence[float]) -> float:
     return float(special.expit(log_probs[1] - log_probs[0]))
 
 
-def answer_scores(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[dict[str, float]]:
-    """Return what one forward pass and one backward pass to the input tell of each answer.
+def answer_scores(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[dict[str, float]]:
+    """Return what one forward pass and one backward pass to the input tell of each pair of prompt and answer.
 
     lowest_log_prob: log p of the least likely token, in nats. token_entropy: the mean over the answer's tokens of the
     entropy of the next token, in nats. log_embedding_gradient: log‖∇_e S‖², e the input embeddings of the prompt's
     tokens. The last is our reading of SemGrad (arXiv 2605.04638), which takes the gradient by states that keep the
     meaning of the input and chooses those by a score of its own; we take the input itself.
     """
-    batch = Batch.of(from_pairs(zip(prompts, answers, strict=True)), range(len(prompts)))
+    batch = Batch.of(from_pairs(pairs), range(len(pairs)))
     scored = batch.answer[:, 1:]
     keep = scored.any(0).nonzero().flatten()
     scored, targets = scored[:, keep], batch.ids[:, 1:][:, keep]
@@ -151,12 +149,11 @@ def answer_scores(
         [gradient] = torch.autograd.grad(chosen[scored].sum(), embedded)
     entropies = -(log_p.detach().exp() * log_p.detach()).sum(-1).cpu()
     squares = gradient.double().square().sum(-1).cpu()
+    of_prompts = [row[: len(prompt)].sum() for row, (prompt, _) in zip(squares, pairs, strict=True)]
     columns = {
         "lowest_log_prob": chosen.detach().masked_fill(~scored, torch.inf).amin(1),
         "token_entropy": entropies.masked_fill(~scored, 0).sum(1) / scored.sum(1),
-        "log_embedding_gradient": torch.stack(
-            [row[: len(prompt)].sum() for row, prompt in zip(squares, prompts, strict=True)]
-        ).log(),
+        "log_embedding_gradient": torch.stack(of_prompts).log(),
     }
     values = [column.tolist() for column in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isouq.studies.qa import generation, judge, rivals
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.subject import Subject
+from isouq.studies.qa.subject import Record, Subject
 
 N_IDEAS = 5  # of a question's samples are shown to P(True)
-
-Record = dict[str, Any]
 
 
 def uniform(item_id: str, n_samples: int, n_tokens: int, seed: int) -> NDArray[np.float64]:
@@ -34,8 +31,7 @@ def sample(
     numbers = np.stack([uniform(question.item_id, n_samples, max_new_tokens, seed) for question, _ in asked])
     prompts = [prompt for _, prompt in asked]
     found = generation.draw(subject.model, subject.tokenizer, prompts, numbers, stops=subject.stops)
-    names = ("token_ids", "text", "log_prob", "n_steps")
-    return [{name: [getattr(one, name) for one in samples] for name in names} for samples in found]
+    return [{name: [getattr(one, name) for one in samples] for name in generation.Sample._fields} for samples in found]
 
 
 def meaning(subject: Subject, row: int, texts: Sequence[str]) -> Record:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from isouq.studies import assets
 
+ENCODER = "all-minilm-l6-v2"
+
 
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
@@ -31,7 +33,7 @@ class SentenceEncoder:
     def __init__(self) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = assets.path("all-minilm-l6-v2")
+        folder = assets.path(ENCODER)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         with no_loading_bar():
             self.model = AutoModel.from_pretrained(folder).eval()

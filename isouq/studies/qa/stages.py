@@ -7,6 +7,7 @@ by hand where a stored number changes; tests/qa/test_golden_answers.py holds num
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,17 +17,18 @@ from typing import Any
 from tqdm import tqdm
 
 from isouq.estimate import Aggregation, Estimate
+from isouq.gradients import Engine
 from isouq.language import scoring
 from isouq.language.examples import each, from_pairs
 from isouq.studies.qa import rivals, sampling
 from isouq.studies.qa.answers import answer, choice, verdict
-from isouq.studies.qa.subject import Settings, Subject
+from isouq.studies.qa.subject import Record, Settings, Subject
 from isouq.studies.store import Store, identity_of
 
 VERSION = 1
 EXPORT_EVERY = 600.0  # seconds after which the records of a run in progress are written out again
 
-Record = dict[str, Any]
+Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a prompt and of its answer
 
 
 class LackingError(Exception):
@@ -42,56 +44,47 @@ def complete(
         if not compute:
             raise LackingError
         store.put(item_id, {"question": asdict(questions[item_id])})
-    batches = _Batches(store, subject, settings, progress, compute)
-    fill = batches.fill
+    fill = _Batches(store, subject, settings, progress, compute).fill
     most = settings.max_new_tokens * (2 if subject.data_set.sentences else 1)
-    read = [len(prompt) for prompt in subject.prompts]
-    fill("answer", lambda rows: answer(subject, rows, most), read)
+    rows, read = range(len(questions)), [len(prompt) for prompt in subject.prompts]
+    fill("answer", rows, lambda batch: answer(subject, batch, most), read)
     answers = _by_row(store, subject, "answer")
-    fill("verdict", lambda rows: [verdict(subject, row, answers[row]) for row in rows], read)
+    fill("verdict", rows, lambda batch: [verdict(subject, row, answers[row]) for row in batch], read)
 
     # Answers without text are wrong, and have no scores.
     ids = [answer["token_ids"] if answer.get("text") else [] for answer in answers]
-    lengths = [n + len(answer) if answer else 0 for n, answer in zip(read, ids, strict=True)]
-    fill("estimate", lambda rows: _estimate(subject, rows, ids, settings, "sequence", "geometric"), lengths)
+    pairs = list(zip(subject.prompts, ids, strict=True))
+    lengths = [len(prompt) + len(answer) if answer else 0 for prompt, answer in pairs]
+    estimate = functools.partial(_estimate, subject.model, settings.engine)
+    fill("estimate", pairs, lambda batch: estimate(batch, "sequence", "geometric"), lengths)
     # Its cost is the longest answer of a batch, so here answers of like length go together.
     n_tokens = [len(answer) if row < settings.n_token_mean else 0 for row, answer in enumerate(ids)]
-    fill("token_mean", lambda rows: _estimate(subject, rows, ids, settings, "token_mean"), n_tokens)
-    prompts = subject.prompts
-    fill("cheap", lambda rows: rivals.answer_scores(subject.model, *_take(rows, prompts, ids)), lengths)
+    fill("token_mean", pairs, lambda batch: estimate(batch, "token_mean"), n_tokens)
+    fill("cheap", pairs, lambda batch: rivals.answer_scores(subject.model, batch), lengths)
     if subject.choose:
         most_read = len(ids) if settings.n_choice is None else settings.n_choice
         read_so = [length if row < most_read else 0 for row, length in enumerate(lengths)]
-        fill("choice", lambda rows: [choice(subject, row, settings.engine) for row in rows], read_so)
-    if settings.n_samples:
-        _sample_all(batches, lengths, most)
+        fill("choice", rows, lambda batch: [choice(subject, row, settings.engine) for row in batch], read_so)
+    if not settings.n_samples:
+        return
 
-
-def _sample_all(batches: _Batches, lengths: Sequence[int], most: int) -> None:
-    """The stages that need samples. Those of the solved examples of P(True) are kept under `shot`."""
-    store, subject, settings, fill = batches.store, batches.subject, batches.settings, batches.fill
+    # Samples of the solved examples of P(True) are kept under `shot`.
     asked = list(zip(subject.questions, subject.prompts, strict=True))
     how = {"n_samples": settings.n_samples, "max_new_tokens": most, "seed": settings.seed}
     for shot in subject.shots:
         if store.missing("shot", [shot[0].item_id]):
-            if not batches.compute:
+            if not compute:
                 raise LackingError
             [samples] = sampling.sample(subject, [shot], **how)
             store.put(shot[0].item_id, {"shot": {**asdict(shot[0]), **samples}})
-    fill("sample", lambda rows: sampling.sample(subject, [asked[row] for row in rows], **how), lengths)
+    fill("sample", asked, lambda batch: sampling.sample(subject, batch, **how), lengths)
 
     texts = [record.get("text", []) for record in _by_row(store, subject, "sample")]
-    fill("meaning", lambda rows: [sampling.meaning(subject, row, texts[row]) for row in rows], lengths)
+    fill("meaning", rows, lambda batch: [sampling.meaning(subject, row, texts[row]) for row in batch], lengths)
     shots = store.get("shot")
     solved = sampling.solved_examples([(question, shots[question.item_id]["text"]) for question, _ in subject.shots])
-    answers = [record.get("text", "") for record in _by_row(store, subject, "answer")]
-    possible = list(zip(subject.questions, texts, answers, strict=True))
-    fill("p_true", lambda rows: sampling.p_true(subject, solved, [possible[row] for row in rows]), lengths)
-
-
-def records_path(store: Store, records_dir: str) -> Path:
-    """Return where the records of a store are committed: a file of its name in `records_dir`."""
-    return Path(records_dir) / store.path.with_suffix(".parquet").name
+    possible = list(zip(subject.questions, texts, (answer.get("text", "") for answer in answers), strict=True))
+    fill("p_true", possible, lambda batch: sampling.p_true(subject, solved, batch), lengths)
 
 
 def kept(path: Path, wanted: Record, records_dir: str | None) -> list[tuple[Path, Record]]:
@@ -112,24 +105,17 @@ def _asked(identity: Record) -> Record:
     return identity | {"settings": settings, "versions": None}
 
 
-def _take(rows: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
-    return [[column[row] for row in rows] for column in columns]
-
-
 def _by_row(store: Store, subject: Subject, stage: str) -> list[Record]:
     records = store.get(stage)
     return [records.get(question.item_id, {}) for question in subject.questions]
 
 
-def _estimate(
-    subject: Subject, rows: Sequence[int], ids: Sequence[Sequence[int]], settings: Settings, *names: Aggregation
-) -> list[Record]:
+def _estimate(model: Any, engine: Engine, pairs: Sequence[Pair], *names: Aggregation) -> list[Record]:
     """An estimate for each aggregation, and under "layers" what `by_layer` says of "sequence"."""
     layers = "sequence" in names
-    how = scoring.Scoring(aggregations=names, engine=settings.engine, batch_size=len(rows), breakdown=layers)
-    pairs = zip(*_take(rows, subject.prompts, ids), strict=True)
-    found = scoring.score(subject.model, from_pairs(pairs), how)
-    records: list[Record] = [{name: _record(one, i) for name, one in found.items()} for i in range(len(rows))]
+    how = scoring.Scoring(aggregations=names, engine=engine, batch_size=len(pairs), breakdown=layers)
+    found = scoring.score(model, from_pairs(pairs), how)
+    records: list[Record] = [{name: _record(one, i) for name, one in found.items()} for i in range(len(pairs))]
     if layers:
         for record, shares in zip(records, by_layer(found["sequence"]), strict=True):
             record["layers"] = shares
@@ -168,8 +154,10 @@ class _Batches:
     compute: bool
     failed: set[str] = field(default_factory=set)
 
-    def fill(self, stage: str, work: Callable[[list[int]], list[Record]], lengths: Sequence[int]) -> None:
-        """Call `work` on the rows that lack a record of `stage`; rows of length 0 are left out."""
+    def fill(
+        self, stage: str, items: Sequence[Any], work: Callable[[list[Any]], list[Record]], lengths: Sequence[int]
+    ) -> None:
+        """Call `work` on the `items` of questions that lack a record of `stage`; those of length 0 are left out."""
         item_ids = [question.item_id for question in self.subject.questions]
         missing = set(self.store.missing(stage, item_ids)) - self.failed
         rows = [row for row, item_id in enumerate(item_ids) if lengths[row] and item_id in missing]
@@ -183,7 +171,7 @@ class _Batches:
             for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
                 start = time.perf_counter()
                 reasons: dict[int, str] = {}
-                records = each(work, {row: row for row in batch}, reasons)
+                records = each(work, {row: items[row] for row in batch}, reasons)
                 seconds = (time.perf_counter() - start) / len(batch)
                 for row, record in records.items():
                     self.store.put(item_ids[row], {stage: {**record, "seconds": seconds}})
@@ -193,5 +181,5 @@ class _Batches:
                 bar.update(len(batch))
                 folder = self.settings.records_dir
                 if folder and (batch[-1] == rows[-1] or time.monotonic() - exported > EXPORT_EVERY):
-                    self.store.export(records_path(self.store, folder))
+                    self.store.export(Path(folder, f"{self.store.path.stem}.parquet"))
                     exported = time.monotonic()

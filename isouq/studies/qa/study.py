@@ -20,16 +20,14 @@ from isouq import models
 from isouq.studies import assets, identity
 from isouq.studies.qa import data, rivals, stages
 from isouq.studies.qa.data import Question
-from isouq.studies.qa.sentences import no_loading_bar
+from isouq.studies.qa.sentences import ENCODER, no_loading_bar
 from isouq.studies.qa.stages import complete
 from isouq.studies.qa.subject import Settings, prepare
 from isouq.studies.store import Store, StoreError, store_path
 
-ENCODER = "all-minilm-l6-v2"
 FILES = {"triviaqa": "data-00000-of-00001.arrow", "wikidata": "task.json", "truthfulqa": "questions.json"}
-# Of TruthfulQA the model writes its answer, or picks a reference answer.
+DATA_SETS = (*FILES, "truthfulqa_choose")  # of TruthfulQA the model writes its answer, or picks a reference answer
 SAMPLED = ("sample", "meaning")  # stages that do not depend on the answer
-DATA_SETS = ("triviaqa", "wikidata", "truthfulqa", "truthfulqa_choose")
 
 
 def run(model: str, data_set: str, settings: Settings, *, progress: bool | None = None) -> pd.DataFrame:
@@ -119,9 +117,9 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
 
     Raises ValueError, with the first reason, where every question failed.
     """
-    failed = {}
+    asked, failed = {question.item_id for question in questions}, {}
     for item_id, record in store.get("failed").items():  # unless a later run went past that stage
-        if item_id in {question.item_id for question in questions} and store.missing(record["stage"], [item_id]):
+        if item_id in asked and store.missing(record["stage"], [item_id]):
             failed[item_id] = f"{record['stage']}: {record['reason']}"
     questions = [question for question in questions if question.item_id not in failed]
     if not questions:
@@ -133,6 +131,7 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
         of = {stage: found.get(question.item_id, {}) for stage, found in records.items()}
         if not of["answer"]["text"]:  # which has no scores, though it may have samples from the other mode
             of |= {stage: {} for stage in SAMPLED}
+        seconds = {f"seconds_{stage}": record.pop("seconds", np.nan) for stage, record in of.items()}
         answer, verdict = of["answer"], of["verdict"]
         layers = of["estimate"].get("layers", {})
         rows.append(
@@ -142,15 +141,15 @@ def tabulate(store: Store, questions: Sequence[Question]) -> pd.DataFrame:
                 "reference": question.answers[0],
                 "answer": answer["text"],
                 "wrong": not verdict["right"],
-                **{name: value for name, value in verdict.items() if name != "seconds"},
+                **verdict,
                 "empty": not answer["text"],
                 "ended_by": answer["ended_by"],
                 "n_tokens": len(answer["token_ids"]),
                 **_score_columns(of["estimate"] | of["token_mean"]),
-                **_rival_columns(of["cheap"], of["sample"], of["meaning"], of["p_true"]),
+                **_rival_columns(of),
                 **_choice_columns(of["choice"]),
                 **{f"layer:{group}": value for group, value in layers.items()},
-                **{f"seconds_{stage}": record.get("seconds", np.nan) for stage, record in of.items()},
+                **seconds,
             }
         )
     table = pd.DataFrame(rows).copy()  # in one piece: a column by itself for each layer would be slow
@@ -164,24 +163,21 @@ def _made(identity: Mapping[str, Any]) -> str:
     return f"{device}, torch {identity.get('versions', {}).get('torch', '?').partition('+')[0]}"
 
 
-def _rival_columns(
-    cheap: Mapping[str, Any], sample: Mapping[str, Any], meaning: Mapping[str, Any], p_true: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return the rivals of one answer by column, high = wrong, and nothing where a stage was not run."""
+def _rival_columns(of: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the rivals of one answer, of its records by stage, high = wrong, and nothing where a stage was not run."""
     columns: dict[str, float] = {}
-    if cheap:
+    if cheap := of["cheap"]:
         columns |= {"lowest_token": -cheap["lowest_log_prob"], "token_entropy": cheap["token_entropy"]}
         columns |= {"embedding_gradient": cheap["log_embedding_gradient"]}
-    if sample:
+    if sample := of["sample"]:
         weights = sample["log_prob"], sample["n_steps"]
         columns |= {"naive_entropy": rivals.naive_entropy(*weights), "distinct_samples": len(set(sample["text"]))}
-        for by, groups in meaning.items():
-            if by != "seconds":
-                suffix = "" if by == "embedding" else f"_{by}"
-                columns[f"semantic_entropy{suffix}"] = rivals.semantic_entropy(*weights, groups)
-                columns[f"semantic_entropy_discrete{suffix}"] = rivals.discrete_semantic_entropy(groups)
-    if p_true:
-        columns["p_true"] = rivals.p_true(p_true["log_probs"])
+        for by, groups in of["meaning"].items():
+            suffix = "" if by == "embedding" else f"_{by}"
+            columns[f"semantic_entropy{suffix}"] = rivals.semantic_entropy(*weights, groups)
+            columns[f"semantic_entropy_discrete{suffix}"] = rivals.discrete_semantic_entropy(groups)
+    if of["p_true"]:
+        columns["p_true"] = rivals.p_true(of["p_true"]["log_probs"])
     return columns
 
 
@@ -195,31 +191,31 @@ def _choice_columns(choice: Mapping[str, Any]) -> dict[str, Any]:
         "right_as_choice": best < choice["n_true"],
         "log_p_choice": log_p,
         "log_epistemic_choice": choice["log_epistemic"][best],
-        "log_aleatoric_choice": log_p + float(np.log(max(-np.expm1(log_p), 2.0**-53))),
+        "log_aleatoric_choice": _log_aleatoric(log_p),
         "n_references": len(choice["log_p"]),
     }
 
 
 def _score_columns(scored: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of one answer by column; log p(1−p) is taken from log p, so it does not underflow."""
+    """Return the scores of one answer by column."""
     columns: dict[str, float] = {}
+    log_aleatoric: dict[str, float] = {}
     if "sequence" in scored:
-        log_prob = scored["sequence"]["log_prob"]
+        log_prob, n_tokens = scored["sequence"]["log_prob"], scored["sequence"]["n_tokens"]
         log_gradient = scored["sequence"]["log_epistemic"] - 2 * log_prob
         columns |= {"log_prob": log_prob, "likelihood": -log_prob, "log_gradient": log_gradient}
+        log_aleatoric |= {"sequence": _log_aleatoric(log_prob), "geometric": _log_aleatoric(log_prob / n_tokens)}
+    if "token_mean" in scored:
+        log_aleatoric["token_mean"] = float(np.log(max(scored["token_mean"]["aleatoric"], np.finfo(float).tiny)))
     for name in ("sequence", "geometric", "token_mean"):
-        scores = scored.get(name, {})
         for quantity in ("probability", "aleatoric", "log_epistemic"):
-            columns[f"{quantity}_{name}"] = scores.get(quantity, np.nan)
-        columns[f"log_aleatoric_{name}"] = _log_aleatoric(name, scores) if scores else np.nan
+            columns[f"{quantity}_{name}"] = scored.get(name, {}).get(quantity, np.nan)
+        columns[f"log_aleatoric_{name}"] = log_aleatoric.get(name, np.nan)
     return columns
 
 
-def _log_aleatoric(name: str, scores: Mapping[str, float]) -> float:
-    if name == "token_mean":
-        return float(np.log(max(scores["aleatoric"], np.finfo(float).tiny)))
-    log_p = scores["log_prob"] / (scores["n_tokens"] if name == "geometric" else 1)
-    # p so near 1 that float64 cannot tell is set to 1 − 2⁻⁵³, the nearest value below.
+def _log_aleatoric(log_p: float) -> float:
+    """log p(1−p) without underflow. A p so near 1 that float64 cannot tell is 1 − 2⁻⁵³, the nearest value below."""
     return log_p + float(np.log(max(-np.expm1(log_p), 2.0**-53)))
 
 

@@ -17,6 +17,7 @@ from isouq.studies.qa.data import DataSet, Question
 from isouq.studies.qa.rivals import Entailment
 from isouq.studies.qa.sentences import SentenceEncoder
 
+Record = dict[str, Any]  # what a stage keeps of a question
 DTYPES = ("float32", "bfloat16")  # float16 has too small a range for squares of gradients
 N_TRUE_SHOTS = 4  # solved examples in the prompt of P(True), true and false in turn
 
@@ -101,8 +102,8 @@ class Subject:
 
     def bare_prompt(self, question: Question) -> list[int]:
         """Return a question's prompt without prefix and examples."""
-        encode = generation.encode_turns if self.chat else generation.encode_prompts
-        return encode(self.tokenizer, [replace(self.data_set, prefix="").prompt(question)])[0]
+        text = replace(self.data_set, prefix="").prompt(question)
+        return generation.encode_prompts(self.tokenizer, [text], chat=self.chat)[0]
 
     def reference_ids(self, question: Question) -> list[list[int]]:
         """Return the ids of a question's reference answers, true ones first, as they follow a prompt."""
@@ -136,7 +137,7 @@ def prepare(
     if others is not None and n_true:
         true_shots = data.sample(others, 1, n_shots=n_true, seed=settings.seed)[1]
     texts = [data_set.prompt(question, shots) for question in [*questions, *true_shots]]
-    prompts = (generation.encode_turns if settings.chat else generation.encode_prompts)(tokenizer, texts)
+    prompts = generation.encode_prompts(tokenizer, texts, chat=settings.chat)
     solved = list(zip(true_shots, prompts[len(questions) :], strict=True))
     asked = prompts[: len(questions)]
     return Subject(model, tokenizer, data_set, questions, asked, solved, choose, settings.chat, nli, judge, encoder)

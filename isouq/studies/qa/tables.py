@@ -16,7 +16,7 @@ from isouq.studies.evaluation import Interval, Ranking
 from isouq.studies.fits import N_BINS
 from isouq.studies.plotting import METHODS
 from isouq.studies.qa import across, analysis, details, rivals
-from isouq.studies.qa.analysis import HEADLINE, Analysis
+from isouq.studies.qa.analysis import GAIN, HEADLINE, VALUE, Analysis
 from isouq.studies.qa.data import key_part
 from isouq.studies.qa.details import Pair
 from isouq.studies.qa.sampling import N_IDEAS
@@ -43,10 +43,14 @@ DATA_SETS = {
 TOO_FEW = "too few right or wrong answers"
 
 
+def model_name(model: str) -> str:
+    """Return a model's short name, which its key has too."""
+    return MODELS.get(key_of(model), model.split("/")[-1])
+
+
 def label(pair: Pair) -> Pair:
-    """Return a pair as readers see it: a model's short name, which its key has too, and a data set's title."""
-    model, data_set = pair
-    return MODELS.get(key_of(model), model.split("/")[-1]), DATA_SETS.get(data_set, key_part(data_set))
+    """Return a pair as readers see it: a model's short name and a data set's title."""
+    return model_name(pair[0]), DATA_SETS.get(pair[1], key_part(pair[1]))
 
 
 def by_pair(answers: Mapping[Pair, pd.DataFrame], rows_of: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
@@ -85,17 +89,13 @@ def description(answers: Mapping[Pair, pd.DataFrame]) -> pd.DataFrame:
     """
     rows = {}
     for pair, table in answers.items():
-        row = {"questions": len(table), "right": _share(table), "empty": int(table["empty"].sum())}
+        row = {"questions": len(table), "right": _text(analysis.accuracy(table)), "empty": int(table["empty"].sum())}
         row |= {"failed": len(table.attrs["failed"]), "tokens per answer": f"{table['n_tokens'].mean():.1f}"}
         if "right_by_mean" in table:
-            row["right by mean"] = _share(table, "right_by_mean")
+            row["right by mean"] = _text(analysis.accuracy(table, "right_by_mean"))
             row["by chance"] = f"{table['right_by_chance'].mean():.2f}"
         rows[label(pair)] = row | {"made with": table.attrs["made"].replace(" ", "\u00a0")}
     return pd.DataFrame(rows).T.fillna("")
-
-
-def _share(table: pd.DataFrame, column: str = "right") -> str:
-    return str(analysis.accuracy(table, column)).partition(", n")[0].replace(" ", "\u00a0")
 
 
 def p_true_question(table: pd.DataFrame) -> str:
@@ -143,8 +143,8 @@ def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.Da
     """
     parts = {}
     for data_set in dict.fromkeys(data_set for _, data_set in ranked):
-        of_models = {pair: of.get(HEADLINE, {}) for pair, of in ranked.items() if pair[1] == data_set}
-        columns = {label(pair)[0]: _cells(of) for pair, of in of_models.items()}
+        of_models = {model: of.get(HEADLINE, {}) for (model, asked), of in ranked.items() if asked == data_set}
+        columns = {model_name(model): _cells(of) for model, of in of_models.items()}
         counted = [of for of in of_models.values() if of]
         if len(counted) > 1:
             shared = [name for name in SHOWN if all(name in of for of in counted)]
@@ -195,19 +195,15 @@ def compare(aurocs: Mapping[Pair, pd.DataFrame], column: str = "value") -> pd.Da
     require.one_of("column", column, ("value", "versus_likelihood"))
     if not aurocs:
         raise ValueError("aurocs: no table given, at least one wanted")
-    columns = {}
-    for pair, table in aurocs.items():
-        rows = table.set_index(["aggregation", "method"])
-        columns[label(pair)] = rows.apply(_as_text, axis=1, column=column)
-    order = max(aurocs.values(), key=len).set_index(["aggregation", "method"]).index
-    return pd.DataFrame(columns).reindex(order).fillna("")
+    names, sign = (VALUE, "") if column == "value" else (GAIN, "+")
 
+    def text(row: pd.Series) -> str:
+        value, low, high = (row[name] for name in names)
+        return row["note"] or _interval_text(value, low, high, sign)
 
-def _as_text(row: pd.Series, column: str) -> str:
-    if row["note"]:
-        return row["note"]
-    low, high = (row[f"{column}_{end}" if column != "value" else end] for end in ("low", "high"))
-    return _interval_text(row[column], low, high, sign="+" if column != "value" else "")
+    tables = {label(pair): table.set_index(["aggregation", "method"]) for pair, table in aurocs.items()}
+    columns = {pair: table.apply(text, axis=1) for pair, table in tables.items()}
+    return pd.DataFrame(columns).reindex(max(tables.values(), key=len).index).fillna("")
 
 
 def rejection(answers: Mapping[Pair, pd.DataFrame], results: Mapping[str, Result]) -> pd.DataFrame:
@@ -216,20 +212,20 @@ def rejection(answers: Mapping[Pair, pd.DataFrame], results: Mapping[str, Result
     A pair's last row is what knowing nothing has: a score that is the same for all answers, or the share of wrong
     answers as every answer's probability.
     """
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    titles = method_labels(details.REJECTED + details.FITTED)
-    for (model, data_set), table in answers.items():
-        subject, own = label((model, data_set)), len(rows)
-        for name, title in titles.items():
-            keys = {m: f"qa.{key_of(model)}.{key_part(data_set)}.{name}.{m}" for m in ("prr", "aurc", "brier", "ece")}
-            if cells := {metric: _text(results[key]) for metric, key in keys.items() if key in results}:
-                rows[(*subject, title)] = cells
-        if len(rows) > own:
-            share = float(analysis.scored(table)["wrong"].mean())
-            nothing = {"prr": 0.0, "aurc": share, "brier": share * (1 - share), "ece": 0.0}
-            rows[(*subject, "(knows nothing)")] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
     limit = f"PRR, under {MAX_REJECTION:.0%} unsaid"
     names = {"prr": limit, "aurc": "AURC", "brier": "Brier", "ece": f"ECE, {N_BINS} bins"}
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for pair, table in answers.items():
+        prefix = f"qa.{key_of(pair[0])}.{key_part(pair[1])}"
+        own = {}
+        for name, title in method_labels(details.REJECTED + details.FITTED).items():
+            of = {metric: results.get(f"{prefix}.{name}.{metric}") for metric in names}
+            own[title] = {metric: _text(result) for metric, result in of.items() if result}
+        if any(own.values()):
+            share = float(analysis.scored(table)["wrong"].mean())
+            nothing = {"prr": 0.0, "aurc": share, "brier": share * (1 - share), "ece": 0.0}
+            own["(knows nothing)"] = {metric: f"{value:.2f}" for metric, value in nothing.items()}
+        rows |= {(*label(pair), title): cells for title, cells in own.items() if cells}
     return pd.DataFrame(rows).T.rename(columns=names).fillna("") if rows else _nothing(TOO_FEW)
 
 
