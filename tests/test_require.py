@@ -127,7 +127,6 @@ ROWS_OF = {
     point.gradients: AT | {"classes": (CLASSES, "classes")},
     point.probabilities: AT | {"classes": (CLASSES, "classes")},
     point.jacobian: AT | {"inputs": (PROBLEM.inputs, "alone")},
-    point.curvature: AT | {"vectors": (np.eye(len(THETA)), "alone")},
     point.hessian: AT,
     point.ggn: AT,
     point.laplace: AT | {"classes": (CLASSES, "classes")},
@@ -149,9 +148,7 @@ ROWS_OF = {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
     },
     chain.laplace: AT,
-    chain.gaussian: AT | {
-        "precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes"), "n_draws": (8, "count")
-    },
+    chain.gaussian: AT | {"precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes")},
     chain.noise: {"halves": (VALUES[0, :2, :, 0] ** 2, "alone")},
     ranks.factored: AT | {"classes": (CLASSES, "classes")},
     ranks.measure: AT | {"weight": (1.0, "positive")},
