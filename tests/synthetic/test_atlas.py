@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.studies.synthetic import atlas, findings, jobs, modes, plan, point, posterior, problems
+from isouq.studies.synthetic import atlas, findings, modes, plan, point, posterior, problems
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
@@ -58,7 +58,7 @@ def test_a_record_of_a_linear_model_has_what_the_closed_form_says(made):
 def test_what_is_there_is_not_run_again_and_another_version_is(made, monkeypatch):
     folder, record = made
     monkeypatch.setattr(atlas, "run", lambda *_: pytest.fail("ran again"))
-    (again,) = jobs.run_all([SMALL], folder, study=atlas)
+    (again,) = atlas.run_all([SMALL], folder)
     assert again.facts == record.facts
     monkeypatch.setattr(atlas, "VERSION", 0)
     assert atlas.find(SMALL, [folder]) is None
@@ -246,7 +246,7 @@ def test_the_width_has_a_verdict_of_its_own_for_each_kind_of_network(table):
     assert len(findings.widths(table[table["width"] != 32])) == 0, "one width has no change"
     assert found["below_ceiling"].to_numpy() == pytest.approx(found["change"].to_numpy())
     near = table.assign(spearman=table["spearman"].where(table["measure"] != "gn", table["spearman"].clip(upper=0.5)))
-    assert len(findings.widths(near.assign(spearman=0.99), with_ceiling=False)) == 0
+    assert findings.widths(near.assign(spearman=0.99))["below_ceiling"].isna().all()
 
 
 def test_a_setting_whose_posteriors_failed_is_shown_without_a_value(table):

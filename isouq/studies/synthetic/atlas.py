@@ -5,10 +5,12 @@ seed. Each leaves a record: the fields over the grid, every θ*, 16 draws and th
 needs no new sampling. `table` turns records into correlations.
 """
 
+import concurrent.futures
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import time
 import zlib
@@ -18,18 +20,21 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import jax
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from isouq.studies import require
 from isouq.studies.evaluation import pearson, spearman
 from isouq.studies.identity import digest, versions
-from isouq.studies.synthetic import jobs, modes, point, posterior, problems
+from isouq.studies.synthetic import modes, point, posterior, problems
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
 VERSION = 1  # of what a record holds beyond posterior.VERSION: the three θ* and their fields
-COMMITTED = jobs.COMMITTED
+COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "atlas"  # the project's own records
+PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process crashed after 130 jobs
 PACKAGES = ("jax", "numpy", "numpyro")  # that the draws depend on
 FACTORS = ["problem", "activation", "width", "prior", "design"]
 MANY = 200  # examples of a classification in its other design
@@ -77,7 +82,6 @@ def analyse(job: Job) -> Record:
     drawn = posterior.sample(problem, job.settings)
     thetas = modes.find(problem, drawn.draws, n_starts=job.n_starts, seed=job.seed)
     classes = point.predicted_classes(problem, thetas.points[0])
-    reference = posterior.reference(drawn, classes)
 
     def squares(theta: np.ndarray, scales: np.ndarray | float = 1.0) -> np.ndarray:
         return np.square(point.gradients(problem, theta, classes) * scales).sum(axis=1)
@@ -85,10 +89,8 @@ def analyse(job: Job) -> Record:
     own, n = thetas.points[:2], len(problem.grid)
     of_own = [point.laplace(problem, theta, classes) for theta in own]
     usable = thetas.admitted & (np.array(thetas.kinds) == "mode")
-    fields = {name: getattr(reference, name) for name in ("mean", "variance", "mcse", "halves")}
-    if reference.aleatoric is not None and reference.aleatoric_halves is not None:
-        fields |= {"aleatoric": reference.aleatoric, "aleatoric_halves": reference.aleatoric_halves}
-    fields |= {
+    fields = {
+        **posterior.reference(drawn, classes),
         "gn": np.stack([squares(theta) for theta in thetas.points]),
         "p": np.stack([point.probabilities(problem, theta, classes) for theta in own]),
         "la": np.stack([np.full(n, np.nan) if la is None else la for la in of_own]),
@@ -130,6 +132,41 @@ def run(job: Job, folder: str | Path) -> Record:
     partial.write_bytes(buffer.getvalue())
     os.replace(partial, file)
     return Record(job=job, facts=facts, fields=found.fields)
+
+
+def run_all(
+    jobs: Sequence[Job],
+    folder: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    n_workers: int = 2,
+    compiled: str | Path | None = None,
+) -> list[Record]:
+    """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
+
+    Every job is checked before the first one runs. Jobs start in the order given, so that a stopped study has done the
+    first ones, and resumes on any machine. Processes share what they compile through the folder `compiled`.
+    """
+    records = [find(job, [folder, *also]) for job in jobs]
+    missing = [i for i, record in enumerate(records) if record is None]
+    n_workers = min(require.count("n_workers", n_workers), max(1, len(missing)))
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    share = n_workers * PER_PROCESS
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as bar:
+        for start in range(0, len(missing), share):
+            with concurrent.futures.ProcessPoolExecutor(n_workers, context, _keep_compiled, (compiled,)) as pool:
+                waiting = {pool.submit(run, jobs[i], folder): i for i in missing[start : start + share]}
+                for future in concurrent.futures.as_completed(waiting):
+                    records[waiting[future]] = future.result()
+                    bar.update()
+    return [record for record in records if record is not None]
+
+
+def _keep_compiled(folder: str | Path | None) -> None:
+    """Share what jax compiles with other processes through `folder`."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _rounded(value: Any) -> Any:

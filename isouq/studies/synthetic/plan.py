@@ -5,14 +5,11 @@
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
-
-from isouq.studies.synthetic import findings, jobs
-from isouq.studies.synthetic.atlas import MANY, cell
+from isouq.studies.synthetic import problems
+from isouq.studies.synthetic.atlas import MANY
 from isouq.studies.synthetic.jobs import Job
 from isouq.studies.synthetic.posterior import Settings
 
@@ -22,7 +19,6 @@ WIDE_ATLAS = Settings(n_chains=4, n_warmup=300, n_draws=750, target_accept=0.8, 
 NARROW_ATLAS = replace(WIDE_ATLAS, n_draws=1000, target_accept=0.95)
 NARROW = 16
 FIXED_SCALE = 1.0  # of the prior that does not shrink with the width
-ACTIVATIONS = ("tanh", "relu")
 
 
 def atlas(section: Any) -> list[Job]:
@@ -32,35 +28,38 @@ def atlas(section: Any) -> list[Job]:
     make no jobs of their own.
     """
     factors = (section.activations, section.widths, section.priors, section.designs)
-    return _grid(section, section.atlas_seeds, *factors)
+    settings = itertools.product(_seeds(section, section.atlas_seeds), section.atlas_problems, *factors)
+    return list(dict.fromkeys(job for setting in settings if (job := atlas_job(*setting)) is not None))
 
 
 def headline(section: Any) -> list[Job]:
     """Return the jobs of the headline setting, which has more data seeds than the rest of the atlas."""
-    chosen = _grid(section, section.headline_seeds, ACTIVATIONS, (32,), ("fixed",), ("few", "no_gap"))
-    used = findings.is_headline(pd.DataFrame([cell(job) for job in chosen]))
-    return list(itertools.compress(chosen, used))
+    chosen = itertools.product(_seeds(section, section.headline_seeds), section.atlas_problems)
+    return [headline_job(seed, problem) for seed, problem in chosen]
 
 
 def dose(section: Any) -> list[Job]:
     """Return the jobs behind claim C2: `dose_problems` with `dose_seeds`, in the headline setting at `dose_widths`."""
-    chosen = []
-    seeds = range(section.seed, section.seed + section.dose_seeds)
-    for width, seed, problem in itertools.product(section.dose_widths, seeds, section.dose_problems):
-        activation = "relu" if jobs.problems.spec(problem).model.kind == "multiclass" else "tanh"
-        chosen.append(atlas_job(seed, problem, activation, width, "fixed", "few"))
-    return [job for job in chosen if job is not None]
+    chosen = itertools.product(section.dose_widths, _seeds(section, section.dose_seeds), section.dose_problems)
+    return [headline_job(seed, problem, width) for width, seed, problem in chosen]
 
 
-def _grid(section: Any, n_seeds: int, *factors: Iterable[Any]) -> list[Job]:
-    seeds = range(section.seed, section.seed + n_seeds)
-    settings = itertools.product(seeds, section.atlas_problems, *factors)
-    return list(dict.fromkeys(job for setting in settings if (job := atlas_job(*setting)) is not None))
+def _seeds(section: Any, n: int) -> range:
+    return range(section.seed, section.seed + n)
+
+
+def headline_job(seed: int, problem: str, width: int = 32, prior: str = "fixed") -> Job:
+    """Return the job of the headline setting (``findings.is_headline``), or of one that differs in width or prior."""
+    kind = problems.spec(problem).model.kind
+    activation, design = "relu" if kind == "multiclass" else "tanh", "no_gap" if kind == "regression" else "few"
+    job = atlas_job(seed, problem, activation, width, prior, design)
+    assert job is not None  # every problem has one of the two designs
+    return job
 
 
 def atlas_job(seed: int, problem: str, activation: str, width: int, prior: str, design: str) -> Job | None:
     """Return the job of one setting with one data seed, or None for a design that the problem does not have."""
-    model = jobs.problems.spec(problem).model
+    model = problems.spec(problem).model
     linear, regression = model.network.depth == 0, model.kind == "regression"
     if regression != (design in ("gap", "no_gap")):
         return None
