@@ -35,7 +35,7 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     isotropy: Any = loaded.parameters("03_isotropy") if "03_isotropy" in loaded.chapters() else None
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": Path(section.store_dir, "jax")}
 
-    def run(part: list[atlas.Job], folder: str, committed: Path) -> list[atlas.Record]:
+    def run(part: list[plan.Job], folder: str, committed: Path) -> list[atlas.Record]:
         chosen = [job for job in part if problem in (None, job.problem) and seed in (None, job.seed)]
         return atlas.run_all(chosen, folder, also=[committed], **options)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isouq.studies.synthetic import point, posterior
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 FILE = Path(__file__).parents[1] / "data" / "golden_records.json"

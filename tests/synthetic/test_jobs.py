@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from isouq.studies.synthetic import atlas
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 SMALL = Job(
@@ -55,8 +55,8 @@ def test_run_all_renews_its_processes_and_keeps_the_order(tmp_path, monkeypatch)
 
     monkeypatch.setattr(atlas, "PER_PROCESS", 1)
     monkeypatch.setattr(atlas, "find", lambda *_: None)
-    monkeypatch.setattr(atlas, "run", lambda job, _: job.n_examples)
+    monkeypatch.setattr(atlas, "run", lambda job, _: atlas.Record(job=job, facts={}, fields={}))
     monkeypatch.setattr(atlas.concurrent.futures, "ProcessPoolExecutor", Threads)
     wanted = [replace(SMALL, n_examples=n) for n in (20, 25, 30)]
-    assert atlas.run_all(wanted, tmp_path, n_workers=2) == [20, 25, 30]
+    assert [record.job for record in atlas.run_all(wanted, tmp_path, n_workers=2)] == wanted
     assert pools == [2, 2], "the third job is left to a second pool"

@@ -9,7 +9,7 @@ from scipy import stats
 import isouq
 from isouq.classifier import score_outputs
 from isouq.studies.synthetic import point
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 
 KINDS = ("binary_rings", "multiclass_spirals", "regression_nonlinear")
 

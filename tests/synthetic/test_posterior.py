@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from isouq.studies.synthetic import point, posterior
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 SETTINGS = Settings(n_chains=4, n_warmup=200, n_draws=500)

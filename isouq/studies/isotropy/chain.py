@@ -21,6 +21,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from isouq.studies import require
+from isouq.studies.isotropy.distortion import log_variance
 from isouq.studies.isotropy.ranks import factored
 from isouq.studies.results import Result
 from isouq.studies.synthetic import findings, point, posterior
@@ -93,19 +94,14 @@ def log_variances(record: Record) -> tuple[dict[str, Array], Array, str] | None:
     halves = gaussian(problem, theta, precision, classes)
     h, log_factor = factored(problem, theta, classes)
     plain = {"MCMC": fields["variance"], "one mode": fields["mode_variance"], "Gaussian": halves.mean(axis=0)}
-    logs = {name: _log(name, values) for name, values in plain.items()}
-    logs["straight line"] = _log("straight line", point.quadratic_form(h, precision)) + 2 * log_factor
+    logs = {name: log_variance(name, values) for name, values in plain.items()}
+    line = point.quadratic_form(h, precision)
+    assert line is not None  # `gaussian` has factored this precision
+    logs["straight line"] = log_variance("straight line", line) + 2 * log_factor
     for name, at in {"isotropy": theta, "trained": trained}.items():
         h, log_factor = factored(problem, at, classes)
-        logs[name] = _log(name, np.square(h).sum(axis=1)) + 2 * log_factor
+        logs[name] = log_variance(name, np.square(h).sum(axis=1)) + 2 * log_factor
     return logs, halves, matrix
-
-
-def _log(name: str, variance: Array | None) -> Array:
-    if variance is None or not (variance > 0).all():
-        n = "every point" if variance is None else f"{int((variance <= 0).sum())} of {len(variance)} points"
-        raise ValueError(f"{name}: a variance that is not positive at {n}, positive ones wanted")
-    return np.log(variance)
 
 
 def steps(record: Record) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def proxies(problem: Problem, source: str) -> Array:
     """Return as many inputs (example, 2) as the problem has training examples, from one of SOURCES or CONTROL.
 
     "shift s": new data of the problem, moved by s along +x; CONTROL: the same, not moved. "other problem": new data of
-    the next problem of its table. "noise": uniform over the map. All of them follow from the problem's seed.
+    the next problem of FRESH. "noise": uniform over the map. All of them follow from the problem's seed.
     """
     require.one_of("source", source, (*SOURCES, CONTROL))
     n, seed = len(problem.inputs), problem.seed
@@ -115,10 +115,9 @@ def proxies(problem: Problem, source: str) -> Array:
 
 
 def _next(name: str) -> str:
-    table = list(problems.FRESH if name in problems.FRESH else problems.SPECS)
-    planes = [other for other in table if not other.startswith("regression")]
-    require.one_of("problem", name, planes)
-    return planes[(planes.index(name) + 1) % len(planes)]
+    names = list(problems.FRESH)
+    require.one_of("problem", name, names)
+    return names[(names.index(name) + 1) % len(names)]
 
 
 def form(case: Case, matrix: str, inputs: Array, dampings: Sequence[float] = (1.0,)) -> list[Array]:

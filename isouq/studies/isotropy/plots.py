@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from isouq.studies.plotting import GUIDE, panels, plane_map
-from isouq.studies.synthetic.findings import mean
+from isouq.studies.synthetic.findings import means
 
 Array = NDArray[np.float64]
 
@@ -55,13 +55,13 @@ def responses(curves: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     """
     figure, axes = panels(len(labels), aspect=1.1, sharey=True)
     for ax, (reference, label) in zip(axes[0], labels.items(), strict=True):
-        wide = curves[curves["reference"] == reference].pivot_table(index="shift", columns="problem", values="excess")
+        rows = curves[curves["reference"] == reference]
+        wide = rows.pivot_table(index="shift", columns="problem", values="excess")
         ax.axhline(0, **GUIDE)
         ax.plot(wide.index, wide, color="#777777", linewidth=0.6, alpha=0.7)
-        known = [(shift, *band[:3]) for shift, row in wide.iterrows() if (band := mean(row)).n > 1]
-        shift, value, low, high = np.array(known).reshape(-1, 4).T
-        ax.plot(shift, value, color=LOOKS[0][0], marker="o", markersize=4)
-        ax.fill_between(shift, low, high, color=LOOKS[0][0], alpha=0.2, linewidth=0)
+        band = means(rows, ["shift"], "excess").query("n > 1")
+        ax.plot(band["shift"], band["value"], color=LOOKS[0][0], marker="o", markersize=4)
+        ax.fill_between(band["shift"], band["low"], band["high"], color=LOOKS[0][0], alpha=0.2, linewidth=0)
         ax.set(title=label, xlabel="shift of the proxies")
     axes[0, 0].set_ylabel(EXCESS)
     return figure
@@ -112,16 +112,14 @@ def ranks_by_width(means: pd.DataFrame) -> Figure:
     figure, axes = panels(3, aspect=1.25)
     fixed = means[(means["prior"] == "fixed") & (means["weight"] == 1)]
     whole = fixed[fixed["region"] == "whole"]
+    scaled = means[(means["prior"] == "fan_in") & (means["region"] == "whole")].assign(series="whole, scaled prior")
+    of_g = whole[whole["statistic"] == "rho_g"].assign(series="whole, of gᵀΣg with ‖g‖²", statistic="rho")
+    lines = pd.concat([fixed.assign(series=fixed["region"]), scaled, of_g])
     for ax, statistic, label in (
         (axes[0, 0], "rho", "ρ of hᵀΣh with ‖h‖²"),
         (axes[0, 1], "sd", "sd of log share (nats)"),
     ):
-        scaled = means[(means["prior"] == "fan_in") & (means["region"] == "whole")].assign(series="whole, scaled prior")
-        parts = [fixed.assign(series=fixed["region"]), scaled]
-        parts = [part[part["statistic"] == statistic] for part in parts]
-        if statistic == "rho":
-            parts.append(whole[whole["statistic"] == "rho_g"].assign(series="whole, of gᵀΣg with ‖g‖²"))
-        _lines(pd.concat(parts), "width", ax)
+        _lines(lines[lines["statistic"] == statistic], "width", ax)
         ax.set(ylabel=label)
     control = means[(means["weight"] != 1) & (means["region"] == "whole") & (means["statistic"] == "rho")]
     axes[0, 0].plot(control["width"], control["value"], "x", color="black", markersize=7, label="control")

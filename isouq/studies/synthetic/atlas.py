@@ -28,16 +28,14 @@ from tqdm import tqdm
 from isouq.studies import require
 from isouq.studies.evaluation import pearson, spearman
 from isouq.studies.identity import digest, versions
-from isouq.studies.synthetic import modes, point, posterior, problems
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic import modes, point, posterior
+from isouq.studies.synthetic.plan import Job, cell
 from isouq.studies.synthetic.posterior import Settings
 
 VERSION = 1  # of what a record holds beyond posterior.VERSION: the three θ* and their fields
 COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "atlas"  # the project's own records
 PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process crashed after 130 jobs
 PACKAGES = ("jax", "numpy", "numpyro")  # that the draws depend on
-FACTORS = ["problem", "activation", "width", "prior", "design"]
-MANY = 200  # examples of a classification in its other design
 REGIONS = ("whole", "near", "far")
 CONSTANT = 1e-6  # of a field's largest value; float32, in which fields are kept, rounds at 6e-8
 
@@ -56,24 +54,6 @@ class Record:
     job: Job
     facts: dict[str, Any]
     fields: dict[str, np.ndarray]
-
-
-def cell(job: Job) -> dict[str, Any]:
-    """Return a job's FACTORS by name; a problem without a hidden layer has the activation "linear" and width 0."""
-    model = problems.spec(job.problem).model
-    linear = model.network.depth == 0
-    if model.kind == "regression":
-        with_gap = job.problem == "regression_nonlinear" if job.gap is None else job.gap
-        design = "gap" if with_gap else "no_gap"
-    else:
-        design = "many" if job.n_examples == MANY else "few"
-    return {
-        "problem": job.problem,
-        "activation": "linear" if linear else job.activation or model.network.activation,
-        "width": 0 if linear else job.width or model.network.width,
-        "prior": job.prior_scaling or model.prior_scaling,
-        "design": design,
-    }
 
 
 def analyse(job: Job) -> Record:
@@ -182,7 +162,7 @@ def _rounded(value: Any) -> Any:
 
 def path(job: Job, folder: str | Path) -> Path:
     """Return where the record of a job is kept in `folder`."""
-    return Path(folder) / job.file().replace(".json", ".npz")
+    return Path(folder) / job.file()
 
 
 def find(job: Job, folders: Iterable[str | Path]) -> Record | None:

@@ -14,7 +14,8 @@ from scipy import stats
 
 from isouq.studies import claims
 from isouq.studies.results import Result
-from isouq.studies.synthetic.atlas import FACTORS
+from isouq.studies.synthetic.plan import FACTORS, cell, headline_job
+from isouq.studies.synthetic.problems import SPECS
 from isouq.studies.verdicts import fisher_z
 
 MARGIN = 0.1  # "agrees" needs the whole interval within this distance of the paper's number
@@ -36,9 +37,8 @@ def is_headline(table: pd.DataFrame) -> pd.Series:
     ReLU for several classes, a saturating unit for two, and one fixed prior; they are not the paper's code. Some
     correlations had been seen when this was chosen.
     """
-    activation = table["problem"].str.startswith("multiclass").map({True: "relu", False: "tanh"})
-    network = (table["activation"] == activation) & (table["width"] == 32) | (table["activation"] == "linear")
-    return network & (table["prior"] == "fixed") & table["design"].isin(["few", "no_gap"])
+    declared = [tuple(cell(headline_job(0, name)).values()) for name in SPECS]
+    return pd.Series(pd.MultiIndex.from_frame(table[FACTORS]).isin(declared), table.index)
 
 
 def beside_paper(low: float, high: float, paper: float) -> str:
