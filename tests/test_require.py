@@ -113,6 +113,7 @@ ROWS_OF = {
     covariance.scores: NET | {"labels": (LABELS, "classes")},
     covariance.fisher_rows: NET,
     distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
+    distortion.log_variance: {"name": ("variance", ""), "variance": (VARIANCE, "alone")},
     distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
     distortion.structures: {
         "fields": ([SCORE], ""), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
@@ -133,6 +134,7 @@ ROWS_OF = {
     point.quadratic_form: {"g": (ROWS, "alone"), "precision": (GRAM, "array")},
     point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
     posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
+    posterior.of_classes: {"problem": (PROBLEM, ""), "thetas": (DRAWS[0], ""), "classes": (CLASSES, "classes")},
     posterior.judge: {
         "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
         "seconds": (0.0, ""),
