@@ -113,6 +113,7 @@ ROWS_OF = {
     covariance.scores: NET | {"labels": (LABELS, "classes")},
     covariance.fisher_rows: NET,
     distortion.distortion: {"estimate": (VARIANCE, "array"), "reference": (VARIANCE[::-1], "array")},
+    distortion.log_variance: {"name": ("variance", ""), "variance": (VARIANCE, "alone")},
     distortion.nearness: {"points": (ROWS, "alone"), "proxies": (ROWS[:5], "alone")},
     distortion.structures: {
         "fields": ([SCORE], ""), "features": (ROWS, "array"), "permutations": (SHIFTS, "orders"),
@@ -127,13 +128,13 @@ ROWS_OF = {
     point.gradients: AT | {"classes": (CLASSES, "classes")},
     point.probabilities: AT | {"classes": (CLASSES, "classes")},
     point.jacobian: AT | {"inputs": (PROBLEM.inputs, "alone")},
-    point.curvature: AT | {"vectors": (np.eye(len(THETA)), "alone")},
     point.hessian: AT,
     point.ggn: AT,
     point.laplace: AT | {"classes": (CLASSES, "classes")},
     point.quadratic_form: {"g": (ROWS, "alone"), "precision": (GRAM, "array")},
     point.torch_module: {"model": (PROBLEM.model, ""), "theta": (THETA, "array")},
     posterior.functions: {"problem": (PROBLEM, ""), "draws": (DRAWS, "draws")},
+    posterior.of_classes: {"problem": (PROBLEM, ""), "thetas": (DRAWS[0], ""), "classes": (CLASSES, "classes")},
     posterior.judge: {
         "values": (VALUES, "draws"), "divergent": (np.zeros((4, 20)), ""), "energy": (DRAWS[..., 0], ""),
         "seconds": (0.0, ""),
@@ -149,9 +150,7 @@ ROWS_OF = {
         "name": ("binary_xor", "name"), "seed": (0, "seed"), "width": (4, "count"), "prior": ("fixed", "name")
     },
     chain.laplace: AT,
-    chain.gaussian: AT | {
-        "precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes"), "n_draws": (8, "count")
-    },
+    chain.gaussian: AT | {"precision": (np.eye(len(THETA)), "array"), "classes": (CLASSES, "classes")},
     chain.noise: {"halves": (VALUES[0, :2, :, 0] ** 2, "alone")},
     ranks.factored: AT | {"classes": (CLASSES, "classes")},
     ranks.measure: AT | {"weight": (1.0, "positive")},

@@ -31,7 +31,7 @@ def score(profile: str, model: str, data_set: str) -> str:
 def sample(profile: str, problem: str | None, seed: int | None, workers: int | None) -> str:
     """Sample the posteriors that 02_mcmc and 03_isotropy ask for, or of one problem or data seed; return a summary."""
     from isouq.studies.isotropy import dose
-    from isouq.studies.synthetic import atlas, jobs, plan
+    from isouq.studies.synthetic import atlas, plan
 
     _say(f"Sampling posteriors of {problem or 'all problems'}")
     loaded = profiles.load(profile)
@@ -39,9 +39,9 @@ def sample(profile: str, problem: str | None, seed: int | None, workers: int | N
     isotropy: Any = loaded.parameters("03_isotropy") if "03_isotropy" in loaded.chapters() else None
     options: dict[str, Any] = {"n_workers": workers or section.n_workers, "compiled": Path(section.store_dir, "jax")}
 
-    def run(part: list[jobs.Job], folder: str, committed: Path) -> list[atlas.Record]:
+    def run(part: list[plan.Job], folder: str, committed: Path) -> list[atlas.Record]:
         chosen = [job for job in part if problem in (None, job.problem) and seed in (None, job.seed)]
-        return jobs.run_all(chosen, folder, also=[committed], study=atlas, **options)
+        return atlas.run_all(chosen, folder, also=[committed], **options)
 
     settings = list(dict.fromkeys([*plan.headline(section), *plan.atlas(section)]))
     doses = plan.dose(isotropy) if isotropy else []

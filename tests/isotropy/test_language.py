@@ -55,9 +55,9 @@ def test_an_unknown_kind_is_refused(study):
         study.rows("poetry")
 
 
-def test_exactness_sees_products_that_are_wrong():
+def test_exactness_sees_products_that_are_wrong(tmp_path):
     model = build("llama", tied=True).float()
-    exact = language.measure(model, table_of(KINDS), table_of(["query"] * 2))
+    exact = language.measure(model, table_of(KINDS), table_of(["query"] * 2), checkpoint=tmp_path / "gram.sqlite")
     assert exact.n_parameters == sum(p.numel() for p in model.parameters())
     assert np.abs(language.exactness(model, exact, 2)).max() <= 1e-4
     spoilt = replace(exact, products=exact.products * 1.01)

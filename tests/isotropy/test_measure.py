@@ -33,7 +33,7 @@ def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, monkeypatch, chan
         if change == "code":
             monkeypatch.setattr(language, "VERSION", language.VERSION + 1)
         proxies = texts(OTHERS if change == "examples" else ROWS)
-        fresh = language.measure(model, proxies, texts(OTHERS))
+        fresh = language.measure(model, proxies, texts(OTHERS), checkpoint=tmp_path / "fresh.sqlite")
         sweeps, gather = [], products._gather
         monkeypatch.setattr(products, "_gather", lambda *work: sweeps.append(1) or gather(*work))
         resumed = language.measure(model, proxies, texts(OTHERS), checkpoint=file)

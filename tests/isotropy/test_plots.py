@@ -20,7 +20,7 @@ def style():
 
 def test_maps_share_one_scale_and_mark_their_proxies():
     problem = problems.make("binary_xor", resolution=6)
-    fields = {"a": np.linspace(-2, 1, 36), "b": np.zeros(36)}
+    fields = {"a": np.linspace(-2, 1, 36)} | dict.fromkeys("bcd", np.zeros(36))
     figure = plots.distortion_maps(problem, fields, {"b": problem.inputs[:7]})
     first, second = figure.axes[:2]
     assert first.collections[0].norm.vmax == second.collections[0].norm.vmax == 2
@@ -38,9 +38,9 @@ def test_responses_draw_each_problem_and_their_mean():
     assert len(plots.responses(one, {"r": "R"}).axes[0].get_lines()[-1].get_xdata()) == 0, "one problem has no mean"
 
 
-def test_sweeps_have_a_line_for_every_series():
-    table = pd.DataFrame({"series": ["a", "a", "b", "b"], "n": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
-    ax = plots.sweeps({"t": (table, "n", "n")}, ylabel="y").axes[0]
+def test_the_damping_has_a_line_for_every_series():
+    table = pd.DataFrame({"series": ["a", "a", "b", "b"], "damping": [1, 2, 1, 2], "value": [0.0, 1, 2, 3]})
+    ax = plots.damped(table).axes[0]
     assert [list(line.get_ydata()) for line in ax.get_lines()[1:]] == [[0, 1], [2, 3]]
 
 

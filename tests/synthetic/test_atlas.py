@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.studies.synthetic import atlas, findings, jobs, modes, plan, point, posterior, problems
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic import atlas, findings, modes, plan, point, posterior, problems
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 SHORT = Settings(n_chains=4, n_warmup=150, n_draws=250)
@@ -58,7 +58,7 @@ def test_a_record_of_a_linear_model_has_what_the_closed_form_says(made):
 def test_what_is_there_is_not_run_again_and_another_version_is(made, monkeypatch):
     folder, record = made
     monkeypatch.setattr(atlas, "run", lambda *_: pytest.fail("ran again"))
-    (again,) = jobs.run_all([SMALL], folder, study=atlas)
+    (again,) = atlas.run_all([SMALL], folder)
     assert again.facts == record.facts
     monkeypatch.setattr(atlas, "VERSION", 0)
     assert atlas.find(SMALL, [folder]) is None
@@ -173,10 +173,10 @@ def test_a_setting_names_its_job_and_the_defaults_are_those_of_before():
     now = plan.atlas_job(0, "regression_nonlinear", "tanh", 8, "fan_in", "gap")
     assert now.make().fingerprint() == Job(problem="regression_nonlinear").make().fingerprint()
     many = plan.atlas_job(0, "binary_rings", "relu", 32, "fixed", "many")
-    assert list(atlas.cell(many).values()) == ["binary_rings", "relu", 32, "fixed", "many"]
-    assert len(many.make().inputs) == atlas.MANY
+    assert list(plan.cell(many).values()) == ["binary_rings", "relu", 32, "fixed", "many"]
+    assert len(many.make().inputs) == plan.MANY
     linear = plan.atlas_job(0, "binary_linear", "relu", 32, "fixed", "few")
-    assert (atlas.cell(linear)["activation"], atlas.cell(linear)["width"]) == ("linear", 0)
+    assert (plan.cell(linear)["activation"], plan.cell(linear)["width"]) == ("linear", 0)
     assert plan.atlas_job(0, "binary_rings", "relu", 32, "fixed", "gap") is None
 
 
@@ -207,7 +207,7 @@ def correlations(z_of, seeds=3) -> pd.DataFrame:
     for problem, activation, width, prior, design, seed in itertools.product(*axes):
         if (job := plan.atlas_job(seed, problem, activation, width, prior, design)) is None:
             continue
-        own = {**atlas.cell(job), "seed": seed, "passed": True, "admitted": 1.0, "region": "whole"}
+        own = {**plan.cell(job), "seed": seed, "passed": True, "admitted": 1.0, "region": "whole"}
         for kind in findings.POINTS:
             rho = np.tanh(z_of(own, seed, kind))
             rows.append(own | {"point": kind, "measure": "gn", "pearson": rho, "spearman": rho})
@@ -246,7 +246,7 @@ def test_the_width_has_a_verdict_of_its_own_for_each_kind_of_network(table):
     assert len(findings.widths(table[table["width"] != 32])) == 0, "one width has no change"
     assert found["below_ceiling"].to_numpy() == pytest.approx(found["change"].to_numpy())
     near = table.assign(spearman=table["spearman"].where(table["measure"] != "gn", table["spearman"].clip(upper=0.5)))
-    assert len(findings.widths(near.assign(spearman=0.99), with_ceiling=False)) == 0
+    assert findings.widths(near.assign(spearman=0.99))["below_ceiling"].isna().all()
 
 
 def test_a_setting_whose_posteriors_failed_is_shown_without_a_value(table):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isouq.studies.synthetic import point, posterior
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 FILE = Path(__file__).parents[1] / "data" / "golden_records.json"
@@ -42,7 +42,7 @@ def summary(job: Job) -> dict[str, float]:
     drawn, best = posterior.sample(problem, job.settings), point.find_map(problem, n_starts=job.n_starts, seed=job.seed)
     classes = point.predicted_classes(problem, best.theta)
     reference, isotropy = posterior.reference(drawn, classes), posterior.isotropy(drawn.draws)
-    maps = {name: getattr(reference, name) for name in ("mean", "variance", "mcse")}
+    maps = {name: reference[name] for name in ("mean", "variance", "mcse")}
     maps |= {"draws": drawn.draws.mean(axis=(0, 1)), "map": best.theta, "energy": drawn.energy}
     maps["gn"] = np.square(point.gradients(problem, best.theta, classes)).sum(axis=1)
     maps |= {} if (la := point.laplace(problem, best.theta, classes)) is None else {"la": la}

@@ -2,12 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 
-from isouq.studies.synthetic import atlas, jobs
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic import atlas
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 
 SMALL = Job(
@@ -33,14 +32,14 @@ def test_jobs_that_differ_have_files_that_differ():
 
 def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="width: 0 given"):
-        jobs.run_all([SMALL, replace(SMALL, problem="binary_xor", width=0)], tmp_path, study=atlas)
+        atlas.run_all([SMALL, replace(SMALL, problem="binary_xor", width=0)], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_run_all_runs_what_is_missing_in_processes(tmp_path):
     wanted = [SMALL, replace(SMALL, n_examples=20)]
-    (kept,) = jobs.run_all(wanted[:1], tmp_path, study=atlas)
-    records = jobs.run_all(wanted, tmp_path, study=atlas, n_workers=2)
+    (kept,) = atlas.run_all(wanted[:1], tmp_path)
+    records = atlas.run_all(wanted, tmp_path, n_workers=2)
     assert set(tmp_path.iterdir()) == {atlas.path(job, tmp_path) for job in wanted}
     assert [record.job for record in records] == wanted
     assert records[0].facts == kept.facts, "times included: it was not run again"
@@ -54,10 +53,10 @@ def test_run_all_renews_its_processes_and_keeps_the_order(tmp_path, monkeypatch)
             pools.append(n_workers)
             super().__init__(n_workers)
 
-    monkeypatch.setattr(jobs, "PER_PROCESS", 1)
-    study = ModuleType("study")
-    study.find, study.run = lambda *_: None, lambda job, _: job.n_examples
-    monkeypatch.setattr(jobs.concurrent.futures, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(atlas, "PER_PROCESS", 1)
+    monkeypatch.setattr(atlas, "find", lambda *_: None)
+    monkeypatch.setattr(atlas, "run", lambda job, _: atlas.Record(job=job, facts={}, fields={}))
+    monkeypatch.setattr(atlas.concurrent.futures, "ProcessPoolExecutor", Threads)
     wanted = [replace(SMALL, n_examples=n) for n in (20, 25, 30)]
-    assert jobs.run_all(wanted, tmp_path, study=study, n_workers=2) == [20, 25, 30]
+    assert [record.job for record in atlas.run_all(wanted, tmp_path, n_workers=2)] == wanted
     assert pools == [2, 2], "the third job is left to a second pool"

@@ -29,14 +29,14 @@ def test_the_command_line_runs_one_problem(tmp_path, capsys):
 def test_the_atlas_has_every_setting_once_and_the_headline_more_seeds():
     section = profiles.load("published").parameters("02_mcmc")
     chosen, more = plan.atlas(section), plan.headline(section)
-    cells = pd.DataFrame([atlas.cell(job) for job in chosen])
+    cells = pd.DataFrame([plan.cell(job) for job in chosen])
     assert len({job.file() for job in chosen}) == len(chosen) == 3 * (6 * 16 + 2 * 4)
     assert len(cells.drop_duplicates()) == 6 * 16 + 2 * 4
     assert set(cells["problem"]) == set(problems.SPECS) == set(get_args(schemas.SyntheticProblem))
     assert all((job.prior_scale is None) == (job.prior_scaling == "fan_in") for job in chosen)
-    assert findings.is_headline(pd.DataFrame([atlas.cell(job) for job in more])).all()
+    assert findings.is_headline(pd.DataFrame([plan.cell(job) for job in more])).all()
     assert sorted(job.problem for job in more) == sorted([*problems.SPECS] * 12)
-    assert {job for job in chosen if findings.is_headline(pd.DataFrame([atlas.cell(job)])).all()} <= set(more)
+    assert {job for job in chosen if findings.is_headline(pd.DataFrame([plan.cell(job)])).all()} <= set(more)
     embedded = profiles.load("embedded").parameters("02_mcmc")
     assert {*plan.atlas(embedded), *plan.headline(embedded)} <= {*chosen, *more}, "the book reads the committed records"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from isouq.studies.synthetic import problems
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic.plan import Job
 from isouq.studies.synthetic.posterior import Settings
 from isouq.studies.synthetic.problems import Model, Network
 

@@ -21,6 +21,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from isouq.studies import require
+from isouq.studies.isotropy.distortion import log_variance
 from isouq.studies.isotropy.ranks import factored
 from isouq.studies.results import Result
 from isouq.studies.synthetic import findings, point, posterior
@@ -47,24 +48,23 @@ def laplace(problem: Problem, theta: Array) -> tuple[Array, str]:
     return point.ggn(problem, theta), "GGN"
 
 
-def gaussian(problem: Problem, theta: Array, precision: Array, classes: NDArray, *, n_draws: int = N_DRAWS) -> Array:
+def gaussian(problem: Problem, theta: Array, precision: Array, classes: NDArray) -> Array:
     """Return the variance of p(y_c) over N(θ, precision⁻¹) from each half of its draws: (2, point).
 
-    Blocks of `n_draws` are added until the noise is at most ENOUGH, or there are MOST_BLOCKS: where a network is
+    Blocks of N_DRAWS are added until the noise is at most ENOUGH, or there are MOST_BLOCKS: where a network is
     confident, the variance rests on few draws.
 
-    Raises ValueError for fewer than 4 draws and for a precision that is not symmetric and positive definite.
+    Raises ValueError for a precision that is not symmetric and positive definite.
     """
     try:
         factor = np.linalg.cholesky(require.symmetric("precision", precision))
     except np.linalg.LinAlgError:
         raise ValueError("precision: one that is not positive definite given; take that of `laplace`") from None
-    rng, at = np.random.default_rng(problem.seed), problem.classes(classes)[None, :, None]
-    size, values = (len(factor), require.count("n_draws", n_draws, 4)), np.empty((0, len(problem.grid)))
+    rng, theta = np.random.default_rng(problem.seed), problem.model.parameters(theta)
+    values = np.empty((0, len(problem.grid)))
     for _ in range(MOST_BLOCKS):
-        z = scipy.linalg.solve_triangular(factor, rng.normal(size=size), trans="T", lower=True)
-        block = posterior.functions(problem, (problem.model.parameters(theta) + z.T)[None])[0]
-        values = np.concatenate([values, np.take_along_axis(block, at, axis=2)[..., 0]])
+        z = scipy.linalg.solve_triangular(factor, rng.normal(size=(len(factor), N_DRAWS)), trans="T", lower=True)
+        values = np.concatenate([values, posterior.of_classes(problem, theta + z.T, classes)])
         halves = np.stack([values[0::2].var(axis=0), values[1::2].var(axis=0)])
         if noise(halves) <= ENOUGH:
             break
@@ -77,7 +77,7 @@ def noise(halves: Array) -> float:
     return float(np.log(first / second).var() / 4)
 
 
-def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, Array], Array, str] | None:
+def log_variances(record: Record) -> tuple[dict[str, Array], Array, str] | None:
     """Return the logarithm of the chain's variances (point,) by name, MCMC's first, then that of ‖g‖² when trained.
 
     With them: the Gaussian's halves (2, point), and the matrix of `laplace`. None for a record without draws around a
@@ -91,53 +91,48 @@ def log_variances(record: Record, *, n_draws: int = N_DRAWS) -> tuple[dict[str, 
     trained, classes = fields["thetas"][0], record.fields["classes"]
     theta = local_mode(record)
     precision, matrix = laplace(problem, theta)
-    halves = gaussian(problem, theta, precision, classes, n_draws=n_draws)
+    halves = gaussian(problem, theta, precision, classes)
     h, log_factor = factored(problem, theta, classes)
     plain = {"MCMC": fields["variance"], "one mode": fields["mode_variance"], "Gaussian": halves.mean(axis=0)}
-    logs = {name: _log(name, values) for name, values in plain.items()}
-    logs["straight line"] = _log("straight line", point.quadratic_form(h, precision)) + 2 * log_factor
+    logs = {name: log_variance(name, values) for name, values in plain.items()}
+    line = point.quadratic_form(h, precision)
+    assert line is not None  # `gaussian` has factored this precision
+    logs["straight line"] = log_variance("straight line", line) + 2 * log_factor
     for name, at in {"isotropy": theta, "trained": trained}.items():
         h, log_factor = factored(problem, at, classes)
-        logs[name] = _log(name, np.square(h).sum(axis=1)) + 2 * log_factor
+        logs[name] = log_variance(name, np.square(h).sum(axis=1)) + 2 * log_factor
     return logs, halves, matrix
 
 
-def _log(name: str, variance: Array | None) -> Array:
-    if variance is None or not (variance > 0).all():
-        n = "every point" if variance is None else f"{int((variance <= 0).sum())} of {len(variance)} points"
-        raise ValueError(f"{name}: a variance that is not positive at {n}, positive ones wanted")
-    return np.log(variance)
-
-
-def steps(record: Record, *, n_draws: int = N_DRAWS) -> list[dict[str, Any]]:
+def steps(record: Record) -> list[dict[str, Any]]:
     """Return a row per step and for each of OTHERS: problem, seed, matrix, step, variance (nats²), share and rho.
 
     rho: Spearman's ρ of what the step arrives at with MCMC's variance. NaN where the record has no draws around a mode,
     or its posterior failed the gate.
     """
     own = {"problem": record.job.problem, "seed": record.job.seed, "matrix": "", "share": np.nan, "rho": np.nan}
-    found = log_variances(record, n_draws=n_draws) if record.facts["passed"] else None
+    found = log_variances(record) if record.facts["passed"] else None
     if found is None:
         return [own | {"step": step, "variance": np.nan} for step in (*STEPS, *OTHERS)]
     logs, of_gaussian, own["matrix"] = found
-    path = [logs[name] for name in ("MCMC", *STEPS)]
-    rows, error = [], path[-1] - path[0]
+    mcmc, path, rows = logs["MCMC"], [logs[name] for name in ("MCMC", *STEPS)], []
+    error, trained = logs["isotropy"] - mcmc, logs["trained"]
     for step, before, after in zip(STEPS, path, path[1:], strict=False):
         share = float(np.cov(after - before, error)[0, 1] / error.var(ddof=1))
         of_step = {"step": step, "variance": (after - before).var(), "share": share}
-        rows.append(own | of_step | {"rho": correlation(after, path[0])[1]})
-    trained = logs["trained"] - path[0]
-    noises = noise(record.fields["halves"].astype(float)), noise(of_gaussian)
+        rows.append(of_step | {"rho": correlation(after, mcmc)[1]})
     rows += [
-        own | {"step": k, "variance": v} for k, v in zip(OTHERS, (error.var(), trained.var(), *noises), strict=True)
+        {"step": "error", "variance": error.var()},
+        {"step": "error, trained", "variance": (trained - mcmc).var(), "rho": correlation(trained, mcmc)[1]},
+        {"step": "noise of MCMC", "variance": noise(record.fields["halves"].astype(float))},
+        {"step": "noise of the Gaussian", "variance": noise(of_gaussian)},
     ]
-    rows[-3]["rho"] = correlation(logs["trained"], path[0])[1]
-    return rows
+    return [own | row for row in rows]
 
 
-def table(records: Sequence[Record], *, n_draws: int = N_DRAWS) -> pd.DataFrame:
+def table(records: Sequence[Record]) -> pd.DataFrame:
     """Return the rows of `steps` for all records."""
-    return pd.DataFrame([row for record in records for row in steps(record, n_draws=n_draws)])
+    return pd.DataFrame([row for record in records for row in steps(record)])
 
 
 def by_problem(table: pd.DataFrame) -> pd.DataFrame:
@@ -146,15 +141,13 @@ def by_problem(table: pd.DataFrame) -> pd.DataFrame:
     Columns: variance, share and rho (by Fisher's z), each with _low and _high (NaN for one seed); n seeds, and
     n_missing, those without a chain.
     """
-    rows: list[dict[str, Any]] = []
-    for (problem, step), group in table.groupby(["problem", "step"], sort=False):
-        n = int(group["variance"].notna().sum())
-        own = {"problem": problem, "step": step, "n": n, "n_missing": len(group) - n}
-        for column in ("variance", "share", "rho"):
-            ends = zip(("", "_low", "_high"), findings.mean(group[column], is_rho=column == "rho"), strict=False)
-            own |= {f"{column}{end}": value for end, value in ends}
-        rows.append(own)
-    return pd.DataFrame(rows)
+    by = ["problem", "step"]
+    n = table.groupby(by, sort=False)["variance"].agg(["count", "size"]).reset_index()
+    rows = n[by].assign(n=n["count"], n_missing=n["size"] - n["count"])
+    for column in ("variance", "share", "rho"):
+        means = findings.means(table, by, column, is_rho=column == "rho")
+        rows[[column, f"{column}_low", f"{column}_high"]] = means[["value", "low", "high"]]
+    return rows
 
 
 def text(means: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:

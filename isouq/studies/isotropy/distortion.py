@@ -49,15 +49,17 @@ def distortion(estimate: ArrayLike, reference: ArrayLike) -> Float[np.ndarray, "
     Raises ValueError where a variance is not a positive number: zero has no ratio, NaN no meaning.
     """
     require.same_rows(estimate=estimate, reference=reference)
-    logs = []
-    for name, value in (("estimate", estimate), ("reference", reference)):
-        value = require.numbers(name, value, least=2)
-        if not (value > 0).all():
-            what = "negative" if (value < 0).any() else "zero"
-            raise ValueError(f"{name}: a variance is {what} at {int((value <= 0).sum())} of {len(value)} points")
-        logs.append(np.log(value))
-    ratio = logs[0] - logs[1]
+    ratio = log_variance("estimate", estimate) - log_variance("reference", reference)
     return ratio - ratio.mean()
+
+
+def log_variance(name: str, variance: ArrayLike) -> Float[np.ndarray, " point"]:
+    """Return the logarithm of a variance (point,); raises ValueError, with its name, where it is not positive."""
+    variance = require.numbers(name, variance, least=2)
+    if not (variance > 0).all():
+        what = "negative" if (variance < 0).any() else "zero"
+        raise ValueError(f"{name}: a variance is {what} at {int((variance <= 0).sum())} of {len(variance)} points")
+    return np.log(variance)
 
 
 def nearness(points: ArrayLike, proxies: ArrayLike) -> Float[np.ndarray, "point 2"]:

@@ -23,13 +23,13 @@ from isouq.studies import require
 from isouq.studies.isotropy import covariance, kronecker
 from isouq.studies.isotropy.distortion import distortion, grid_shifts, nearness, structures
 from isouq.studies.results import Result
-from isouq.studies.synthetic import jobs, point, problems
+from isouq.studies.synthetic import atlas, point, problems
 from isouq.studies.synthetic.atlas import Record, local_mode
-from isouq.studies.synthetic.findings import mean
+from isouq.studies.synthetic.findings import mean, means
 from isouq.studies.synthetic.problems import Problem
 
 Array = NDArray[np.float64]
-COMMITTED = jobs.COMMITTED.parent / "isotropy"
+COMMITTED = atlas.COMMITTED.parent / "isotropy"
 
 SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # along +x, in units of the map, whose side is 6
 FAR = 1.0  # the least shift that counts as data from elsewhere
@@ -102,7 +102,7 @@ def proxies(problem: Problem, source: str) -> Array:
     """Return as many inputs (example, 2) as the problem has training examples, from one of SOURCES or CONTROL.
 
     "shift s": new data of the problem, moved by s along +x; CONTROL: the same, not moved. "other problem": new data of
-    the next problem of its table. "noise": uniform over the map. All of them follow from the problem's seed.
+    the next problem of FRESH. "noise": uniform over the map. All of them follow from the problem's seed.
     """
     require.one_of("source", source, (*SOURCES, CONTROL))
     n, seed = len(problem.inputs), problem.seed
@@ -115,10 +115,9 @@ def proxies(problem: Problem, source: str) -> Array:
 
 
 def _next(name: str) -> str:
-    table = list(problems.FRESH if name in problems.FRESH else problems.SPECS)
-    planes = [other for other in table if not other.startswith("regression")]
-    require.one_of("problem", name, planes)
-    return planes[(planes.index(name) + 1) % len(planes)]
+    names = list(problems.FRESH)
+    require.one_of("problem", name, names)
+    return names[(names.index(name) + 1) % len(names)]
 
 
 def form(case: Case, matrix: str, inputs: Array, dampings: Sequence[float] = (1.0,)) -> list[Array]:
@@ -275,10 +274,9 @@ def curves(table: pd.DataFrame, width: int = WIDTH) -> pd.DataFrame:
 
 def swept(table: pd.DataFrame) -> pd.DataFrame:
     """Return the excess at SWEPT over the damping, local reference: series (a matrix), damping, value, low, high."""
-    means = _of_sweep(table).groupby(["matrix", "damping", "problem"], sort=False)["excess"].mean()
-    bands = {key: mean(values) for key, values in means.groupby(["matrix", "damping"], sort=False)}
-    rows = [(MATRICES[str(matrix)], d, *band[:3]) for (matrix, d), band in bands.items() if band.n > 1]
-    return pd.DataFrame(rows, columns=["series", "damping", "value", "low", "high"])
+    of_problem = _of_sweep(table).groupby(["matrix", "damping", "problem"], sort=False)["excess"].mean().reset_index()
+    bands = means(of_problem, ["matrix", "damping"], "excess")
+    return bands.assign(series=bands["matrix"].map(MATRICES))[bands["n"] > 1]
 
 
 def _of_sweep(table: pd.DataFrame) -> pd.DataFrame:

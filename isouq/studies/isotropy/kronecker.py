@@ -41,26 +41,14 @@ class Kronecker:
 
 def fit(problem: Problem, theta: Array, inputs: Array, kind: str) -> Kronecker:
     """Return the `kind` (of KINDS) of the problem's network at θ, an average over `inputs` (example, 2)."""
-    module, network = point.torch_module(problem.model, theta), problem.model.network
-    order = [np.append(weight.T.ravel(), bias) for weight, bias in network.layers(np.arange(len(theta)))]
-    return Kronecker(of_module(module, inputs, kind), np.concatenate(order))
-
-
-def of_module(module: torch.nn.Module, inputs: Array, kind: str) -> KFACLinearOperator:
-    """Return curvlinops' operator for a float64 classifier that ends in logits, one logit being that of class 1 of two.
-
-    Raises ValueError for a layer that has parameters and is not linear, by its name.
-    """
     require.one_of("kind", kind, KINDS)
-    for name, layer in module.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None and not isinstance(layer, torch.nn.Linear):
-            way_out = "use the exact Fisher (covariance.fisher_rows)"
-            raise ValueError(f"module: layer {name!r} is a {type(layer).__name__}, only Linear has factors; {way_out}")
+    module, network = point.torch_module(problem.model, theta), problem.model.network
     x = torch.tensor(require.numbers("inputs", inputs, 2))
-    with torch.no_grad():
-        n_logits = module(x[:1]).shape[1]
     # Labels are not used by the exact expectation; curvlinops reads their shape.
-    y = torch.zeros(len(x), 1, dtype=x.dtype) if n_logits == 1 else torch.zeros(len(x), dtype=torch.long)
-    loss = torch.nn.BCEWithLogitsLoss() if n_logits == 1 else torch.nn.CrossEntropyLoss()
+    binary = network.n_outputs == 1
+    y = torch.zeros(len(x), 1, dtype=x.dtype) if binary else torch.zeros(len(x), dtype=torch.long)
+    loss = torch.nn.BCEWithLogitsLoss() if binary else torch.nn.CrossEntropyLoss()
     options = {"fisher_type": FisherType.TYPE2, "separate_weight_and_bias": False, "check_deterministic": False}
-    return KINDS[kind](module, loss, list(module.parameters()), [(x, y)], **options)
+    operator = KINDS[kind](module, loss, list(module.parameters()), [(x, y)], **options)
+    order = [np.append(weight.T.ravel(), bias) for weight, bias in network.layers(np.arange(len(theta)))]
+    return Kronecker(operator, np.concatenate(order))

@@ -6,7 +6,6 @@ Proxies give the rows of F; queries are the answers that are scored. Only inner 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,19 +82,18 @@ def run(name: str, n_queries: int, n_proxies: int, *, seed: int, folder: Path, m
 
 
 def measure(
-    model: Any, proxies: pd.DataFrame, queries: pd.DataFrame, *, checkpoint: Path | None = None, memory: float = 2e9
+    model: Any, proxies: pd.DataFrame, queries: pd.DataFrame, *, checkpoint: Path, memory: float = 2e9
 ) -> Study:
     """Compute all inner products of the proxies' gradients with each other and with the queries'.
 
-    With `checkpoint`, a file, an interrupted run resumes where it stopped. A digest of what the products depend on
+    An interrupted run resumes where it stopped, from the file `checkpoint`. A digest of what the products depend on
     (model, texts, memory, code, versions) is added to the file's name, so no run takes another's sums. The digest does
     not cover the code of a model class of your own: remove the file after a change of it.
 
     Raises StoreError for a file that is in use, damaged or cannot be written.
     """
     rows, asked = examples(proxies), examples(queries)
-    opened = contextlib.nullcontext() if checkpoint is None else _store(checkpoint, model, (proxies, queries), memory)
-    with opened as store:
+    with _store(checkpoint, model, (proxies, queries), memory) as store:
         gram = scoring.gram(model, rows, asked, memory=memory, checkpoint=store)
     log_prob, _ = scoring.log_probs(model, asked)
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -8,8 +8,8 @@ with its 95 % interval. They were drawn at random, so nothing but the proxies te
 nothing else here can be decided. The *pull* of a kind of proxies is Spearman's ρ of the field with the queries'
 nearness to them: an interval wholly below 0 (less variance near the proxies) or wholly above (more) means structure,
 one that holds 0 means that none was found. Whether structure matters is another question: it does when the order of
-U_E changes, a rank correlation with isotropy's order below SAME_ORDER with its whole interval. All intervals resample
-whole relations, as chapter 04's do for Wikidata: statements of one relation are alike.
+U_E changes, a rank correlation with isotropy's order below 0.99 with its whole interval. All intervals resample whole
+relations, as chapter 04's do for Wikidata: statements of one relation are alike.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from isouq.studies.results import Result, key_of
 Array = NDArray[np.float64]
 DAMPING = 1.0  # of F's own mean eigenvalue: proxies and damping say equally much in an average direction of F
 DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
-SAME_ORDER = 0.99
 ALL = Source(-1, "all kinds together")  # at no distance of its own
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from isouq.studies.plotting import GUIDE, panels, plane_map
-from isouq.studies.synthetic.findings import mean
+from isouq.studies.synthetic.findings import means
 
 Array = NDArray[np.float64]
 
@@ -25,20 +25,18 @@ LOOKS = [
     ("#555555", "X", (0, (5, 1))),
     ("#B87700", "v", (0, (1, 1))),
 ]
+EXCESS = "structure, more than\nisotropy's (share)"
 
 
 def distortion_maps(problem, fields: Mapping[str, Array], proxies: Mapping[str, Array]) -> Figure:
-    """Draw a map of log(estimate/reference) per entry of `fields` (point,), on one colour scale, with its proxies.
+    """Draw four maps of log(estimate/reference), `fields` (point,) by title, on one colour scale, with their proxies.
 
     Proxies outside the map are left out.
     """
-    n_columns = 2 if len(fields) == 4 else 3
-    figure, axes = panels(n_columns, -(-len(fields) // n_columns), aspect=1.0)
+    figure, axes = panels(2, 2, aspect=1.0)
     reach = max(np.abs(field).max() for field in fields.values())
     norm = SymLogNorm(linthresh=0.5, vmin=-reach, vmax=reach, base=10)
-    for ax in axes.flat[len(fields) :]:
-        ax.set_axis_off()
-    for ax, (title, field) in zip(axes.flat, fields.items(), strict=False):
+    for ax, (title, field) in zip(axes.flat, fields.items(), strict=True):
         mesh = plane_map(problem, field, ax, cmap="RdBu_r", norm=norm)
         ax.tricontour(*problem.grid.T, field, levels=[0], colors="#444444", linewidths=0.6)
         if title in proxies:
@@ -57,26 +55,24 @@ def responses(curves: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     """
     figure, axes = panels(len(labels), aspect=1.1, sharey=True)
     for ax, (reference, label) in zip(axes[0], labels.items(), strict=True):
-        wide = curves[curves["reference"] == reference].pivot_table(index="shift", columns="problem", values="excess")
+        rows = curves[curves["reference"] == reference]
+        wide = rows.pivot_table(index="shift", columns="problem", values="excess")
         ax.axhline(0, **GUIDE)
         ax.plot(wide.index, wide, color="#777777", linewidth=0.6, alpha=0.7)
-        known = [(shift, *band[:3]) for shift, row in wide.iterrows() if (band := mean(row)).n > 1]
-        shift, value, low, high = np.array(known).reshape(-1, 4).T
-        ax.plot(shift, value, color=LOOKS[0][0], marker="o", markersize=4)
-        ax.fill_between(shift, low, high, color=LOOKS[0][0], alpha=0.2, linewidth=0)
+        band = means(rows, ["shift"], "excess").query("n > 1")
+        ax.plot(band["shift"], band["value"], color=LOOKS[0][0], marker="o", markersize=4)
+        ax.fill_between(band["shift"], band["low"], band["high"], color=LOOKS[0][0], alpha=0.2, linewidth=0)
         ax.set(title=label, xlabel="shift of the proxies")
-    axes[0, 0].set_ylabel("structure, more than\nisotropy's (share)")
+    axes[0, 0].set_ylabel(EXCESS)
     return figure
 
 
-def sweeps(panels_: Mapping[str, tuple[pd.DataFrame, str, str]], *, ylabel: str, reference: float = 0.0) -> Figure:
-    """Draw lines against n or λ. Each entry is (table, x, xlabel), the table with the columns of `_lines`."""
-    figure, axes = panels(len(panels_), aspect=0.85, sharey=True)
-    for ax, (title, (table, x, xlabel)) in zip(axes[0], panels_.items(), strict=True):
-        ax.axhline(reference, **GUIDE)
-        _lines(table, x, ax)
-        ax.set(xscale="log", xlabel=xlabel, title=title)
-    axes[0, 0].set_ylabel(ylabel)
+def damped(table: pd.DataFrame) -> Figure:
+    """Draw the excess over the damping, a line and a band for each matrix; table: that of ``dose.swept``."""
+    figure, axes = panels(1, aspect=0.5)
+    axes[0, 0].axhline(0, **GUIDE)
+    _lines(table, "damping", axes[0, 0])
+    axes[0, 0].set(xscale="log", xlabel=r"damping $\lambda$ (1: Laplace's)", ylabel=EXCESS)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -116,16 +112,14 @@ def ranks_by_width(means: pd.DataFrame) -> Figure:
     figure, axes = panels(3, aspect=1.25)
     fixed = means[(means["prior"] == "fixed") & (means["weight"] == 1)]
     whole = fixed[fixed["region"] == "whole"]
+    scaled = means[(means["prior"] == "fan_in") & (means["region"] == "whole")].assign(series="whole, scaled prior")
+    of_g = whole[whole["statistic"] == "rho_g"].assign(series="whole, of gᵀΣg with ‖g‖²", statistic="rho")
+    lines = pd.concat([fixed.assign(series=fixed["region"]), scaled, of_g])
     for ax, statistic, label in (
         (axes[0, 0], "rho", "ρ of hᵀΣh with ‖h‖²"),
         (axes[0, 1], "sd", "sd of log share (nats)"),
     ):
-        scaled = means[(means["prior"] == "fan_in") & (means["region"] == "whole")].assign(series="whole, scaled prior")
-        parts = [fixed.assign(series=fixed["region"]), scaled]
-        parts = [part[part["statistic"] == statistic] for part in parts]
-        if statistic == "rho":
-            parts.append(whole[whole["statistic"] == "rho_g"].assign(series="whole, of gᵀΣg with ‖g‖²"))
-        _lines(pd.concat(parts), "width", ax)
+        _lines(lines[lines["statistic"] == statistic], "width", ax)
         ax.set(ylabel=label)
     control = means[(means["weight"] != 1) & (means["region"] == "whole") & (means["statistic"] == "rho")]
     axes[0, 0].plot(control["width"], control["value"], "x", color="black", markersize=7, label="control")

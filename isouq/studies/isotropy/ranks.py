@@ -13,7 +13,6 @@ variance (g's is the same): where it is the same at all inputs, the prior's rank
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from isouq.studies.isotropy import covariance
 from isouq.studies.results import Result
 from isouq.studies.synthetic import findings, modes, point, problems
 from isouq.studies.synthetic.atlas import REGIONS
-from isouq.studies.synthetic.plan import FIXED_SCALE
+from isouq.studies.synthetic.plan import headline_job
 from isouq.studies.synthetic.problems import Problem
 from isouq.studies.verdicts import fisher_z
 
@@ -65,13 +64,10 @@ def network(name: str, *, seed: int, width: int, prior: str = "fixed") -> Proble
     Raises ValueError for a problem that is no classification with a hidden layer, and for an unknown prior.
     """
     require.one_of("prior", prior, PRIORS)
-    made = problems.make(name, seed=seed)
-    if made.model.kind == "regression" or made.model.network.depth == 0:
+    model = problems.spec(name).model
+    if model.kind == "regression" or model.network.depth == 0:
         raise ValueError(f"name: {name!r} given, a classification with a hidden layer wanted")
-    activation = "relu" if made.model.kind == "multiclass" else "tanh"
-    wide = replace(made.model.network, width=require.count("width", width), activation=activation)
-    scale = FIXED_SCALE if prior == "fixed" else made.model.prior_scale
-    return replace(made, model=replace(made.model, network=wide, prior_scaling=prior, prior_scale=scale))
+    return headline_job(seed, name, require.count("width", width), prior).make()
 
 
 def factored(problem: Problem, theta: Array, classes: NDArray) -> tuple[Array, Array]:
@@ -177,18 +173,15 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
     """
     if len(widths := table["width"].unique()) < 2:
         raise ValueError(f"table: width {', '.join(map(str, widths))} given, at least 2 widths wanted")
-    plain, rows = table[table["weight"] == 1].assign(z=lambda t: fisher_z(t["rho"])), []
-    for names, group in plain.groupby(["prior", "region"], sort=False):
-        own = dict(zip(["prior", "region"], names, strict=True))
-        for statistic in ("z", "sd"):
-            each = {key: _slope(part, statistic) for key, part in group.groupby(["problem", "seed"])}
-            mean = findings.mean(pd.Series(each).groupby(level=0).mean())
-            rows.append(own | {"statistic": statistic, **mean._asdict()})
-    return pd.DataFrame(rows)
-
-
-def _slope(group: pd.DataFrame, column: str) -> float:
-    return float(np.polyfit(np.log2(group["width"]), group[column], 1)[0])
+    plain = table[table["weight"] == 1].assign(z=lambda t: fisher_z(t["rho"]))
+    by, statistics = ["prior", "region", "problem"], ["z", "sd"]
+    each = [
+        [*names, *np.polyfit(np.log2(group["width"]), group[statistics], 1)[0]]
+        for names, group in plain.groupby([*by, "seed"])
+    ]
+    of_problem = pd.DataFrame(each, columns=[*by, "seed", *statistics]).groupby(by)[statistics].mean().reset_index()
+    found = {name: findings.means(of_problem, by[:2], name) for name in statistics}
+    return pd.concat([rows.assign(statistic=name) for name, rows in found.items()])
 
 
 def text(means: pd.DataFrame) -> pd.DataFrame:

@@ -5,10 +5,12 @@ seed. Each leaves a record: the fields over the grid, every θ*, 16 draws and th
 needs no new sampling. `table` turns records into correlations.
 """
 
+import concurrent.futures
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import time
 import zlib
@@ -18,21 +20,22 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import jax
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from isouq.studies import require
 from isouq.studies.evaluation import pearson, spearman
 from isouq.studies.identity import digest, versions
-from isouq.studies.synthetic import jobs, modes, point, posterior, problems
-from isouq.studies.synthetic.jobs import Job
+from isouq.studies.synthetic import modes, point, posterior
+from isouq.studies.synthetic.plan import Job, cell
 from isouq.studies.synthetic.posterior import Settings
 
 VERSION = 1  # of what a record holds beyond posterior.VERSION: the three θ* and their fields
-COMMITTED = jobs.COMMITTED
+COMMITTED = Path(__file__).resolve().parents[3] / "results" / "published" / "atlas"  # the project's own records
+PER_PROCESS = 50  # jobs; jax keeps all that it compiles, and a process crashed after 130 jobs
 PACKAGES = ("jax", "numpy", "numpyro")  # that the draws depend on
-FACTORS = ["problem", "activation", "width", "prior", "design"]
-MANY = 200  # examples of a classification in its other design
 REGIONS = ("whole", "near", "far")
 CONSTANT = 1e-6  # of a field's largest value; float32, in which fields are kept, rounds at 6e-8
 
@@ -53,31 +56,12 @@ class Record:
     fields: dict[str, np.ndarray]
 
 
-def cell(job: Job) -> dict[str, Any]:
-    """Return a job's FACTORS by name; a problem without a hidden layer has the activation "linear" and width 0."""
-    model = problems.spec(job.problem).model
-    linear = model.network.depth == 0
-    if model.kind == "regression":
-        with_gap = job.problem == "regression_nonlinear" if job.gap is None else job.gap
-        design = "gap" if with_gap else "no_gap"
-    else:
-        design = "many" if job.n_examples == MANY else "few"
-    return {
-        "problem": job.problem,
-        "activation": "linear" if linear else job.activation or model.network.activation,
-        "width": 0 if linear else job.width or model.network.width,
-        "prior": job.prior_scaling or model.prior_scaling,
-        "design": design,
-    }
-
-
 def analyse(job: Job) -> Record:
     """Sample the posterior of a job and compute all that its record holds."""
     problem = job.make()
     drawn = posterior.sample(problem, job.settings)
     thetas = modes.find(problem, drawn.draws, n_starts=job.n_starts, seed=job.seed)
     classes = point.predicted_classes(problem, thetas.points[0])
-    reference = posterior.reference(drawn, classes)
 
     def squares(theta: np.ndarray, scales: np.ndarray | float = 1.0) -> np.ndarray:
         return np.square(point.gradients(problem, theta, classes) * scales).sum(axis=1)
@@ -85,10 +69,8 @@ def analyse(job: Job) -> Record:
     own, n = thetas.points[:2], len(problem.grid)
     of_own = [point.laplace(problem, theta, classes) for theta in own]
     usable = thetas.admitted & (np.array(thetas.kinds) == "mode")
-    fields = {name: getattr(reference, name) for name in ("mean", "variance", "mcse", "halves")}
-    if reference.aleatoric is not None and reference.aleatoric_halves is not None:
-        fields |= {"aleatoric": reference.aleatoric, "aleatoric_halves": reference.aleatoric_halves}
-    fields |= {
+    fields = {
+        **posterior.reference(drawn, classes),
         "gn": np.stack([squares(theta) for theta in thetas.points]),
         "p": np.stack([point.probabilities(problem, theta, classes) for theta in own]),
         "la": np.stack([np.full(n, np.nan) if la is None else la for la in of_own]),
@@ -132,6 +114,41 @@ def run(job: Job, folder: str | Path) -> Record:
     return Record(job=job, facts=facts, fields=found.fields)
 
 
+def run_all(
+    jobs: Sequence[Job],
+    folder: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    n_workers: int = 2,
+    compiled: str | Path | None = None,
+) -> list[Record]:
+    """Return the records of all jobs, in order, running those that neither `folder` nor `also` has.
+
+    Every job is checked before the first one runs. Jobs start in the order given, so that a stopped study has done the
+    first ones, and resumes on any machine. Processes share what they compile through the folder `compiled`.
+    """
+    records = [find(job, [folder, *also]) for job in jobs]
+    missing = [i for i, record in enumerate(records) if record is None]
+    n_workers = min(require.count("n_workers", n_workers), max(1, len(missing)))
+    context = multiprocessing.get_context("spawn")  # jax has threads: a forked child would hang
+    share = n_workers * PER_PROCESS
+    with tqdm(total=len(missing), desc="posteriors", mininterval=5, disable=not missing) as bar:
+        for start in range(0, len(missing), share):
+            with concurrent.futures.ProcessPoolExecutor(n_workers, context, _keep_compiled, (compiled,)) as pool:
+                waiting = {pool.submit(run, jobs[i], folder): i for i in missing[start : start + share]}
+                for future in concurrent.futures.as_completed(waiting):
+                    records[waiting[future]] = future.result()
+                    bar.update()
+    return [record for record in records if record is not None]
+
+
+def _keep_compiled(folder: str | Path | None) -> None:
+    """Share what jax compiles with other processes through `folder`."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def _rounded(value: Any) -> Any:
     """Return facts with floats of six digits, and None for NaN, which JSON does not have."""
     if isinstance(value, dict):
@@ -145,7 +162,7 @@ def _rounded(value: Any) -> Any:
 
 def path(job: Job, folder: str | Path) -> Path:
     """Return where the record of a job is kept in `folder`."""
-    return Path(folder) / job.file().replace(".json", ".npz")
+    return Path(folder) / job.file()
 
 
 def find(job: Job, folders: Iterable[str | Path]) -> Record | None:

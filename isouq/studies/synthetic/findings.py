@@ -14,7 +14,8 @@ from scipy import stats
 
 from isouq.studies import claims
 from isouq.studies.results import Result
-from isouq.studies.synthetic.atlas import FACTORS
+from isouq.studies.synthetic.plan import FACTORS, cell, headline_job
+from isouq.studies.synthetic.problems import SPECS
 from isouq.studies.verdicts import fisher_z
 
 MARGIN = 0.1  # "agrees" needs the whole interval within this distance of the paper's number
@@ -24,12 +25,8 @@ METHODS = {"gn": "trained", "la": "map", "aleatoric": "trained"}
 RELIABILITY = {"gn": "reliability", "la": "reliability", "aleatoric": "aleatoric_reliability"}
 COLUMNS = ["method", "statistic", "problem", "value", "low", "high", "n", "paper"]
 POINTS = ("trained", "mode", "map")
-OTHER = {
-    "activation": "relu",
-    "width": 32,
-    "prior": "fixed",
-    "design": ("many", "no_gap"),
-}  # each factor's second level
+# Each factor's second level.
+OTHER: dict[str, list] = {"activation": ["relu"], "width": [32], "prior": ["fixed"], "design": ["many", "no_gap"]}
 
 
 def is_headline(table: pd.DataFrame) -> pd.Series:
@@ -40,9 +37,8 @@ def is_headline(table: pd.DataFrame) -> pd.Series:
     ReLU for several classes, a saturating unit for two, and one fixed prior; they are not the paper's code. Some
     correlations had been seen when this was chosen.
     """
-    activation = table["problem"].str.startswith("multiclass").map({True: "relu", False: "tanh"})
-    network = (table["activation"] == activation) & (table["width"] == 32) | (table["activation"] == "linear")
-    return network & (table["prior"] == "fixed") & table["design"].isin(["few", "no_gap"])
+    declared = [tuple(cell(headline_job(0, name)).values()) for name in SPECS]
+    return pd.Series(pd.MultiIndex.from_frame(table[FACTORS]).isin(declared), table.index)
 
 
 def beside_paper(low: float, high: float, paper: float) -> str:
@@ -100,6 +96,15 @@ def mean(values: ArrayLike, *, is_rho: bool = False) -> Mean:
     return Mean(float(value), float(low), float(high), len(z))
 
 
+def means(table: pd.DataFrame, by: list[str], column: str = "value", *, is_rho: bool = False) -> pd.DataFrame:
+    """Return the `mean` of a column for every group of rows that agree in `by`, in the order in which groups appear.
+
+    Columns: those of `by`, value, low, high, n.
+    """
+    rows = [[*names, *mean(values, is_rho=is_rho)] for names, values in table.groupby(by, sort=False)[column]]
+    return pd.DataFrame(rows, columns=[*by, *Mean._fields])
+
+
 def of(table: pd.DataFrame, point: str, measure: str, region: str = "whole") -> pd.DataFrame:
     """Return the rows of one θ*, measure and region; posteriors that failed the gate have NaN for a correlation."""
     rows = table[(table["point"] == point) & (table["measure"] == measure) & (table["region"] == region)].copy()
@@ -112,13 +117,12 @@ def settings(table: pd.DataFrame, statistic: str = "spearman") -> pd.DataFrame:
 
     `n` posteriors count; `n_failed` failed the gate. `reaches`: the value is at least the paper's less MARGIN.
     """
-    rows: list[dict[str, Any]] = []
-    for method, point in METHODS.items():
-        for names, group in of(table, point, method).groupby(FACTORS, sort=False):
-            own = dict(zip(FACTORS, names, strict=True)) | {"method": method, **_mean_rho(group[statistic])._asdict()}
-            own |= {"n_failed": int((~group["passed"].astype(bool)).sum())}
-            rows.append(own | {"paper": paper_value(method, statistic, str(own["problem"]))})
-    result = pd.DataFrame(rows, columns=[*FACTORS, "method", "value", "low", "high", "n", "n_failed", "paper"])
+    rows = pd.concat([of(table, point, method) for method, point in METHODS.items()])
+    rows = rows.assign(method=rows["measure"], failed=~rows["passed"].astype(bool))
+    by = [*FACTORS, "method"]
+    result = means(rows, by, statistic, is_rho=True)
+    result["n_failed"] = rows.groupby(by, sort=False)["failed"].sum().to_numpy()
+    result["paper"] = [paper_value(m, statistic, p) for m, p in zip(result["method"], result["problem"], strict=True)]
     return result.assign(reaches=result["value"] >= result["paper"] - MARGIN, headline=is_headline(result))
 
 
@@ -130,14 +134,13 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     """
     chosen, rows = table[is_headline(table)], []
     for statistic in ("spearman", "pearson"):
-        for row in _rows(settings(chosen, statistic)):
-            own = chosen[chosen["problem"] == row["problem"]]
-            point, method = METHODS[row["method"]], row["method"]
-            half = _mean_rho(of(own, "posterior", RELIABILITY[method])[statistic]).value
-            parts = {region: _mean_rho(of(own, point, method, region)[statistic]).value for region in ("near", "far")}
-            verdict = beside_paper(row["low"], row["high"], row["paper"])
-            names = {"ceiling": np.sqrt(max(half, 0.0)), **parts, "verdict": verdict}
-            rows.append({key: row[key] for key in COLUMNS if key in row} | {"statistic": statistic} | names)
+        for row in settings(chosen, statistic).to_dict("records"):
+            own, method = chosen[chosen["problem"] == row["problem"]], row["method"]
+            half = _mean_rho(of(own, "posterior", RELIABILITY[method])[statistic])
+            of_regions = {region: of(own, METHODS[method], method, region)[statistic] for region in ("near", "far")}
+            row |= {"statistic": statistic, "ceiling": np.sqrt(max(half, 0.0))}
+            row |= {region: _mean_rho(rho) for region, rho in of_regions.items()}
+            rows.append(row | {"verdict": beside_paper(row["low"], row["high"], row["paper"])})
     return pd.DataFrame(rows, columns=[*COLUMNS, "ceiling", "near", "far", "verdict"])
 
 
@@ -151,10 +154,6 @@ def headline_text(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
     shown = shown.where(shown.notna(), "")
     shown.insert(0, "here", here)
     return shown.set_index([measure, table["problem"].map(titles)])
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def share(table: pd.DataFrame) -> Mean:
@@ -172,74 +171,61 @@ def difference(table: pd.DataFrame) -> Mean:
     return mean(rows["value"] - rows["paper"])
 
 
-def effects(table: pd.DataFrame, region: str = "whole") -> pd.DataFrame:
+def effects(table: pd.DataFrame) -> pd.DataFrame:
     """Return what decides: an analysis of variance of Fisher's z of ρ over the factors, hidden-layer problems only.
 
     A row per factor: `change` in z from its first level to its second (ReLU, 32 units, fixed prior, no gap or 200
     examples; a mode or the MAP for the trained network), the mean over problems of paired changes with its t-interval
     `low`, `high` over the `n` problems; and `share` of the variance of z that lies between its levels within problems.
     """
-    frames = [of(table, point, "gn", region).assign(point=point) for point in POINTS]
-    rows = pd.concat(frames)
+    rows = pd.concat([of(table, point, "gn") for point in POINTS])
     rows = rows[rows["activation"] != "linear"].assign(z=lambda r: fisher_z(r["spearman"]))
     trained = rows[rows["point"] == "trained"].dropna(subset=["z"])
     total = np.square(trained["z"] - trained["z"].mean()).sum() or np.nan
     between = trained.groupby("problem")["z"].transform("mean")
     found = [{"factor": "problem", "share": np.square(between - trained["z"].mean()).sum() / total}]
     for factor, second in OTHER.items():
-        level = trained[factor].isin(second if isinstance(second, tuple) else [second])
+        level = trained[factor].isin(second)
         keys = [name for name in [*FACTORS, "seed"] if name != factor]
-        row = _contrast(trained[~level], trained[level], keys)
         inner = trained.assign(level=level).groupby(["problem", "level"])["z"].transform("mean")
-        found.append({"factor": factor, **row, "share": np.square(inner - between).sum() / total})
+        share = np.square(inner - between).sum() / total
+        found.append({"factor": factor, "share": share, **_contrast(trained[~level], trained[level], keys)})
     of_points = {point: rows[rows["point"] == point] for point in POINTS[1:]}
     found += [{"factor": p, **_contrast(trained, part, [*FACTORS, "seed"])} for p, part in of_points.items()]
-    return pd.DataFrame(found).set_index("factor")
+    return pd.DataFrame(found).set_index("factor").rename(columns={"value": "change"})
 
 
 def _contrast(first: pd.DataFrame, second: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
     """Return the mean over problems of paired changes in z between rows that agree in `keys`."""
     pairs = first.merge(second, on=keys, suffixes=("", "_second"))
-    band = mean((pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean())
-    return {"change": band.value, "low": band.low, "high": band.high, "n": band.n}
+    return mean((pairs["z_second"] - pairs["z"]).groupby(pairs["problem"]).mean())._asdict()
 
 
-def widths(table: pd.DataFrame, *, with_ceiling: bool = True) -> pd.DataFrame:
+def widths(table: pd.DataFrame) -> pd.DataFrame:
     """Return C5: how Fisher's z of ρ changes with each doubling of the width, from the narrowest to the widest.
 
     A row per problem, activation, prior and θ*: `change`, its t-interval `low`, `high` over the `n` pairs (data seed
     and design) of posteriors that passed and have a correlation at both widths, mean ρ at the narrowest and the widest,
-    the verdict, and `below_ceiling`: the change without pairs in which either ρ is above NEAR_CEILING of its ceiling,
-    which is all that counts without `with_ceiling`.
+    the verdict, and `below_ceiling`: the change without pairs in which either ρ is above NEAR_CEILING of its ceiling.
     """
+    by, posterior = ["problem", "activation", "prior", "point"], [*FACTORS, "seed"]
     hidden = table[table["activation"] != "linear"]
     widest, narrowest = hidden["width"].max(), hidden["width"].min()
-    hidden = hidden[hidden["width"].isin([widest, narrowest])] if widest != narrowest else hidden.head(0)
-    rows: list[dict[str, Any]] = []
-    ceiling = of(hidden, "posterior", "reliability")[[*FACTORS, "seed", "spearman"]]
-    for point in POINTS:
-        part = of(hidden, point, "gn").merge(ceiling, on=[*FACTORS, "seed"], suffixes=("", "_half"))
-        if not with_ceiling:
-            part = part[part["spearman"] < NEAR_CEILING * np.sqrt(part["spearman_half"].clip(lower=0))]
-        keys = [name for name in [*FACTORS, "seed"] if name != "width"]
-        pairs = part[part["width"] == narrowest].merge(part[part["width"] == widest], on=keys, suffixes=("", "_wide"))
-        pairs = pairs.dropna(subset=["spearman", "spearman_wide"])
-        for names, group in pairs.groupby(["problem", "activation", "prior"], sort=False):
-            z = fisher_z(group[["spearman", "spearman_wide"]]) / np.log2(widest / narrowest)
-            change, low, high, n = mean(z[:, 1] - z[:, 0])
-            own = dict(zip(["problem", "activation", "prior"], names, strict=True)) | {"point": point}
-            own |= {"change": change, "low": low, "high": high, "n": n}
-            ends = {"narrow": group["spearman"], "wide": group["spearman_wide"]}
-            rows.append(own | {name: _mean_rho(rho).value for name, rho in ends.items()})
-    result = pd.DataFrame(
-        rows, columns=["problem", "activation", "prior", "point", "change", "low", "high", "n", "narrow", "wide"]
-    )
-    sign = np.sign(result["low"]).eq(1).map({True: "grows", False: "undecided"})
-    names = ["problem", "activation", "prior", "point"]
-    if with_ceiling:
-        below = widths(table, with_ceiling=False)[[*names, "change"]].rename(columns={"change": "below_ceiling"})
-        result = result.merge(below, on=names, how="left")
-    return result.assign(verdict=sign.mask(np.sign(result["high"]).eq(-1), "falls"))
+    half = of(hidden, "posterior", "reliability")[[*posterior, "spearman"]]
+    rows = pd.concat([of(hidden, point, "gn") for point in POINTS]).merge(half, on=posterior, suffixes=("", "_half"))
+    rows["below"] = rows["spearman"] < NEAR_CEILING * np.sqrt(rows["spearman_half"].clip(lower=0))
+    narrow, wide = rows[rows["width"] == narrowest], rows[(rows["width"] == widest) & (rows["width"] > narrowest)]
+    keys = [name for name in [*posterior, "point"] if name != "width"]
+    pairs = narrow.merge(wide, on=keys, suffixes=("", "_wide")).dropna(subset=["spearman", "spearman_wide"])
+    z = fisher_z(pairs[["spearman", "spearman_wide"]]) / np.log2(widest / narrowest)
+    pairs["change"] = z[:, 1] - z[:, 0]
+    result = means(pairs, by, "change").rename(columns={"value": "change"})
+    for name, column in {"narrow": "spearman", "wide": "spearman_wide"}.items():
+        result[name] = means(pairs, by, column, is_rho=True)["value"]
+    below = means(pairs[pairs["below"] & pairs["below_wide"]], by, "change").rename(columns={"value": "below_ceiling"})
+    result = result.merge(below[[*by, "below_ceiling"]], on=by, how="left")
+    verdict = np.select([result["low"] > 0, result["high"] < 0], ["grows", "falls"], "undecided")
+    return result.assign(verdict=verdict)
 
 
 def gate(table: pd.DataFrame) -> pd.DataFrame:
@@ -272,42 +258,34 @@ def approximations(table: pd.DataFrame) -> pd.DataFrame:
     columns["prior units"] = of(table, "trained", "gn_prior")
     columns |= {label: of(table, "mode", name) for name, label in AROUND_A_MODE.items()}
     by = {label: part.groupby("problem", sort=False)["spearman"] for label, part in columns.items()}
-    return pd.DataFrame({label: groups.agg(lambda rho: _mean_rho(rho).value) for label, groups in by.items()})
+    return pd.DataFrame({label: groups.agg(_mean_rho) for label, groups in by.items()})
 
 
-def _mean_rho(values: ArrayLike) -> Mean:
-    return mean(values, is_rho=True)
+def _mean_rho(values: ArrayLike) -> float:
+    return mean(values, is_rho=True).value
 
 
 def named_results(table: pd.DataFrame, chosen: pd.DataFrame) -> dict[str, Result]:
     """Return the results of the chapter by key: atlas, what decides, the width (C5); headline, of `chosen` (C4)."""
     results: dict[str, Result] = {}
 
-    def add(key: str, row: Mapping[str, Any], value: str = "value", **more: Any) -> None:
+    def add(key: str, row: Mapping[Any, Any], value: str = "value", **more: Any) -> None:
         if np.isfinite(row[value]):
             results[f"mcmc.{key}"] = Mean(row[value], row["low"], row["high"], row["n"]).result(**more)
 
-    for row in _rows(headline(chosen)):
-        add(f"{row['problem']}.{row['method']}.{row['statistic']}", row, claim="C4" if row["method"] == "gn" else None)
-    for row in _rows(settings(table)):
-        add("atlas.{problem}.{activation}.w{width}.{prior}.{design}.{method}.spearman".format(**row), row)
-    for row in _rows(widths(table)):
-        add(
-            "size.{problem}.{activation}_{prior}.{point}.slope".format(**row),
-            row,
-            "change",
-            unit="z per doubling",
-            claim="C5",
-        )
-    for row in _rows(effects(table).reset_index().dropna(subset=["change"])):
-        add(f"atlas.effect.{row['factor']}", row, "change", unit="z")
+    for row in headline(chosen).to_dict("records"):
+        add("{problem}.{method}.{statistic}".format_map(row), row, claim="C4" if row["method"] == "gn" else None)
+    for row in settings(table).to_dict("records"):
+        add("atlas.{problem}.{activation}.w{width}.{prior}.{design}.{method}.spearman".format_map(row), row)
+    of_width = {"unit": "z per doubling", "claim": "C5"}
+    for row in widths(table).to_dict("records"):
+        add("size.{problem}.{activation}_{prior}.{point}.slope".format_map(row), row, "change", **of_width)
+    for row in effects(table).reset_index().dropna(subset=["change"]).to_dict("records"):
+        add("atlas.effect.{factor}".format_map(row), row, "change", unit="z")
     for key, band in {"atlas.share": share(table), "headline.difference": difference(chosen)}.items():
         if band.n > 1:
             results[f"mcmc.{key}"] = band.result(claim="C4")
     posteriors = of(table, "trained", "gn")
-    results["mcmc.atlas.seeds"], results["mcmc.headline.seeds"] = (
-        Result(value=t["seed"].nunique()) for t in (table, chosen)
-    )
-    results["mcmc.gate.n"] = Result(value=len(posteriors))
-    results["mcmc.gate.n_passed"] = Result(value=int(posteriors["passed"].sum()))
-    return results
+    counts = {"atlas.seeds": table["seed"].nunique(), "headline.seeds": chosen["seed"].nunique()}
+    counts |= {"gate.n": len(posteriors), "gate.n_passed": int(posteriors["passed"].sum())}
+    return results | {f"mcmc.{key}": Result(value=count) for key, count in counts.items()}

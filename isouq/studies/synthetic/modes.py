@@ -175,14 +175,10 @@ def steps(problem: Problem, draws: np.ndarray, modes: np.ndarray, classes: np.nd
     sigma = np.sqrt(np.square(away).mean())
     noise = sigma * np.random.default_rng(0).normal(size=(512, len(theta)))
 
-    def spread(thetas: np.ndarray) -> np.ndarray:
-        values = posterior.functions(problem, thetas[None])
-        return np.take_along_axis(values, classes[None, None, :, None], axis=-1)[0, ..., 0].var(axis=0)
-
     return {
         "mode_gn": np.square(g).sum(axis=1),
         "mode_taylor": np.square(away @ g.T).mean(axis=0),
-        "mode_isotropic": spread(theta + noise),
-        "mode_variance": spread(local),
+        "mode_isotropic": posterior.of_classes(problem, theta + noise, classes).var(axis=0),
+        "mode_variance": posterior.of_classes(problem, local, classes).var(axis=0),
         "mode_share": np.array([share]),
     }

@@ -41,12 +41,12 @@ def ellipse(rng, n):
     return inputs, (across**2 / 0.5 + along**2 / 2.5 < rng.uniform(0.8, 1.2, n)).astype(np.int64)
 
 
-def spirals(rng, n):
-    """Two arms of half a turn."""
-    classes, along = np.arange(n) % 2, rng.uniform(0.15, 1.0, n)
-    angle = np.pi * classes + 4 * along
-    inputs = 2.2 * along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return inputs + rng.normal(0, 0.12, (n, 2)), classes
+def spirals(rng, n, *, n_arms=2, turn=4.0, reach=2.2, noise=0.12):
+    """Arms that turn by so many radians on their way out."""
+    classes, along = np.arange(n) % n_arms, rng.uniform(0.15, 1.0, n)
+    angle = 2 * np.pi * classes / n_arms + turn * along
+    inputs = reach * along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return inputs + rng.normal(0, noise, (n, 2)), classes
 
 
 def stripes(rng, n):

@@ -18,15 +18,13 @@ from isouq.studies.synthetic.problems import Model, Problem, float64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """The best of several MAP searches: θ* (param,), its energy and how well it converged.
+    """The best of several MAP searches: θ* (param,) and its energy.
 
-    `energies` (start,) and `thetas` (start, param) are where every search ended, the lowest energy first.
+    `thetas` (start, param) are where every search ended, the lowest energy first.
     """
 
     theta: np.ndarray
     energy: float
-    gradient_norm: float
-    energies: np.ndarray
     thetas: np.ndarray
 
 
@@ -51,7 +49,6 @@ def objective(problem: Problem, scales: float | None = None) -> Callable[[np.nda
 def find_map(problem: Problem, *, n_starts: int = 16, seed: int = 0, max_steps: int = 5000) -> Point:
     """Minimise the energy by L-BFGS from `n_starts` draws of the prior and keep the lowest.
 
-    The gradient norm is in units of the prior's scale: ‖∂E/∂z‖ with θ = scale · z.
     Raises ValueError for fewer than one start or one step.
     """
     require.count("n_starts", n_starts)
@@ -68,13 +65,7 @@ def descend(problem: Problem, starts: np.ndarray, *, max_steps: int = 5000) -> P
     ends = [scipy.optimize.minimize(objective(problem), z, **search) for z in starts]
     ends.sort(key=lambda end: end.fun)
     thetas = np.stack([end.x for end in ends]) * problem.model.scales()
-    return Point(
-        theta=thetas[0],
-        energy=float(ends[0].fun),
-        gradient_norm=float(np.linalg.norm(ends[0].jac)),
-        energies=np.array([end.fun for end in ends]),
-        thetas=thetas,
-    )
+    return Point(theta=thetas[0], energy=float(ends[0].fun), thetas=thetas)
 
 
 @float64
@@ -121,26 +112,20 @@ def jacobian(problem: Problem, theta: np.ndarray, inputs: np.ndarray) -> tuple[n
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _curvature(model: Model, theta, vectors, inputs, targets):
+def _curvature(model: Model, theta, inputs, targets):
     def product(vector):
         gradient = jax.grad(model.log_likelihood)
         return -jax.jvp(lambda t: gradient(t, inputs, targets), (theta,), (vector,))[1]
 
-    return jax.lax.map(product, vectors, batch_size=64)  # all products at once may take gigabytes
+    return jax.lax.map(product, jnp.eye(len(theta)), batch_size=64)  # all products at once may take gigabytes
 
 
 @float64
-def curvature(problem: Problem, theta: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Hessian of the negative log likelihood in θ, times each of `vectors` (vector, param)."""
-    theta = problem.model.parameters(theta)
-    vectors = require.numbers("vectors", vectors, 2, width=len(theta))
-    return np.asarray(_curvature(problem.model.unscaled(), theta, vectors, problem.inputs, problem.targets))
-
-
 def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Hessian of the energy (param, param): of the negative log likelihood plus the prior's precision."""
-    scales = problem.model.scales()
-    return curvature(problem, theta, np.eye(len(scales))) + np.diag(scales**-2.0)
+    theta = problem.model.parameters(theta)
+    curvature = _curvature(problem.model.unscaled(), theta, problem.inputs, problem.targets)
+    return np.asarray(curvature) + np.diag(problem.model.scales() ** -2.0)
 
 
 def ggn(problem: Problem, theta: np.ndarray) -> np.ndarray:

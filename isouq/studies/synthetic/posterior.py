@@ -99,31 +99,12 @@ class Diagnostics:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """Draws (chain, draw, param) of θ with the sampler's statistics (chain, draw) and the gate's verdict."""
+    """Draws (chain, draw, param) of θ with their energies (chain, draw) and the gate's verdict."""
 
     problem: Problem
-    settings: Settings
     draws: np.ndarray
-    divergent: np.ndarray
     energy: np.ndarray
     diagnostics: Diagnostics
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Reference:
-    """Moments of the draws at each grid point; arrays are (point,), variances in units of p² (or of the mean²).
-
-    `mcse`: Monte Carlo standard error of `variance`. `halves` (2, point): the variance from the first and from the
-    second half of the chains, which are independent, so that their agreement bounds what any estimate can reach.
-    `aleatoric`: E_θ[p(1−p)], None for a regression, and its `aleatoric_halves`.
-    """
-
-    mean: np.ndarray
-    variance: np.ndarray
-    mcse: np.ndarray
-    halves: np.ndarray
-    aleatoric: np.ndarray | None
-    aleatoric_halves: np.ndarray | None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
@@ -180,15 +161,9 @@ def sample(problem: Problem, settings: Settings) -> Posterior:
         jnp.asarray(problem.targets),
     )
     draws = np.asarray(z) * problem.model.scales()
-    statistics = {"divergent": np.asarray(divergent), "energy": np.asarray(energy)}
-    seconds = time.perf_counter() - begun
-    return Posterior(
-        problem=problem,
-        settings=settings,
-        draws=draws,
-        diagnostics=judge(functions(problem, draws), **statistics, seconds=seconds),
-        **statistics,
-    )
+    divergent, energy, seconds = np.asarray(divergent), np.asarray(energy), time.perf_counter() - begun
+    found = judge(functions(problem, draws), divergent=divergent, energy=energy, seconds=seconds)
+    return Posterior(problem=problem, draws=draws, energy=energy, diagnostics=found)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -203,6 +178,11 @@ def functions(problem: Problem, draws: np.ndarray) -> np.ndarray:
     draws = require.numbers("draws", draws, 3, width=problem.model.network.n_parameters, finite=None)
     flat = _predict_all(problem.model.unscaled(), draws.reshape(-1, draws.shape[-1]), problem.grid)
     return np.asarray(flat).reshape(*draws.shape[:2], *flat.shape[1:])
+
+
+def of_classes(problem: Problem, thetas: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return p(y_c|x, θ) (theta, point) of a class (or the mean) at every grid point, for each of `thetas`."""
+    return np.take_along_axis(functions(problem, thetas[None])[0], problem.classes(classes)[None, :, None], 2)[..., 0]
 
 
 def judge(values: np.ndarray, *, divergent: np.ndarray, energy: np.ndarray, seconds: float) -> Diagnostics:
@@ -238,23 +218,27 @@ def _rank_normalised(values: np.ndarray) -> np.ndarray:
     return norm.ppf((rankdata(flat, axis=0) - 0.375) / (len(flat) + 0.25)).reshape(values.shape)
 
 
-def reference(posterior: Posterior, classes: np.ndarray) -> Reference:
-    """Return mean, variance (with its Monte Carlo error) and E[p(1−p)].
+def reference(posterior: Posterior, classes: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the moments of the draws at each grid point by name; arrays are (point,), variances in units of p².
 
-    `classes` (point,): the class whose probability is meant at each grid point (zeros unless multiclass).
+    `classes` (point,): the class whose probability is meant (zeros unless multiclass; of a regression the mean is).
+    mean, variance and mcse, the variance's Monte Carlo standard error. halves (2, point): the variance from the first
+    and from the second half of the chains, which are independent, so that their agreement bounds what any estimate can
+    reach. Unless it is a regression, aleatoric: E_θ[p(1−p)], and its aleatoric_halves.
     """
     values, classes = functions(posterior.problem, posterior.draws), posterior.problem.classes(classes)
     values = np.take_along_axis(values, classes[None, None, :, None], axis=-1)[..., 0]
     squares = np.square(values - values.mean(axis=(0, 1)))
-    bernoulli = None if posterior.problem.model.kind == "regression" else values * (1 - values)
-    return Reference(
-        mean=values.mean(axis=(0, 1)),
-        variance=values.var(axis=1).mean(axis=0) + values.mean(axis=1).var(axis=0),  # within and between chains
-        mcse=squares.std(axis=(0, 1)) / np.sqrt(effective_sample_size(squares)),
-        halves=_halves(values, np.var),
-        aleatoric=None if bernoulli is None else bernoulli.mean(axis=(0, 1)),
-        aleatoric_halves=None if bernoulli is None else _halves(bernoulli, np.mean),
-    )
+    found = {
+        "mean": values.mean(axis=(0, 1)),
+        "variance": values.var(axis=1).mean(axis=0) + values.mean(axis=1).var(axis=0),  # within and between chains
+        "mcse": squares.std(axis=(0, 1)) / np.sqrt(effective_sample_size(squares)),
+        "halves": _halves(values, np.var),
+    }
+    if posterior.problem.model.kind != "regression":
+        values = values * (1 - values)
+        found |= {"aleatoric": values.mean(axis=(0, 1)), "aleatoric_halves": _halves(values, np.mean)}
+    return found
 
 
 def _halves(values: np.ndarray, statistic: Callable) -> np.ndarray:

@@ -231,13 +231,6 @@ def _clusters(rng, n):
     return centres + rng.normal(0, 0.6, (n, 2)), classes
 
 
-def _spirals(rng, n):
-    classes, along = np.arange(n) % 3, rng.uniform(0.15, 1.0, n)
-    angle = 2 * np.pi * classes / 3 + 3.0 * along
-    inputs = 2 * along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return inputs + rng.normal(0, 0.15, (n, 2)), classes
-
-
 def _line(rng, n, *, noise, gap=False):
     inputs = _stretches(rng, n, (-1, -0.4), (0.4, 1)) if gap else rng.uniform(-1, 1, n)
     return inputs[:, None], 0.8 * inputs - 0.2 + rng.normal(0, noise, n)
@@ -274,12 +267,13 @@ _STRAIGHT = _model("regression", 1, 1, depth=0, noise=0.3)
 _CURVED = _model("regression", 1, 1, prior_scale=1.5, noise=0.25)
 _TWO_RINGS = functools.partial(_rings, radii=(0.6, 1.7), noise=0.25)
 _THREE_RINGS = functools.partial(_rings, radii=(0.4, 1.2, 2.0), noise=0.2)
+_THREE_SPIRALS = functools.partial(planes.spirals, n_arms=3, turn=3.0, reach=2.0, noise=0.15)
 SPECS: dict[str, Spec] = {
     "binary_linear": Spec("binary: linear", _linear, 80, _model("binary", 2, 1, depth=0)),
     "binary_xor": Spec("binary: XOR", _xor, 80, _BINARY),
     "binary_rings": Spec("binary: rings", _TWO_RINGS, 80, _BINARY),
     "multiclass_clusters": Spec("multiclass: clusters", _clusters, 90, _model("multiclass", 2, 3)),
-    "multiclass_spirals": Spec("multiclass: spirals", _spirals, 120, _MULTICLASS),
+    "multiclass_spirals": Spec("multiclass: spirals", _THREE_SPIRALS, 120, _MULTICLASS),
     "multiclass_rings": Spec("multiclass: rings", _THREE_RINGS, 120, _MULTICLASS),
     "regression_linear": Spec("regression: linear", functools.partial(_line, noise=0.3), 30, _STRAIGHT, (-2.0, 2.0)),
     "regression_nonlinear": Spec("regression: nonlinear", functools.partial(_wave, noise=0.25), 40, _CURVED),
