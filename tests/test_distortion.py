@@ -79,10 +79,7 @@ def test_shifts_do_not_take_smoothness_for_structure_as_shuffles_do(rng):
     shape = (14, 14)
     maps = smooth_maps(rng, shape, 120)
     rates = {}
-    for name, permutations in (
-        ("shuffles", shuffles(196, 99)),
-        ("shifts", distortion.grid_shifts(shape)),
-    ):
+    for name, permutations in (("shuffles", shuffles(196, 99)), ("shifts", distortion.grid_shifts(shape))):
         pairs = zip(maps[:60], maps[60:], strict=True)
         found = [structure(field, other[:, None], permutations) for field, other in pairs]
         rates[name] = np.mean([one.p_value <= 0.05 for one in found])

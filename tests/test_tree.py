@@ -22,10 +22,7 @@ def tracked() -> list[Path]:
 MODULES = [ROOT / path for path in tracked() if path.parts[0] == "isouq" and path.suffix == ".py"]
 
 # The library, in the order in which its rooms may import: a room imports only from rooms in steps before its own.
-LIBRARY = (
-    ("estimate", "gradients", "models"),
-    ("language", "classifier"),
-)
+LIBRARY = (("estimate", "gradients", "models"), ("language", "classifier"))
 # The companion after it: studies import the library, never back; the pipeline imports studies, never back.
 STUDIES = (
     ("identity", "require", "results"),
