@@ -82,13 +82,7 @@ HELD_OUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOss",
         "GptOss",
-        {
-            **_LLAMA,
-            "num_local_experts": 3,
-            "num_experts_per_tok": 2,
-            "head_dim": 4,
-            "experts_implementation": "eager",
-        },
+        {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4, "experts_implementation": "eager"},
     ),
 }
 
@@ -99,17 +93,21 @@ def dtype_of(name: str) -> torch.dtype:
     return torch.float32 if name in FLOAT32 else torch.float64
 
 
+def class_name(name: str) -> str:
+    prefix = {**COVERED, **HELD_OUT}[name][0]
+    return f"{prefix}Model" if prefix.endswith("LMHead") else f"{prefix}ForCausalLM"
+
+
 def build(name: str, *, tied: bool, dtype: torch.dtype | None = None, **settings: Any) -> nn.Module:
     """The model `name`, in eval mode, with random weights far from where a gradient would vanish."""
-    prefix, config_prefix, fixed = {**COVERED, **HELD_OUT}[name]
+    _, config_prefix, fixed = {**COVERED, **HELD_OUT}[name]
     config_class: Callable[..., Any] = getattr(transformers, f"{config_prefix}Config")
     experts = fixed.get("experts_implementation")
     fixed = {k: v for k, v in fixed.items() if k != "experts_implementation"}
     config = config_class(**{**fixed, **_SPECIAL, "tie_word_embeddings": tied, **settings})
     if experts:
         config._experts_implementation = experts
-    model_class = getattr(transformers, prefix if prefix.endswith("LMHead") else f"{prefix}ForCausalLM", None)
-    model = (model_class or transformers.GPT2LMHeadModel)(config).eval().to(dtype or dtype_of(name))
+    model = getattr(transformers, class_name(name))(config).eval().to(dtype or dtype_of(name))
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for p in model.parameters():

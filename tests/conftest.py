@@ -42,6 +42,7 @@ def figure_style():
 
     from isouq.studies import plotting
 
+    plt.switch_backend("agg")
     with plt.rc_context():
         plotting.use_style()
         yield

@@ -1,10 +1,13 @@
 """A small random Llama with a tokenizer of single characters, saved as a user's model is."""
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from isouq import cli
 
 LETTERS = ["<eos>", "<unk>", "\n", *" ?:.abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 
@@ -22,3 +25,12 @@ def save(folder: Path, chat_template: str | None = None) -> Path:
     config = LlamaConfig(vocab_size=len(LETTERS), max_position_embeddings=64, **sizes, **ids)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def score(folder: Path | str, source: Path | str, target: Path | str, *more: str) -> int:
+    """`isouq score` from file to file."""
+    return cli.main(["score", "--model", str(folder), "--input", str(source), "--output", str(target), *more])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]

@@ -28,20 +28,28 @@ def squared_norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     return sum((g.double().square().sum() for g in grads if g is not None), torch.zeros((), dtype=torch.float64))
 
 
+MEANINGS = {  # aggregation → the probabilities whose ‖∇p‖² are averaged
+    "sequence": lambda log_p: [log_p.sum().exp()],
+    "geometric": lambda log_p: [log_p.mean().exp()],
+    "token_mean": lambda log_p: log_p.exp(),
+}
+
+
 def score(
-    model: nn.Module, examples: Sequence[tuple[Tensor, int]], parameters: Sequence[nn.Parameter] | None = None
+    model: nn.Module,
+    examples: Sequence[tuple[Tensor, int]],
+    parameters: Sequence[nn.Parameter] | None = None,
+    aggregations: Sequence[str] = ("sequence",),
 ) -> Scores:
-    """‖∇p‖² under the three meanings of p; `examples` are (ids, number of answer tokens at their end)."""
+    """‖∇p‖² under some meanings of p; `examples` are (ids, number of answer tokens at their end)."""
     parameters = list(model.parameters()) if parameters is None else parameters
-    S, found = [], {"sequence": [], "geometric": [], "token_mean": []}
+    S, found = [], {name: [] for name in aggregations}
     for ids, n_answer in examples:
         log_p = token_log_probs(model, ids, n_answer)
         S.append(log_p.sum().detach())
-        found["sequence"].append(squared_norm(log_p.sum().exp(), parameters))
-        found["geometric"].append(squared_norm(log_p.mean().exp(), parameters))
-        per_token = [squared_norm(p, parameters) for p in log_p.exp()]
-        found["token_mean"].append(torch.stack(per_token).mean())
-    return Scores(torch.stack(S), {name: torch.stack(values) for name, values in found.items()})
+        for name, squares in found.items():
+            squares.append(torch.stack([squared_norm(p, parameters) for p in MEANINGS[name](log_p)]).mean())
+    return Scores(torch.stack(S), {name: torch.stack(squares) for name, squares in found.items()})
 
 
 def pad(examples: Sequence[tuple[Tensor, int]], side: str, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import sphinx.cmd.build as sphinx
 import yaml
 
 import isouq
@@ -83,8 +86,11 @@ def test_the_record_names_the_run_and_its_uncommitted_changes():
 
 
 @pytest.fixture
-def small_book(tmp_path):
-    """Build a book of two pages with the extension; gives a function: page and results in, outcome out."""
+def small_book(tmp_path, monkeypatch):
+    """Build a book of two pages with the extension; gives a function: page and results in, outcome out.
+
+    In this process: one of its own would load Sphinx and isouq anew for each page.
+    """
     source, stored = tmp_path / "source", tmp_path / "results.json"
     source.mkdir()
     (source / "conf.py").write_text('extensions = ["myst_parser", "isouq_book"]\n')
@@ -95,15 +101,14 @@ def small_book(tmp_path):
         for name, text in written.items():  # a file that stays as it is keeps its date, as Sphinx looks at that
             if not (source / name).exists() or (source / name).read_text() != text:
                 (source / name).write_text(text)
-        environment = os.environ | {"PYTHONPATH": f"{EXTENSION}{os.pathsep}{ROOT}"}
-        environment.pop("ISOUQ_RESULTS", None)
+        monkeypatch.delenv("ISOUQ_RESULTS", raising=False)
         if found is not None:
             stored.write_text(json.dumps({"meta": {"profile": "tiny", "commit": "abc"}, "results": found}))
-            environment["ISOUQ_RESULTS"] = str(stored)
-        command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", str(source), str(tmp_path / "html")]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+            monkeypatch.setenv("ISOUQ_RESULTS", str(stored))
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            code = sphinx.main(["-n", "-W", "--keep-going", str(source), str(tmp_path / "html")])
         built = tmp_path / "html" / "page.html"
-        return run.returncode, built.read_text() if built.exists() else "", run.stderr
+        return code, built.read_text() if built.exists() else "", said.getvalue()
 
     return build
 
@@ -227,6 +232,7 @@ def test_chapters_of_several_runs_name_their_own_on_their_pages():
     assert "{Grünefeld, N. and Frellsen, J. and Hardmeier, C.}" in provenance.bibtex(CITATION, meta)
 
 
+@pytest.mark.usefixtures("figure_style")
 def test_a_figure_is_drawn_from_results_and_says_in_words_what_it_shows(small_book):
     page = (
         "```{interval-figure} qa.one.{method}.auroc qa.two.{method}.auroc\n:name: fig-one\n:titles: One | Two\n"

@@ -26,10 +26,8 @@ def test_auroc_equals_scikit_learn_with_ties(scored: tuple[np.ndarray, np.ndarra
     assert evaluation.auroc(-score, wrong) == pytest.approx(1 - evaluation.auroc(score, wrong), abs=1e-12)
 
 
-def test_auroc_ranks_infinite_scores_but_refuses_nan() -> None:
+def test_auroc_ranks_infinite_scores() -> None:
     assert evaluation.auroc([-np.inf, 0.0, 1.0], [False, True, True]) == 1.0
-    with pytest.raises(ValueError, match="score: NaN at 1 of 3"):
-        evaluation.auroc([np.nan, 0.0, 1.0], [False, True, True])
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -78,14 +76,6 @@ def test_correlations_equal_scipy(scored: tuple[np.ndarray, np.ndarray]) -> None
     assert evaluation.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
 
 
-@pytest.mark.parametrize("correlation", [evaluation.pearson, evaluation.spearman])
-def test_correlations_refuse_nan_and_constants(correlation) -> None:
-    with pytest.raises(ValueError, match="b: NaN or infinite at 1 of 2"):
-        correlation([0.0, 1.0], [0.0, np.nan])
-    with pytest.raises(ValueError, match="a is constant"):
-        correlation([1.0, 1.0], [0.0, 2.0])
-
-
 def auroc_interval(score, wrong, **options):
     return evaluation.ranking(score, wrong, evaluation.Resamples.of(wrong, **options)).interval()
 
@@ -99,7 +89,7 @@ def test_bootstrap_covers_the_true_mean_at_its_level() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        interval = evaluation.bootstrap_interval(np.mean, rng.normal(size=80), n_resamples=300, seed=seed)
+        interval = evaluation.bootstrap_interval(np.mean, rng.normal(size=80), n_resamples=100, seed=seed)
         hits += interval.low <= 0 <= interval.high
     assert 180 <= hits <= 199  # binomial(200, 0.95) leaves this range with chance about 0.001
 
@@ -132,8 +122,6 @@ def test_wilson_interval_has_the_published_value() -> None:
     interval = evaluation.wilson_interval(0, 10)  # upper end z²/(n + z²)
     assert interval.low == 0.0
     assert interval.high == pytest.approx(1.959964**2 / (10 + 1.959964**2), abs=1e-6)
-    with pytest.raises(ValueError, match="successes: 5 given"):
-        evaluation.wilson_interval(5, 3)
 
 
 def test_enough_of_both_is_the_declared_rule() -> None:

@@ -118,8 +118,6 @@ def test_scores_out_of_fold_find_signal_and_do_not_leak() -> None:
 def test_scores_out_of_fold_refuse_what_they_cannot_fit() -> None:
     with pytest.raises(ValueError, match="3 right and 17 wrong answers given, of each as many as the 5 folds"):
         fits.out_of_fold_scores(np.arange(20.0)[:, None], [True] * 17 + [False] * 3)
-    with pytest.raises(ValueError, match="features: NaN or infinite"):
-        fits.out_of_fold_scores(np.full((20, 1), np.inf), [True, False] * 10)
 
 
 def test_a_fitted_score_without_signal_seldom_excludes_chance() -> None:
@@ -187,8 +185,6 @@ def test_questions_needed_grow_with_the_square_of_the_spread() -> None:
     # (1.96 + 0.84)² · spread² / gap²; Hanley and McNeil at 0.575 and as many right as wrong answers
     assert fits.questions_needed(0.5, 1.0) == 32
     assert fits.questions_needed(0.05, fits.auroc_spread(0.575, 0.5)) == pytest.approx(1030, rel=0.05)
-    with pytest.raises(ValueError, match=r"gap: 0\.0 given"):
-        fits.questions_needed(0.0, 1.0)
 
 
 def test_brier_and_calibration_error_by_hand() -> None:
@@ -216,8 +212,6 @@ def test_brier_and_calibration_error_equal_the_plainest_loop() -> None:
 
 @pytest.mark.parametrize("statistic", [fits.brier, fits.ece])
 def test_calibration_refuses_what_is_no_probability_and_one_class(statistic) -> None:
-    with pytest.raises(ValueError, match="probability: NaN or infinite at 1 of 2"):
-        statistic([np.nan, 0.5], [0, 1])
     with pytest.raises(ValueError, match=r"probability: values 0\.5 to 2 given, 0 to 1 wanted"):
         statistic([2.0, 0.5], [0, 1])
     with pytest.raises(evaluation.UndefinedStatisticError, match="all 2 are right"):

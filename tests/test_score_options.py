@@ -18,6 +18,7 @@ from isouq.language import generation, scoring
 from isouq.language.chat import Prompting
 from isouq.use import files, tables
 from isouq.use.calibrate import Calibrator
+from letters import read_lines, score
 
 TEMPLATE = (
     "<eos>{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no such role') }}"
@@ -41,18 +42,10 @@ def chat_model(chat_folder):
     return isouq.load_causal_lm(str(chat_folder))
 
 
-def score(folder, source, target, *more):
-    return cli.main(["score", "--model", str(folder), "--input", str(source), "--output", str(target), *more])
-
-
 def questions(path, n=5, answer=" no"):
     rows = [{"prompt": f"Is it {'abcdefgh'[i % 8] * (1 + i % 3)}?", "answer": answer} for i in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 # ---- chats -----------------------------------------------------------------------------------------------------------

@@ -24,15 +24,12 @@ import letters
 from isouq import cli, estimate, gradients
 from isouq.language import generation, scoring
 from isouq.use import files, tables
+from letters import read_lines, score
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return letters.save(tmp_path_factory.mktemp("model"))
-
-
-def score(model_folder, source, target, *more):
-    return cli.main(["score", "--model", str(model_folder), "--input", str(source), "--output", str(target), *more])
 
 
 PLAIN = files.Run(model="", load=tuple, how=scoring.Scoring())
@@ -128,10 +125,6 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(model_folder, tmp_path):
     assert len(scored) == n - len(before)
     assert len(pd.read_csv(target)) == n
     assert not partial.exists()
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def stop_after(n, error):

@@ -18,7 +18,6 @@ from isouq.studies.verdicts import CheckVerdict
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = claims.load(ROOT / "book" / "claims.yml")
-CHECKS = [pytest.param(check, id=f"{claim.id} {check.label}") for claim in CLAIMS for check in claim.checks]
 
 
 def measured(value: float, low: float | None = None, high: float | None = None, n: int = 100) -> Result:
@@ -288,12 +287,12 @@ def test_every_key_is_one_of_a_committed_run():
     require_known_keys(CLAIMS, known)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_papers_own_number_with_its_spread_is_not_refuted_by_the_rule(check):
-    if check.paper is None:
-        return
-    assert check.region.least < check.paper.value < check.region.most
-    assert check.paper_outcome() in ("holds", "undecided")
+def test_the_papers_own_number_with_its_spread_is_not_refuted_by_the_rule():
+    stated = [check for claim in CLAIMS for check in claim.checks if check.paper is not None]
+    assert stated
+    for check in stated:
+        assert check.region.least < check.paper.value < check.region.most, check
+        assert check.paper_outcome() in ("holds", "undecided"), check
 
 
 def test_the_papers_spread_has_a_width():

@@ -72,23 +72,11 @@ CASES = {  # operation → the value, and what its node keeps under each name
     ),
     "NativeGroupNorm": (
         lambda: F.group_norm(IMAGE, 2, torch.ones(4)),
-        {
-            "input": IMAGE,
-            "result1": grouped(IMAGE).mean(2),
-            "result2": rstd(grouped(IMAGE), 2)[..., 0],
-            "group": 2,
-        },
+        {"input": IMAGE, "result1": grouped(IMAGE).mean(2), "result2": rstd(grouped(IMAGE), 2)[..., 0], "group": 2},
     ),
     "Convolution": (
         lambda: F.conv2d(IMAGE, KERNEL, None, (1, 2), (2, 1), (1, 1), 2),
-        {
-            "input": IMAGE,
-            "stride": (1, 2),
-            "padding": (2, 1),
-            "dilation": (1, 1),
-            "transposed": False,
-            "groups": 2,
-        },
+        {"input": IMAGE, "stride": (1, 2), "padding": (2, 1), "dilation": (1, 1), "transposed": False, "groups": 2},
     ),
     "Transpose": (lambda: X.transpose(0, -1), {"dim0": 0, "dim1": -1}),
     "Permute": (lambda: X.permute(1, 0), {"dims": (1, 0)}),

@@ -1,21 +1,13 @@
 """Figures show what they are given: as many marks and lines as rows, in the place that the numbers say."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from isouq.studies import plotting
 from isouq.studies.isotropy import plots
 from isouq.studies.synthetic import problems
 
-
-@pytest.fixture(autouse=True)
-def style():
-    plt.switch_backend("agg")
-    plotting.use_style()
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("figure_style")
 
 
 def test_maps_share_one_scale_and_mark_their_proxies():

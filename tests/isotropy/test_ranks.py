@@ -177,7 +177,6 @@ def test_the_results_are_those_that_the_claim_asks_for(small):
         (lambda: ranks.network("regression_linear", seed=0, width=4), "name: 'regression_linear' given"),
         (lambda: ranks.network("binary_linear", seed=0, width=4), "name: 'binary_linear' given, .*hidden layer wanted"),
         (lambda: ranks.network("binary_xor", seed=0, width=4, prior="fan-in"), "prior: .*did you mean 'fan_in'"),
-        (lambda: ranks.network("binary_xor", seed=0, width=0), "width: 0 given"),
         (lambda: ranks.slopes(planted(0, 0).query("width == 2")), "table: width 2 given, at least 2 widths wanted"),
     ],
 )

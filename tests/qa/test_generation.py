@@ -51,10 +51,7 @@ def test_generation_stops_at_a_token_that_contains_a_newline_and_drops_it(llama,
     free = plain_greedy(llama, PROMPTS[0], set(), 12)
     stop = free[5]
     before = free[: free.index(stop)]
-    for stops, why in (
-        ((frozenset({stop}), frozenset()), "newline"),
-        ((frozenset(), frozenset({stop})), "eos"),
-    ):
+    for stops, why in (((frozenset({stop}), frozenset()), "newline"), ((frozenset(), frozenset({stop})), "eos")):
         (answer,) = generation.generate(llama, tokenizer, PROMPTS[:1], stops=stops, max_new_tokens=12)
         assert (list(answer.token_ids), answer.ended_by) == (before, why)
     (answer,) = generation.generate(llama, tokenizer, PROMPTS[:1], stops=(frozenset(), frozenset()), max_new_tokens=3)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -80,6 +82,51 @@ def test_a_record_that_was_changed_is_refused(made, tmp_path, what):
         file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"is not the record of this posterior .*delete it, and the job runs again"):
         atlas.find(job, [tmp_path])
+
+
+# Jobs: each has a file of its own, and a study of many resumes, in several processes
+
+
+def test_jobs_that_differ_have_files_that_differ():
+    changes = ({"seed": 1}, {"n_examples": 31}, {"prior_scale": 2.0}, {"settings": replace(SHORT, n_draws=251)})
+    assert len({job.file() for job in (SMALL, *(replace(SMALL, **change) for change in changes))}) == 5
+    assert replace(SMALL, n_examples=30).file() == SMALL.file()
+    roomy = replace(SMALL, settings=replace(SHORT, memory_gb=9.0))
+    assert roomy.file() == SMALL.file(), "the memory allowed does not decide a draw"
+
+
+def test_a_bad_job_stops_a_study_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="width: 0 given"):
+        atlas.run_all([SMALL, replace(SMALL, problem="binary_xor", width=0)], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_all_runs_what_is_missing_in_processes(made, tmp_path):
+    folder, kept = shutil.copytree(made[0], tmp_path / "atlas"), made[1]
+    wanted = [SMALL, replace(SMALL, n_examples=20)]
+    records = atlas.run_all(wanted, folder, n_workers=2, compiled=tmp_path / "jax")
+    assert set(folder.iterdir()) == {atlas.path(job, folder) for job in wanted}
+    assert [record.job for record in records] == wanted
+    assert records[0].facts == kept.facts, "times included: it was not run again"
+
+
+def test_run_all_renews_its_processes_and_keeps_the_order(tmp_path, monkeypatch):
+    pools = []
+
+    def threads(n_workers, *_):
+        pools.append(n_workers)
+        return ThreadPoolExecutor(n_workers)
+
+    monkeypatch.setattr(atlas, "PER_PROCESS", 1)
+    monkeypatch.setattr(atlas.concurrent.futures, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(atlas, "find", lambda *_: None)
+    monkeypatch.setattr(atlas, "run", lambda job, _: atlas.Record(job=job, facts={}, fields={}))
+    wanted = [replace(SMALL, n_examples=n) for n in (20, 25, 30)]
+    assert [record.job for record in atlas.run_all(wanted, tmp_path, n_workers=2)] == wanted
+    assert pools == [2, 2], "the third job is left to a second pool"
+
+
+# Statistics of one field
 
 
 def test_a_field_that_varies_by_rounding_only_has_no_correlation():

@@ -1,6 +1,5 @@
 """The chapters' figures show the numbers they are given, each where it belongs."""
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,13 +8,7 @@ import pytest
 from isouq.studies import plotting
 from isouq.studies.synthetic import plots, problems
 
-matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("figure_style")
 
 
 @pytest.fixture

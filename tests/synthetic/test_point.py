@@ -146,9 +146,3 @@ def test_rescaling_a_relu_layer_changes_the_norm_and_not_the_function():
     norms = [np.square(point.gradients(problem, t, classes)).sum(axis=1) for t in (theta, other)]
     assert np.median(norms[1] / norms[0]) > 5
     assert stats.spearmanr(*norms)[0] > 0.3
-
-
-@pytest.mark.parametrize("name", ["n_starts", "max_steps"])
-def test_no_search_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}: 0 given"):
-        point.find_map(Job(problem="binary_linear").make(), **{name: 0})

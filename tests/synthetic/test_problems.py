@@ -104,12 +104,6 @@ def test_small_integers_are_taken_for_what_they_are(targets):
     assert replace(problem, targets=problem.targets.astype(targets)).targets.dtype == np.int64
 
 
-@pytest.mark.parametrize("given", [{"resolution": 0}, {"n_examples": 0}])
-def test_nothing_is_not_taken_for_the_default(given):
-    with pytest.raises((ValueError, TypeError), match=next(iter(given))):
-        problems.make("binary_xor", **given)
-
-
 @pytest.mark.parametrize(
     ("settings", "name"),
     [

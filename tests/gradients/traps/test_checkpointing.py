@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import isouq
-from architectures import build, examples, upcasts_to
-from closeness import assert_close, assert_logs_close
+from architectures import build, examples
+from closeness import assert_logs_close
 from comparison import assert_same, classes, is_exact, tokens, wanted
 from isouq.gradients import NotCovered, squared_norms
 from reference import pad, score
@@ -78,14 +78,3 @@ class SavedOnTheCpu(nn.Module):
 def test_3_activations_that_are_unpacked_anew_share_no_products():
     model = SavedOnTheCpu()
     assert is_exact(model, classes(model, torch.randn(4, 3, 16)), 4)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_3_every_parameter_is_counted_once(name):
-    model = build(name, tied=True)
-    case = examples((7, 5), (3, 2))
-    with upcasts_to(torch.float64):
-        for engine in ("ghost", "autograd"):
-            scores = isouq.score_tokens(model, *pad(case, "left"), engine=engine, breakdown=True)
-            assert list(scores.breakdown) == [n for n, _ in model.named_parameters()]
-            assert_close(sum(part.exp() for part in scores.breakdown.values()), scores.epistemic)

@@ -227,12 +227,6 @@ def test_7_a_tensor_outside_the_model_is_refused_and_its_gradient_left_alone():
     assert outside.grad is None
 
 
-def test_7_an_idle_parameter_has_gradient_zero():
-    model = Toy()
-    model.idle = nn.Linear(3, 3)
-    assert is_exact(model, tokens(model, random_ids(3, 8)), 3)
-
-
 @pytest.mark.parametrize("engine", ["auto", "ghost", "autograd"])
 def test_7_an_output_without_a_gradient_is_an_error_and_no_score(engine):
     model = Toy()

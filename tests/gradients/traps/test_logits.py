@@ -14,7 +14,6 @@ from architectures import COVERED, build, examples, upcasts_to
 from closeness import assert_close, assert_logs_close
 from comparison import is_exact, tokens
 from isouq.estimate import AGGREGATIONS
-from rectangle import score_aggregations
 from reference import pad, score
 from toy import N_WORDS, Toy, random_ids
 
@@ -79,14 +78,6 @@ class OddHead(Toy):
 def test_10_nothing_is_assumed_of_the_step_to_the_logits(way, covered):
     model = OddHead(way)
     assert is_exact(model, tokens(model, random_ids(3, 8)), 3) == covered
-
-
-def test_10_all_three_aggregations_share_one_call():
-    model = build("gemma2", tied=True)
-    batch = pad(examples((9, 5), (3, 1)), "left")
-    together = score_aggregations(model, *batch, aggregations=("token_mean", "sequence", "geometric"))
-    for name, scores in together.items():
-        assert_logs_close(scores.log_epistemic, isouq.score_tokens(model, *batch, aggregation=name).log_epistemic)
 
 
 # ── Both ends of p ───────────────────────────────────────────────────────────────────────────────────────────────────
