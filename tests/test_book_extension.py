@@ -56,6 +56,8 @@ def test_numbers_are_written_as_a_reader_expects(value, spec, text):
         (ENTRY, "0.63 [0.55, 0.71], n = 120"),
         (Result(value=1.0, low=0.98, high=1.0), "1.00 [0.98, 1.00]"),
         (Result(value=12.5, unit="s"), "12.50 s"),
+        (Result(value=0.99949, low=0.99905, high=0.99976), "0.9995 [0.9991, 0.9998]"),
+        (Result(value=-0.003, low=-0.11, high=0.1), "0.00 [−0.11, 0.10]"),
         (Result(value=3e-7, low=1e-7, high=5e-7), "3.0 × 10⁻⁷ [1.0 × 10⁻⁷, 5.0 × 10⁻⁷]"),
     ],
 )
@@ -174,7 +176,7 @@ def test_a_folded_claim_shows_rules_values_and_generated_verdicts(small_book):
 
 def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
     finding = {
-        "holds": "It is {qa.a.auroc:.3f}.",
+        "holds": "It is {qa.a.auroc:.3f}, {qa.a.auroc:interval .0%}, {no.such}.",
         "partly": "Half.",
         "does not hold": "Not on {failing}; on {holding}.",
         "undecided": "Open.",
@@ -184,7 +186,10 @@ def test_findings_are_the_sentences_that_the_verdicts_choose(small_book):
     check["paper"] = "table_2.triviaqa.p_true"
     page = "```{findings} claims.yml\n```\n\n```{claims-summary} claims.yml\n```\n"
     written = yaml.safe_dump([claim | {"finding": finding, "checks": [check]}])
-    for value, sentence in ((0.7, "It is 0.700. (C1: holds)"), (0.3, "Not on AUROC; on none. (C1: does not hold)")):
+    for value, sentence in (
+        (0.7, "It is 0.700, 70% [65%, 75%], (not measured). (C1: holds)"),
+        (0.3, "Not on AUROC; on none. (C1: does not hold)"),
+    ):
         code, text, warnings = small_book(page, {"qa.a.auroc": auroc(value)}, claims=written)
         assert code == 0, warnings
         words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", text))

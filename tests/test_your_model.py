@@ -58,7 +58,7 @@ def test_the_page_runs_on_answers_and_labels_of_ones_own(tiny, tmp_path, capsys)
     saved = json.loads((tmp_path / "results.json").read_text())["results"]
     assert saved["your_model.accuracy"]["value"] == pytest.approx(1 / 3)
     assert {"your_model.likelihood.auroc", "your_model.combined.auroc_gain", "your_model.calibrated.ece"} <= set(saved)
-    assert re.search(r"^(Use|None helps)", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^(Use|No score)", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("figure_style")
@@ -88,9 +88,13 @@ NOT_DEFINED = (np.nan, np.nan)
     [
         ((0.7, 0.6, 0.8), {"a": (0.8, 0.7, 0.9, 0.01, 0.2), "b": (0.9, 0.8, 0.95, 0.1, 0.3)}, "Use b: on these 60 ans"),
         ((0.7, 0.6, 0.8), {"a": (0.8, 0.7, 0.9, -0.01, 0.2)}, "Use the plain negative log-likelihood (AUROC 0.70 [0.6"),
-        ((0.5, 0.4, 0.6), {"a": (0.5, 0.4, 0.6, -0.1, 0.1)}, "None helps: on these 60 answers the plain negative"),
+        (
+            (0.5, 0.4, 0.6),
+            {"a": (0.5, 0.4, 0.6, -0.1, 0.1)},
+            "No score is shown to help: on these 60 answers the plain negative",
+        ),
         ((0.5, 0.4, 0.6), {"a": (0.7, 0.6, 0.8, 0.1, 0.3)}, "Use a: on these 60 answers its AUROC is 0.70"),
-        ((0.7, np.nan, np.nan), {"a": (0.7, np.nan, np.nan, np.nan, np.nan)}, "None helps"),
+        ((0.7, np.nan, np.nan), {"a": (0.7, np.nan, np.nan, np.nan, np.nan)}, "No score is shown"),
     ],
 )
 def test_the_verdict_names_the_score_with_the_largest_gain_above_zero_or_none(control, rivals, wanted):

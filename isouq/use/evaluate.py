@@ -210,13 +210,11 @@ def _warnings(table: pd.DataFrame) -> list[str]:
             texts.append(f"{name} points the wrong way: AUROC {interval}; it is high where answers are right")
             continue
         if low <= 0.5:
-            texts.append(f"{name} is not told from chance: AUROC {interval}")
+            texts.append(f"{name} cannot be distinguished from chance: AUROC {interval}")
         if row["gain_high"] < 0:
             texts.append(f"{name} is worse than the plain negative log-likelihood: gain in AUROC {gain}")
         elif row["gain_low"] <= 0:
-            texts.append(
-                f"{name} adds nothing that is shown over the plain negative log-likelihood: gain in AUROC {gain}"
-            )
+            texts.append(f"{name} shows no gain over the plain negative log-likelihood: gain in AUROC {gain}")
     return texts
 
 

@@ -82,7 +82,8 @@ def verdict(found: Evaluation) -> str:
     tried = f"none of {len(aurocs) - 1} other scores is shown to rank them better"
     if control["low"] > 0.5:
         return f"Use {plain}, which costs one forward pass: {where} {tried}."
-    return f"None helps: {where} {plain} is not told from chance, and {tried}. Label more answers."
+    no_score = f"No score is shown to help: {where} {plain} cannot be distinguished from chance"
+    return f"{no_score}, and {tried}. Label more answers."
 
 
 def named_results(found: Evaluation, fitted: Calibrator, table: pd.DataFrame) -> dict[str, Result]:

@@ -113,7 +113,7 @@ def test_one_model_with_enough_answers_says_nothing_about_several(answers, ranke
 def test_table_2_stands_beside_the_paper_with_a_mean_of_those_that_have_numbers(ranked) -> None:
     pairs = {(model, "triviaqa"): of for model, of in (ranked | {"silent": {"sequence": {}}}).items()}
     table = tables.table_2(pairs | {("small", "wikidata"): ranked["small"]})
-    assert list(table.columns) == [*MODELS, "silent", "mean", "paper"]
+    assert list(table.columns) == ["mean", "paper", *MODELS, "silent"]
     assert table.loc[("TriviaQA", "P(True)"), "paper"] == "0.69\u00a0±\u00a00.06"
     assert (table.loc["TriviaQA", "silent"] == "too few").all()
     assert (table.loc["Wikidata", "silent"] == "").all(), "it was not asked"

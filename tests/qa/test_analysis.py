@@ -179,11 +179,12 @@ def test_named_results_have_the_fixed_keys() -> None:
 
 
 def test_panels_have_the_same_rows_with_the_papers_values_where_it_has_them() -> None:
-    rows = tables.beside_paper(aurocs_of(made_up()), "truthfulqa_choose")
+    rows = tables.beside_paper(aurocs_of(made_up()), "truthfulqa")
     assert tuple(rows["method"]) == tables.SHOWN
     assert rows.set_index("method")["paper"]["combined"] == 0.63
     assert np.isnan(rows.set_index("method")["paper"]["likelihood"])
-    assert tables.beside_paper(aurocs_of(made_up()), "wikidata")["paper"].isna().all()
+    for not_asked in ("truthfulqa_choose", "wikidata"):
+        assert tables.beside_paper(aurocs_of(made_up()), not_asked)["paper"].isna().all()
 
 
 def test_an_aggregation_that_was_not_asked_for_has_no_row() -> None:

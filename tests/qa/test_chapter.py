@@ -82,7 +82,7 @@ def test_named_results_stand_under_their_model_and_data_set(results) -> None:
     assert table.loc[("mean", "TriviaQA"), "transfer: AUROC"].startswith(f"{transfer.value:.2f}")
     pairs = results[f"qa.{SMOL}.triviaqa.within_length.pairs"].value
     assert table.loc[("SmolLM2", "TriviaQA"), "within length: pairs"] == f"{pairs:.0f}"
-    assert "epistemic & aleatoric − P(True): AUROC" in table
+    assert "fitted pair − P(True): AUROC" in table
     assert tables.named(results, "no.such*").iloc[0, 0] == tables.TOO_FEW
 
 
@@ -113,12 +113,12 @@ def test_the_description_counts_and_has_the_chance_of_a_choice(answers) -> None:
 def test_rejection_ends_with_what_knowing_nothing_has(answers, results) -> None:
     rows = tables.rejection(answers, results)
     key = f"qa.{SMOL}.triviaqa.combined.ece"
-    assert rows.loc[("SmolLM2", "TriviaQA", "epistemic & aleatoric")].iloc[3].startswith(f"{results[key].value:.2f}")
+    assert rows.loc[("SmolLM2", "TriviaQA", "fitted pair")].iloc[3].startswith(f"{results[key].value:.2f}")
     share = answers[PAIRS[0]]["wrong"].mean()
     nothing = rows.loc[("SmolLM2", "TriviaQA", "(knows nothing)")]
     assert list(nothing) == ["0.00", f"{share:.2f}", f"{share * (1 - share):.2f}", "0.00"]
     assert rows.loc[("SmolLM2", "TriviaQA", "P(True)"), "Brier"] == ""
-    assert list(rows) == ["PRR, under 50% unsaid", "AURC", "Brier", "ECE, 5 bins"]
+    assert list(rows) == ["PRR, under 50% withheld", "AURC", "Brier", "ECE, 5 bins"]
     assert ("SmolLM2", "Wikidata") not in rows.index.droplevel(-1)
     assert tables.rejection({PAIRS[3]: answers[PAIRS[3]]}, results).iloc[0, 0] == tables.TOO_FEW
 

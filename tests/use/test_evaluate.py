@@ -132,7 +132,7 @@ def test_warnings_name_a_reversed_score_a_useless_one_and_straddling_rows() -> N
     said = {name: [text for text in found.warnings if text.startswith(name)] for name in table}
     assert "points the wrong way" in said["reversed"][0]
     assert [text.split(":")[0] for text in said["noise"]][1] == "noise is worse than the plain negative log-likelihood"
-    assert "adds nothing that is shown over the plain negative log-likelihood" in said["nearly"][0]
+    assert "shows no gain over the plain negative log-likelihood" in said["nearly"][0]
     assert found.warnings[0].startswith("7 of 300 rows straddle")
     assert all(text in str(found) and text in found._repr_html_() for text in found.warnings)
     few = evaluate(made_up(40).assign(right=np.arange(40) > 3), **QUICK)

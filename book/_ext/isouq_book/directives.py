@@ -80,14 +80,16 @@ class ClaimsSummary(_OfClaims):
         """Return the table."""
         rows = []
         for claim in stated:
-            label, here, paper = findings.row(claim, self.env.app.isouq_results.entries)
             link = nodes.reference("", "", nodes.strong("", claim.id), refid=_id_of(claim), internal=True)
             name = nodes.paragraph("", "", link, nodes.Text(f" {claim.short}"))
             outcome = _outcome(replace(judged[claim.id], reason=""))
             verdict = [nodes.paragraph("", "", outcome), _paragraph(findings.share(judged[claim.id]), ["number-of"])]
-            number = [_paragraph(here), _paragraph(label, ["number-of"])]
-            rows.append([[name], verdict, number, [_paragraph(paper)]])
-        columns = {"Claim": 37, "Verdict": 15, "One number": 33, "In the paper": 15}
+            number, paper = [], []
+            for label, here, printed in findings.rows(claim, judged[claim.id], self.env.app.isouq_results.entries):
+                number += [_paragraph(here), _paragraph(label, ["number-of"])]
+                paper.append(_paragraph(printed))
+            rows.append([[name], verdict, number, paper])
+        columns = {"Claim": 37, "Verdict": 15, "Numbers": 33, "In the paper": 15}
         return [_table(list(columns), list(columns.values()), rows, "summary")]
 
 

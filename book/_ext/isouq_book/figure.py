@@ -46,6 +46,8 @@ def draw(
     for ax, (title, panel) in zip(axes[0], panels.items(), strict=True):
         plotting.intervals(_table(panel, shown), ax, xlabel=xlabel, reference=reference)
         ax.set_title(title.replace(" (", "\n("))
+        if reference == 0.5:  # an AUROC, whose ticks are at guessing and at both ends
+            ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return "; ".join(f"{title}: {_words(panel)}" for title, panel in panels.items())

@@ -35,12 +35,14 @@ def sentences(
                 text = text.partition(". ")[0].removesuffix(".") + "."
             for name, words in _problems(judged[claim.id]).items():
                 text = text.replace(f"{{{name}}}", words)
-            yield claim, _QUOTED.sub(lambda found: _quote(entries[found[1]], found[2] or ""), text)
+            yield claim, _QUOTED.sub(lambda found: _quote(entries.get(found[1]), found[2] or ""), text)
 
 
-def _quote(entry: Result, spec: str) -> str:
+def _quote(entry: Result | None, spec: str) -> str:
     """Return the value in a format, or with its interval where the format begins with `interval`."""
     kind, _, rest = spec.partition(" ")
+    if entry is None:
+        return "(not measured)"
     return format_interval(replace(entry, n=None), rest) if kind == "interval" else format_number(entry.value, spec)
 
 
@@ -75,8 +77,18 @@ def share(verdict: Verdict) -> str:
     return f"{verdict.reason} checks" if re.fullmatch(r"\d+ of \d+", verdict.reason) else ""
 
 
-def row(claim: Claim, entries: Mapping[str, Result]) -> tuple[str, str, str]:
-    """Return what a claim's first core check asks, its value here, and the paper's number."""
-    first = next(check for check in claim.checks if check.core)
-    here = format_interval(replace(entries[first.key], n=None)) if first.key in entries else "—"
-    return first.label, here, str(first.paper or "—")
+def rows(claim: Claim, verdict: Verdict, entries: Mapping[str, Result]) -> list[tuple[str, str, str]]:
+    """Return what a claim's first core check asks, its value here, and the paper's number.
+
+    Of a claim that holds partly, the first core check that holds and the first that does not.
+    """
+    core = [check for check in claim.checks if check.core]
+    shown = core[:1]
+    if verdict.outcome == "partly":
+        outcomes = {one.check: one.outcome == "holds" for one in verdict.checks}
+        shown = [next(c for c in core if outcomes[c]), *[c for c in core if not outcomes[c]][:1]]
+    found = []
+    for check in shown:
+        here = format_interval(replace(entries[check.key], n=None)) if check.key in entries else "—"
+        found.append((check.label, here, str(check.paper or "—")))
+    return found

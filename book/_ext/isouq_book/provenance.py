@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 
@@ -11,10 +12,8 @@ def rows(meta: dict[str, Any]) -> list[tuple[str, str]]:
         return [("results", "none were given to this build")]
     found = [
         ("profile", str(meta.get("profile", ""))),
-        ("commit", _commit(meta)),
-        ("made on", str(meta.get("created", ""))),
+        *(chapters(meta) or {"commit": _commit(meta), "made on": str(meta.get("created", ""))}).items(),
         ("machine", _flat(meta.get("hardware"))),
-        *[(name, text) for name, text in chapters(meta).items()],
         ("minutes", _minutes(meta.get("durations"))),
         ("seeds", _flat(meta.get("seeds"))),
         ("versions", _flat(meta.get("versions"))),
@@ -70,7 +69,8 @@ def bibtex(cff: dict[str, Any], meta: dict[str, Any]) -> str:
     shown = []
     for head, fields in entries.items():
         lines = [f"  {name:<13} = {{{value}}}," for name, value in fields.items() if value]
-        shown.append("\n".join([f"@{head},", *lines, "}"]))
+        wrapped = [textwrap.fill(line, 76, subsequent_indent=" " * 19, break_long_words=False) for line in lines]
+        shown.append("\n".join([f"@{head},", *wrapped, "}"]))
     return "\n\n".join(shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +43,10 @@ def format_number(value: Number, spec: str = "") -> str:
     elif abs(value) >= 1000:
         text = f"{value:,.0f}"
     else:
-        text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.1e}"
+        text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1e}"
     if match := re.fullmatch(r"(.*)e([+-]\d+)", text):
         text = f"{match[1]} × 10{str(int(match[2])).translate(_SUPERSCRIPT)}"
-    return text.replace("-", "−")
+    return re.sub(r"^-(0\.0*)$", r"\1", text).replace("-", "−")
 
 
 def format_interval(entry: Result, spec: str = "") -> str:
@@ -53,7 +54,9 @@ def format_interval(entry: Result, spec: str = "") -> str:
     text = format_number(entry.value, spec)
     if entry.low is not None and entry.high is not None:
         # A whole number beside its interval is still a measured one: 1.00 [0.98, 1.00], not 1 [0.98, 1].
-        shared = spec or (".2f" if 0.01 <= max(abs(entry.low), abs(entry.high)) < 1000 else "")
+        width = abs(entry.high - entry.low) or 1
+        decimals = max(2, min(6, math.ceil(-math.log10(width))))  # 0.9995 [0.9991, 0.9998], not 1.00 [1.00, 1.00]
+        shared = spec or (f".{decimals}f" if 0.01 <= max(abs(entry.low), abs(entry.high)) < 1000 else "")
         low, high = format_number(entry.low, shared), format_number(entry.high, shared)
         text = f"{format_number(entry.value, shared)} [{low}, {high}]"
     if entry.unit:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from isouq.studies import evaluation, fits
 from isouq.studies.evaluation import Interval, Ranking
-from isouq.studies.qa.analysis import HEADLINE, RIVALS, Analysis, if_defined, result_of, scored
+from isouq.studies.qa.analysis import FAIR, HEADLINE, RIVALS, Analysis, if_defined, result_of, scored
 from isouq.studies.results import Result
 
 Rankings = Mapping[str, Ranking]  # one model's, by score
@@ -32,9 +32,11 @@ def mean(rankings: Sequence[Ranking]) -> Ranking:
     return Ranking(float(np.mean([one.value for one in rankings])), draws, draws, None, n, n_units)
 
 
-def advantage(ranked: Mapping[str, Rankings], score: str = "combined") -> dict[str, Ranking]:
-    """Return, for each of RIVALS that all models have, the mean over models of `score` minus rival, paired."""
-    names = [name for name in RIVALS if all(name in of_model for of_model in ranked.values())]
+def advantage(
+    ranked: Mapping[str, Rankings], score: str = "combined", rivals: Sequence[str] = RIVALS
+) -> dict[str, Ranking]:
+    """Return, for each of `rivals` that all models have, the mean over models of `score` minus rival, paired."""
+    names = [name for name in rivals if all(name in of_model for of_model in ranked.values())]
     return {name: mean([of_model[score].minus(of_model[name]) for of_model in ranked.values()]) for name in names}
 
 
@@ -111,7 +113,8 @@ def named_results(
         if name != "minus_log_prob":
             results[f"{prefix}.{name}.auroc"] = result_of(mean([of[name] for of in headline.values()]), models)
     gaps = advantage(headline)
-    for score, of_score in {"combined": gaps, "combined_curved": advantage(headline, "combined_curved")}.items():
+    fair = advantage(headline, rivals=FAIR)
+    for score, of_score in {"combined": gaps | fair, "combined_curved": advantage(headline, "combined_curved")}.items():
         for name, gap in of_score.items():
             results[f"{prefix}.{score}.auroc_over_{name}"] = result_of(gap, f"paired; {models}")
     if gaps:

@@ -2,8 +2,9 @@
 
 Declared after a first look at another model: the headline aggregation is `sequence`, the literal reading of p(y|x),
 and its keys have no suffix. "epistemic" and "aleatoric" are the raw estimates, high = wrong. A suffix _fitted means
-through a logistic regression, which every rival goes through on the same folds and resamples; "combined" is that of
-log U_E and log U_A, which as a pair have no raw form.
+through a logistic regression, on the same folds and resamples for every score; "combined" is that of log U_E and
+log U_A, which as a pair have no raw form. The claims compare it with raw rivals, as the paper does; FAIR are these
+rivals, and the length, with a fit of their own, added when the numbers of the raw ones were known.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ AGGREGATIONS = ("sequence", "geometric", "token_mean")
 WITHIN = {"epistemic": "log_epistemic_sequence", "log_gradient": "log_gradient", "likelihood": "likelihood"}
 RIVALS = ("p_true", "semantic_entropy", "naive_entropy")  # columns of the table, high = wrong, where a study has them
 CHEAP = ("semantic_entropy_discrete", "distinct_samples", "lowest_token", "token_entropy", "embedding_gradient")
+FAIR = tuple(f"{name}_fitted" for name in (*RIVALS, "length"))
 CONTROLS = ("likelihood_fitted", "likelihood_length_fitted", "likelihood_length_gradient_fitted")
 
 # Columns of a number and the ends of its interval.
@@ -111,7 +113,7 @@ def rankings(table: pd.DataFrame, aggregation: str, analysis: Analysis) -> dict[
     epistemic_fitted, combined, and the control likelihood_fitted (log p). With the headline also combined_curved (the
     pair with squares and product) and what has no aggregation: likelihood (−S), likelihood_per_token (−S/L),
     log_gradient (log G), length (L), those of RIVALS and CHEAP that the table has, last_layers (log G over the last
-    five blocks alone), and the controls on (log p, log L) and (log p, log L, log G).
+    five blocks alone), FAIR, and the controls on (log p, log L) and (log p, log L, log G).
 
     Raises ValueError as `scores`.
     """
@@ -141,6 +143,8 @@ def scores(table: pd.DataFrame, aggregation: str = HEADLINE) -> tuple[dict[str, 
         raw |= {name: table[name] for name in (*RIVALS, *CHEAP) if name in table}
         if any(str(name).startswith("layer:") for name in table):
             raw["last_layers"] = last_layers(table) - 2 * table["log_prob"].to_numpy()
+        by_itself = {name: name.removesuffix("_fitted") for name in FAIR}
+        fitted |= {name: np.asarray(raw[of], float)[:, None] for name, of in by_itself.items() if of in raw}
     columns = {name: np.asarray(score, float) for name, score in raw.items()}
     for name, column in columns.items():
         if len(lacking := table["item_id"][~np.isfinite(column)]):

@@ -31,8 +31,8 @@ SHOWN = (
 MODELS = {
     "smollm2-135m-instruct": "SmolLM2",
     "gemma-3-270m": "Gemma 3",
-    "qwen-coder-0-5b-instruct": "Qwen 0.5B",
-    "qwen-coder-1-5b-instruct": "Qwen 1.5B",
+    "qwen-coder-0-5b-instruct": "Qwen-Coder 0.5B",
+    "qwen-coder-1-5b-instruct": "Qwen-Coder 1.5B",
 }
 DATA_SETS = {
     "triviaqa": "TriviaQA",
@@ -110,6 +110,22 @@ def p_true_question(table: pd.DataFrame) -> str:
     return "\n".join([asked, "", *(f"{name}: {number}" for name, number in numbers.items())])
 
 
+def fair(results: Mapping[str, Result]) -> pd.DataFrame:
+    """Return means over models as text: a row per data set and rival with a fit of its own, beside the fitted pair.
+
+    Columns: raw, the rival's AUROC; fitted, after its fit; pair, that of the fitted pair; pair − fitted, paired.
+    """
+    rows: dict[Pair, dict[str, str]] = {}
+    keys = {"raw": "{}.auroc", "fitted": "{}_fitted.auroc", "pair": "combined.auroc"}
+    keys["pair − fitted"] = "combined.auroc_over_{}_fitted"
+    for data_set, title in DATA_SETS.items():
+        for name, label_of in method_labels([fitted.removesuffix("_fitted") for fitted in analysis.FAIR]).items():
+            of = {head: results.get(f"qa.mean.{data_set}.{key.format(name)}") for head, key in keys.items()}
+            if all(of.values()):
+                rows[title, label_of] = {head: _text(one) for head, one in of.items() if one}
+    return pd.DataFrame(rows).T if rows else _nothing("fewer than two models have enough right and wrong answers")
+
+
 def named(results: Mapping[str, Result], *patterns: str) -> pd.DataFrame:
     """Return results as text: a row per model and data set, a column per name that one of `patterns` fits.
 
@@ -136,10 +152,10 @@ def _in_words(name: str) -> str:
 
 
 def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.DataFrame:
-    """Return the headline AUROCs as text: a row per data set and method of SHOWN, a column per model, mean, paper.
+    """Return the headline AUROCs as text: a row per data set and method of SHOWN, columns mean, paper, and each model.
 
-    A cell has the value with its 95 % interval and, after it, mean ± standard deviation over resamples as the paper
-    reports them. A model with too few right or wrong answers has no numbers and no part in the mean.
+    A cell has the value with its 95 % interval; the mean has, after it, mean ± standard deviation over resamples as the
+    paper reports them. A model with too few right or wrong answers has no numbers and no part in the mean.
     """
     parts = {}
     for data_set in dict.fromkeys(data_set for _, data_set in ranked):
@@ -148,14 +164,16 @@ def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.Da
         counted = [of for of in of_models.values() if of]
         if len(counted) > 1:
             shared = [name for name in SHOWN if all(name in of for of in counted)]
-            columns["mean"] = _cells({name: across.mean([of[name] for of in counted]) for name in shared})
+            means = {name: across.mean([of[name] for of in counted]) for name in shared}
+            spread = {name: "{:.2f}\u00a0±\u00a0{:.2f}".format(*one.as_in_paper()) for name, one in means.items()}
+            columns["mean"] = _cells(means) + " (" + pd.Series(spread) + ")"
         published = {name: f"{mean:.2f}\u00a0±\u00a0{std:.2f}" for name, (mean, std) in _published(data_set).items()}
         table = pd.DataFrame({**columns, "paper": pd.Series(published, dtype=object)}).reindex(SHOWN)
         table = table.fillna({name: "too few" for name, cells in columns.items() if cells.empty})
         parts[label(("", data_set))[1]] = table.rename(index=method_labels(SHOWN))
     joined = pd.concat(parts).fillna("")
-    last = [name for name in ("mean", "paper") if name in joined]
-    return joined[[name for name in joined if name not in last] + last]
+    first = [name for name in ("mean", "paper") if name in joined]
+    return joined[first + [name for name in joined if name not in first]]
 
 
 def method_labels(methods: Iterable[str]) -> dict[str, str]:
@@ -164,11 +182,7 @@ def method_labels(methods: Iterable[str]) -> dict[str, str]:
 
 
 def _cells(ranked: Mapping[str, Ranking]) -> pd.Series:
-    cells = {}
-    for name in (name for name in SHOWN if name in ranked):
-        mean, std = ranked[name].as_in_paper()
-        cells[name] = f"{_text(ranked[name].interval())} ({mean:.2f}\u00a0±\u00a0{std:.2f})"
-    return pd.Series(cells, dtype=object)
+    return pd.Series({name: _text(ranked[name].interval()) for name in SHOWN if name in ranked}, dtype=object)
 
 
 def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
@@ -183,7 +197,8 @@ def beside_paper(aurocs: pd.DataFrame, data_set: str) -> pd.DataFrame:
 
 
 def _published(data_set: str) -> Mapping[str, list[float]]:
-    return claims.paper()["table_2"].get(data_set.removesuffix("_choose"), {})
+    """The paper's Table 2 on a data set; it did not ask for a choice (departure 4)."""
+    return claims.paper()["table_2"].get(data_set, {})
 
 
 def compare(aurocs: Mapping[Pair, pd.DataFrame], column: str = "value") -> pd.DataFrame:
@@ -212,7 +227,7 @@ def rejection(answers: Mapping[Pair, pd.DataFrame], results: Mapping[str, Result
     A pair's last row is what knowing nothing has: a score that is the same for all answers, or the share of wrong
     answers as every answer's probability.
     """
-    limit = f"PRR, under {MAX_REJECTION:.0%} unsaid"
+    limit = f"PRR, under {MAX_REJECTION:.0%} withheld"
     names = {"prr": limit, "aurc": "AURC", "brier": "Brier", "ece": f"ECE, {N_BINS} bins"}
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for pair, table in answers.items():
