@@ -56,6 +56,25 @@ def test_all_results_are_those_of_each_pair_of_all_models_and_of_the_bare_prompt
     assert "qa.mean.triviaqa.combined.auroc_over_p_true" in results
     assert "qa.owner-other-1.triviaqa.epistemic.auroc" in results
     assert not any(key.startswith("qa.mean.truthfulqa_choose") for key in results), "one model is no mean"
+    gains = [results[f"qa.{model}.combined.auroc_gain"] for model in (f"{SMOL}.triviaqa", "owner-other-1.triviaqa")]
+    gains.append(results[f"qa.{SMOL}.truthfulqa_choose.combined.auroc_gain"])  # Wikidata has too few right answers
+    counts = [results[f"qa.gain.combined.{name}"].value for name in ("pairs", "above", "below")]
+    assert counts == [3, sum(one.low > 0 for one in gains), sum(one.high < 0 for one in gains)]
+
+
+def test_a_rival_that_points_the_wrong_way_is_turned_by_a_fit_of_its_own(answers, ranked, results) -> None:
+    turned = {pair: table.assign(p_true=-table["p_true"]) for pair, table in answers.items() if pair[1] == "triviaqa"}
+    of_turned = {pair: analysis.rank(table, QUICK) for pair, table in turned.items()}
+    for pair in turned:
+        raw, back = (of[pair]["sequence"]["p_true"].value for of in (ranked, of_turned))
+        fitted, again = (of[pair]["sequence"]["p_true_fitted"].value for of in (ranked, of_turned))
+        assert back == pytest.approx(1 - raw)
+        assert again == pytest.approx(fitted)
+    table = tables.fair(results)
+    assert list(table) == ["raw", "fitted", "pair", "pair − fitted"]
+    one = results["qa.mean.triviaqa.combined.auroc_over_p_true_fitted"]
+    assert table.loc[("TriviaQA", "P(True)"), "pair − fitted"].startswith(f"{one.value:.2f}")
+    assert tables.fair({}).iloc[0, 0].startswith("fewer than two models")
 
 
 def test_a_pair_is_called_by_short_names() -> None:
