@@ -159,8 +159,7 @@ def _length(inputs: Inputs) -> int:
     tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     for value in tensors:
         if not isinstance(value, Tensor) or value.dim() == 0 or value.layout != torch.strided:
-            wanted = "a tensor (example, …), not sparse, or a mapping of such wanted"
-            raise TypeError(f"inputs: {type(value).__name__} given, {wanted}")
+            raise TypeError(f"inputs: {type(value).__name__} given, a tensor (example, …), not sparse, or several wanted")
     if len({len(value) for value in tensors}) != 1:
         raise ValueError(f"inputs: tensors of lengths {[len(v) for v in tensors]} given, one length wanted")
     return len(tensors[0])
@@ -174,9 +173,8 @@ def _outputs(model: nn.Module, inputs: Inputs, rows: range) -> Tensor:
     real = isinstance(out, Tensor) and out.layout == torch.strided and not out.is_complex()
     if not real or out.dim() not in (1, 2) or len(out) != len(rows) or 0 in out.shape:
         kind = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(
-            f"model: output {kind} of {len(rows)} examples given, a tensor (example, class) or one with .logits wanted"
-        )
+        given = f"output {kind} of {len(rows)} examples given"
+        raise ValueError(f"model: {given}, a tensor (example, class) or one with .logits wanted")
     wrong = (~out.isfinite()).nonzero()
     if len(wrong):
         raise ExampleError("model: NaN or infinite output for {}, finite ones wanted", rows[int(wrong[0, 0])])

@@ -56,7 +56,7 @@ def test_numbers_are_written_as_a_reader_expects(value, spec, text):
         (ENTRY, "0.63 [0.55, 0.71], n = 120"),
         (Result(value=1.0, low=0.98, high=1.0), "1.00 [0.98, 1.00]"),
         (Result(value=12.5, unit="s"), "12.50 s"),
-        (Result(value=0.99949, low=0.99905, high=0.99976), "0.9995 [0.9991, 0.9998]"),
+        (Result(value=0.99949, low=0.99912, high=0.99976), "0.9995 [0.9991, 0.9998]"),
         (Result(value=-0.003, low=-0.11, high=0.1), "0.00 [−0.11, 0.10]"),
         (Result(value=3e-7, low=1e-7, high=5e-7), "3.0 × 10⁻⁷ [1.0 × 10⁻⁷, 5.0 × 10⁻⁷]"),
     ],

@@ -177,7 +177,7 @@ MISNAMED = torch.tensor([0, 1, 2, 9, 0])
         (INPUTS, {"link": "sigmoid"}, ValueError, "link: 'sigmoid' given for 3 logits an example, one wanted"),
         (INPUTS, {"batch_size": 0}, ValueError, "batch_size: 0 given"),
         (INPUTS, {"parameters": []}, ValueError, r"parameters: \[\] asked for, .* None means all"),
-        (INPUTS, {"parameters": "0.weight"}, TypeError, "parameters: the string '0.weight' given, a list"),
+        (INPUTS, {"parameters": "0.weight"}, TypeError, "parameters: '0.weight' given, a list"),
         (INPUTS, {"parameters": 3}, TypeError, "parameters: 3 given, a list of name patterns or None wanted"),
         (INPUTS, {"parameters": [3]}, TypeError, r"parameters: \[3\] given, a list of name patterns"),
         ({"x": INPUTS}, {}, TypeError, r"inputs: \(2, 4\) .* does not take: .*unexpected keyword argument 'x'"),

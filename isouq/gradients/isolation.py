@@ -131,9 +131,8 @@ def is_decoder(model: nn.Module) -> bool:
         and type(model).__module__.startswith("transformers.models.")
         and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
         and _as_installed(model, "transformers.", "torch.nn.modules.")
-        and getattr(config, "is_causal", True)  # a decoder can be made an encoder, also by its modules' own switch
         and not any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in model.modules())
-        and all(getattr(m, "is_causal", True) for m in model.modules())
+        and all(getattr(m, "is_causal", True) for m in (config, *model.modules()))  # else it was made an encoder
     )
 
 

@@ -114,10 +114,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     Integer parameters that serve as indices are left out. Raises ValueError for a pattern that
     matches nothing and for parameters without a gradient (quantised, complex), TypeError for a string.
     """
-    listed = isinstance(patterns, Collection) and all(isinstance(q, str) for q in patterns)
-    if isinstance(patterns, str) or not (patterns is None or listed):
-        given = f"the string {patterns!r}" if isinstance(patterns, str) else repr(patterns)
-        raise TypeError(f"parameters: {given} given, a list of name patterns or None wanted")
+    listed = patterns is None or (isinstance(patterns, Collection) and all(isinstance(q, str) for q in patterns))
+    if isinstance(patterns, str) or not listed:
+        raise TypeError(f"parameters: {patterns!r} given, a list of name patterns or None wanted")
     every = dict(model.named_parameters())
     if not every:
         raise ValueError("model has no parameters to differentiate")

@@ -183,11 +183,11 @@ def all_results(
         subject = f"{key_of(model)}.{key_part(data_set)}"
         results |= analysis.named_results(table, ranked[model, data_set], subject, analysed)
         results |= named_results(table, subject, analysed)
-    gains = [one for key, one in results.items() if key.endswith(".combined.auroc_gain") and one.low is not None]
-    above, below = sum(one.low > 0 for one in gains), sum(one.high < 0 for one in gains)
-    for name, number in {"pairs": len(gains), "above": above, "below": below}.items():
+    gains = [one for key, one in results.items() if key.endswith(".combined.auroc_gain")]
+    low, high = (np.array([getattr(one, end) for one in gains], float) for end in ("low", "high"))
+    for name, of in {"pairs": np.isfinite(low), "above": low > 0, "below": high < 0}.items():
         note = "the fitted pair minus the fit on log p: pairs of model and data set, whole intervals above or below 0"
-        results[f"qa.gain.combined.{name}"] = Result(value=number, note=note)
+        results[f"qa.gain.combined.{name}"] = Result(value=int(of.sum()), note=note)
     for (model, data_set), table in bare.items():
         prefix = f"qa.{key_of(model)}.{key_part(data_set)}"
         for name, interval in prompts(answers[model, data_set], table, analysed)["bare"].items():
