@@ -99,7 +99,7 @@ def measured(folder: str) -> str:
         "bootstrap intervals over questions. ½ is chance; below ½ a score points the wrong way.",
         "",
     ]
-    accuracy = ["right answers", *(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked)]
+    accuracy = ["right answers (a share)", *(_cell(entries, f"qa.{model}.{d}.accuracy") for d in asked)]
     lines += _table(["", *asked.values()], [accuracy, *_aurocs(entries, model, asked)])
     lines += [*_committed(entries, model), *_mean(entries, asked), *_cost(entries), *_isotropy(entries)]
     posteriors = _posteriors(study)
@@ -171,7 +171,8 @@ def _cost(entries: Mapping[str, Result]) -> list[str]:
                 f"{label}: {ratio} × its plain forward pass, {speedup} × faster than a backward pass per example"
             )
     head = "Cost of the exact norm over all parameters, batches of 8 at 64 tokens: "
-    return [head + "; ".join(costs) + ".", ""] if costs else []
+    why = "A plain pass computes logits at every token, the engine at those of the answer alone."
+    return [head + "; ".join(costs) + ".", why, ""] if costs else []
 
 
 def _isotropy(entries: Mapping[str, Result]) -> list[str]:

@@ -159,7 +159,7 @@ def _length(inputs: Inputs) -> int:
     tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     for value in tensors:
         if not isinstance(value, Tensor) or value.dim() == 0 or value.layout != torch.strided:
-            raise TypeError(f"inputs: {type(value).__name__} given, a tensor (example, …), not sparse, or several wanted")
+            raise TypeError(f"inputs: {type(value).__name__} given, a tensor (example, …), not sparse, or dict wanted")
     if len({len(value) for value in tensors}) != 1:
         raise ValueError(f"inputs: tensors of lengths {[len(v) for v in tensors]} given, one length wanted")
     return len(tensors[0])

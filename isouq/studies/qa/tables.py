@@ -148,7 +148,7 @@ def _in_words(name: str) -> str:
     method, mark, rest = subject.partition("_committed")
     metric, _, other = metric.partition("_over_")
     words = " − ".join(method_labels([method, *filter(None, [other])]).values()) + mark.replace("_", ", ") + rest
-    return f"{words}: {metric}".removesuffix(": ").replace("_", " ").replace("auroc", "AUROC")
+    return f"{words}: {metric}".removesuffix(": ").replace("_", " ").replace("auroc", "AUROC").replace("u e", "U_E")
 
 
 def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.DataFrame:
@@ -177,8 +177,10 @@ def table_2(ranked: Mapping[Pair, Mapping[str, Mapping[str, Ranking]]]) -> pd.Da
 
 
 def method_labels(methods: Iterable[str]) -> dict[str, str]:
-    """Return how each method is called in tables: as in figures, or by its name."""
-    return {name: METHODS[name].label if name in METHODS else name.replace("_", " ") for name in methods}
+    """Return how each method is called in tables: as in figures, or by its name; a fit of one score says so."""
+    parts = {name: name.partition("_fitted") for name in methods}
+    called = {of: METHODS[of].label if of in METHODS else of.replace("_", " ") for of, *_ in parts.values()}
+    return {name: called[of] + mark.replace("_", ", ") for name, (of, mark, _) in parts.items()}
 
 
 def _cells(ranked: Mapping[str, Ranking]) -> pd.Series:
