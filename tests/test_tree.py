@@ -64,7 +64,7 @@ USE = {"use", "cli", "plotting", "integrations"}  # what a practitioner asks for
 PLANNED = {("library", "use"): 4000, ("studies",): 6000}
 # What there is. The studies, which count with the code of their chapters, are far above their plan, which is older than
 # the atlas of posteriors and the chapter on isotropy. A rule that moves from a notebook to a function is no growth.
-TODAY = {"library": 3671, "studies": 10399, "use": 2182}
+TODAY = {"library": 3671, "studies": 10401, "use": 2182}
 
 
 def room_of(name: str) -> str:
