@@ -25,10 +25,15 @@ ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def source_of(html: Path) -> Path:
+    """Return the folder beside the built book that holds its pages' source; its name is no other build's, nor ours."""
+    return html.with_name(f"{html.name}-source")
+
+
 def build(html: Path, *, results: Path, notebooks: Sequence[Path]) -> None:
-    """Build the book into the folder `html`; its source stays beside it as `book`, what Sphinx wrote as `book.log`."""
+    """Build the book into the folder `html`; its source stays beside it (`source_of`), what Sphinx wrote in a log."""
     print("Building the book", file=sys.stderr, flush=True)
-    source, log = html.with_name("book"), html.with_name("book.log")
+    source, log = source_of(html), html.with_name(f"{html.name}.log")
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "notebooks").mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from build import ANSI, BOOK
+from build import ANSI, BOOK, source_of
 
 # What Jupyter Book loads and a plain build does without.
 OF_JUPYTER_BOOK = ("jupyter_book", "sphinx_comments", "sphinx_jupyterbook_latex", "sphinx_thebe")
@@ -34,7 +34,7 @@ def canary(html: Path, python: Path) -> int:
     """Build with the Sphinx of another interpreter; print its warnings by kind, and return its exit status."""
     folder = html.with_name("canary").resolve()
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(html.with_name("book"), folder / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    shutil.copytree(source_of(html), folder / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
     configured(folder / "book")
     paths = os.pathsep.join([str(folder / "book" / "_ext"), str(BOOK.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "NO_COLOR": "1"}

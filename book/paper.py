@@ -19,7 +19,7 @@ from pathlib import Path
 import chromium
 import ebook
 import onepage
-from build import sphinx
+from build import source_of, sphinx
 
 NAME = "isouq"
 MERGED = "_paper.html"  # stands beside the pages while it is printed
@@ -65,7 +65,7 @@ def sheets(printed: bytes) -> dict[str, int]:
 
 def epub(html: Path) -> Path:
     """Build the EPUB of the sources that lie beside the folder `html`, with formulas that need no script."""
-    source, file = html.with_name("book"), html / f"{NAME}.epub"
+    source, file = source_of(html), html / f"{NAME}.epub"
     made = sphinx(source, html.with_name("epub.log"), results=html.with_name("results.json"), builder="epub")
     with _browser(html, "index.html") as page:
         ebook.finish(made / f"{NAME}.epub", file, page)
@@ -76,7 +76,7 @@ def epub(html: Path) -> Path:
 def laid_out(html: Path) -> Iterator[chromium.Page]:
     """The whole book as one page in a browser, laid out for paper; the folder is as before afterwards."""
     file = html / MERGED
-    file.write_text(onepage.merge(html, html.with_name("book") / "_toc.yml"), encoding="utf-8")
+    file.write_text(onepage.merge(html, source_of(html) / "_toc.yml"), encoding="utf-8")
     try:
         with _browser(html, MERGED) as page:
             page.call("Emulation.setEmulatedMedia", media="print")

@@ -17,6 +17,7 @@ import yaml
 
 import chromium
 import paper
+from build import source_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("holds", "partly", "does not hold", "undecided", "not run")
@@ -168,7 +169,7 @@ def notebook_pages(pages: dict[str, Seen]) -> dict[str, Seen]:
 
 @pytest.mark.book
 def test_the_book_has_just_the_pages_of_its_table_of_contents(pages, book):
-    wanted = pages_of(book.parent / "book" / "_toc.yml")
+    wanted = pages_of(source_of(book) / "_toc.yml")
     assert sorted(pages) == sorted(f"{name}.html" for name in wanted)
     ran = {f"notebooks/{file.stem}.html" for file in (book.parent / "notebooks").glob("*.ipynb")}
     assert set(notebook_pages(pages)) == ran
@@ -396,7 +397,7 @@ def test_the_printed_book_is_whole_and_fits_its_sheets(book):
     assert not off
     assert facts["typeset"] == facts["formulas"] > 100
     assert not facts["errors"]
-    for name in pages_of(book.parent / "book" / "_toc.yml"):
+    for name in pages_of(source_of(book) / "_toc.yml"):
         assert name.replace("/", "-") in facts["ids"]
     assert len(set(facts["ids"])) == len(facts["ids"]), "a link would lead to the first of two places"
     links = [unquote(link[1:]) for link in facts["links"] if link.startswith("#")]
@@ -404,7 +405,7 @@ def test_the_printed_book_is_whole_and_fits_its_sheets(book):
     assert all(link.startswith(("#", "http", "mailto")) for link in facts["links"])
     sheets = [paper.sheets(printed)[place] for place in contents]
     assert sheets == sorted(sheets)
-    assert sheets[-1] > len(pages_of(book.parent / "book" / "_toc.yml"))
+    assert sheets[-1] > len(pages_of(source_of(book) / "_toc.yml"))
     assert printed.count(b"/FontFile") == printed.count(b"/Subtype /CIDFont") > 0, "each font comes with its file"
     assert not (book / paper.MERGED).exists()
 
@@ -417,7 +418,7 @@ def test_the_ebook_is_strict_and_needs_no_script(book):
     pages = {name: ET.fromstring(body) for name, body in members.items() if name.endswith((".xhtml", ".opf"))}
     listed = [item for item in pages.pop("content.opf").iter() if item.get("media-type")]
     items = {item.get("href"): item.get("properties") for item in listed}
-    assert {f"{name}.xhtml" for name in pages_of(book.parent / "book" / "_toc.yml")} <= set(items) <= set(members)
+    assert {f"{name}.xhtml" for name in pages_of(source_of(book) / "_toc.yml")} <= set(items) <= set(members)
     for name, page in pages.items():
         tags = [element.tag.rpartition("}")[2] for element in page.iter()]
         assert not {"script", "iframe"} & set(tags), name
