@@ -15,6 +15,9 @@ from .results import format_interval, format_number
 from .roles import ResultRole, load_results
 
 
+LICENCES = "Code: MIT. Text and figures: CC BY 4.0."
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the roles, the directives and the footer."""
     app.add_config_value("isouq_results_digest", "", "env")
@@ -43,7 +46,7 @@ def _name_the_book(app: Sphinx, config: Config) -> None:
 def _finish_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Name the run at the foot of a page, and mend what docutils and Jupyter Book put into it."""
     line = html.escape(provenance.footer(app.isouq_results.meta, page))
-    context["theme_extra_footer"] = f'<p class="numbers-from">{line}</p>'
+    context["theme_extra_footer"] = f'<p class="numbers-from">{line}<br>{LICENCES}</p>'
     # A list of references has items: docutils gives its entries a role that is out of use, and not theirs.
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
     # Without the scripts that run code on another host: Jupyter Book adds them even where they are not used.
