@@ -14,7 +14,6 @@ from .directives import Budget, Citation, Claims, ClaimsSummary, Findings, Inter
 from .results import format_interval, format_number
 from .roles import ResultRole, load_results
 
-
 LICENCES = "Code: MIT. Text and figures: CC BY 4.0."
 
 
