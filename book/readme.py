@@ -81,6 +81,19 @@ def _gains(entries: Mapping[str, Result]) -> list[str]:
     return [
         f"Beside them: of {pairs} pairs of model and question set, the fitted pair of estimates tells wrong answers",
         f"better than the answer's plain probability in {above} and worse in {below}; in the others neither is shown.",
+        *_fair(entries),
+    ]
+
+
+def _fair(entries: Mapping[str, Result]) -> list[str]:
+    """What is left of the pair's advantage over P(True) where that is fitted, too."""
+    written, choice = (f"qa.mean.{name}.combined.auroc_over_p_true_fitted" for name in list(DATA_SETS)[:2])
+    if not {written, choice} <= entries.keys():
+        return []
+    return [
+        "The pair is fitted and its rivals are not, as in the paper. Given a fit of their own, what the pair has over",
+        f"P(True) is {format_interval(entries[written])} on TruthfulQA (written) and",
+        f"{format_interval(entries[choice])} (choice).",
     ]
 
 
