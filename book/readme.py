@@ -279,7 +279,7 @@ def draw_overview(run: Results, target: Path) -> None:
     methods = [m for m in METHODS if any(f"qa.{model}.{d}.{m}.auroc" in run.entries for d in asked)]
     patterns = [f"qa.{model}.{data_set}.{{method}}.auroc" for data_set in asked]
     panels = figure.read_panels(patterns, list(asked.values()), methods, run.entries)
-    figure.draw(panels, methods, target, xlabel="AUROC, wrong answers", reference=0.5)
+    figure.draw(panels, methods, target, xlabel="AUROC", reference=0.5)
 
 
 def draw_atlas(run: Results, target: Path) -> None:
