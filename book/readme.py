@@ -80,7 +80,8 @@ def _gains(entries: Mapping[str, Result]) -> list[str]:
     pairs, above, below = (format_number(entry.value) for entry in counts if entry)
     return [
         f"Beside them: of {pairs} pairs of model and question set, the fitted pair of estimates tells wrong answers",
-        f"better than the answer's plain probability in {above} and worse in {below}; in the others neither is shown.",
+        f"better than the answer's plain probability in {above} and worse in {below}; in the others neither is shown",
+        "(by single 95 % intervals, not corrected for their number).",
         *_fair(entries),
     ]
 

@@ -80,15 +80,15 @@ def share(verdict: Verdict) -> str:
 def rows(claim: Claim, verdict: Verdict, entries: Mapping[str, Result]) -> list[tuple[str, str, str]]:
     """Return what a claim's first core check asks, its value here, and the paper's number.
 
-    Of a claim that holds partly, the first core check that holds and the first that does not.
+    Of a claim that holds partly, the first core check that holds and the first that does not, each with its outcome.
     """
     core = [check for check in claim.checks if check.core]
-    shown = core[:1]
+    shown, outcomes = core[:1], {one.check: one.outcome for one in verdict.checks}
     if verdict.outcome == "partly":
-        outcomes = {one.check: one.outcome == "holds" for one in verdict.checks}
-        shown = [next(c for c in core if outcomes[c]), *[c for c in core if not outcomes[c]][:1]]
+        shown = [next(c for c in core if outcomes[c] == "holds"), *[c for c in core if outcomes[c] != "holds"][:1]]
     found = []
     for check in shown:
         here = format_interval(replace(entries[check.key], n=None)) if check.key in entries else "—"
-        found.append((check.label, here, str(check.paper or "—")))
+        label = f"{check.label}: {outcomes[check]}" if verdict.outcome == "partly" else check.label
+        found.append((label, here, str(check.paper or "—")))
     return found
